@@ -1,0 +1,395 @@
+"""What a coordinate channel is.
+
+A *convention* fixes the order of the coordinate channels, their range, where
++1 and -1 lie (centring) and how the radius is measured. Two models trained
+under different conventions are different models, so the convention is a value
+of its own, :class:`Coordinates`: frozen, comparable, and saved with the weights.
+
+The default is the convention of Liu et al. 2018, "An intriguing failing of
+convolutional neural networks and the CoordConv solution"
+(https://arxiv.org/abs/1807.03247): channels (x, y), x along W and y along H,
+-1 at the first pixel centre and +1 at the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from coordconv_patch.errors import CoordinatesError
+
+__all__ = ["Coordinates", "Window"]
+
+_AXIS_NAMES = ("x", "y", "z")
+"""Axis names, counted from the last dimension: x along W, y along H, z along D."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of a larger image, in pixels of that image.
+
+    A tile or crop that is given its window sees the coordinates of the whole
+    image. All three fields are in the order of a tensor's spatial dimensions:
+    ``(H, W)`` for images, ``(L,)`` for signals, ``(D, H, W)`` for volumes.
+
+    Inside a network, a feature map of ``h'`` rows stands for the same part of
+    the image, so its full-image counterpart has ``h' * image_size / size`` rows.
+
+    Args:
+        offset: First pixel of the window, ``(top, left)``, each ``>= 0``.
+        size: Extent of the window, ``(height, width)``, each ``>= 1``.
+        image_size: Extent of the whole image, ``(height, width)``.
+
+    Raises:
+        CoordinatesError: If the window does not lie inside the image.
+    """
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    image_size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("offset", "size", "image_size"):
+            object.__setattr__(self, field, tuple(int(value) for value in getattr(self, field)))
+        if not len(self.offset) == len(self.size) == len(self.image_size):
+            raise CoordinatesError(
+                f"{self}: offset, size and image_size must have one number per spatial "
+                "dimension each, such as offset=(top, left), size=(h, w), image_size=(H, W)"
+            )
+        for offset, size, image in zip(self.offset, self.size, self.image_size, strict=True):
+            if offset < 0 or size < 1 or offset + size > image:
+                raise CoordinatesError(
+                    f"{self} does not lie inside its image: need 0 <= offset, 1 <= size and "
+                    "offset + size <= image_size in every dimension"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """A frozen description of the coordinate channels.
+
+    With u the position of a pixel along its axis, from -1 to 1, index i of n::
+
+        align_corners=True    u = (2i - (n - 1)) / (n - 1)   -1 and 1 at the outer pixel centres
+        align_corners=False   u = (2i + 1 - n) / n           -1 and 1 at the outer pixel edges
+
+    An axis of length 1 gives u = 0 under every convention; the published forms
+    that divide by ``n - 1`` give NaN there. A coordinate is u mapped linearly to
+    ``value_range``.
+
+    Args:
+        order: ``"xy"`` puts x (along W) first, then y (along H), then z (along D);
+            ``"yx"`` the reverse.
+        align_corners: Centring, in the sense of :func:`torch.nn.functional.grid_sample`.
+        value_range: Values of the coordinate at u = -1 and at u = 1.
+        radius: Add a channel r, the distance of (x, y) from ``radius_center``.
+        radius_center: The coordinate value from which r is measured on every axis;
+            ``None`` means the image centre, the middle of ``value_range``.
+        fourier: Number of octaves k = 0, 1, ... for which sin(2^k pi u) and
+            cos(2^k pi u) are added for every axis (Mildenhall et al. 2020, "NeRF",
+            eq. 4).
+        window: Where in a larger image the input lies; ``None`` means that the
+            input is the whole image.
+        swap_sizes: Divide x by H - 1 and y by W - 1, as the authors' released code
+            does. A known bug, kept so that its weights can be imported; it shows
+            on inputs that are not square.
+
+    Raises:
+        CoordinatesError: If a value is out of range.
+
+    Example:
+        >>> Coordinates().grid((1, 3)).tolist()
+        [[[-1.0, 0.0, 1.0]], [[0.0, 0.0, 0.0]]]
+        >>> Coordinates(radius=True).channel_names(2)
+        ('x', 'y', 'r')
+    """
+
+    order: Literal["xy", "yx"] = "xy"
+    align_corners: bool = True
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    radius: bool = False
+    radius_center: float | None = None
+    fourier: int = 0
+    window: Window | None = None
+    swap_sizes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in ("xy", "yx"):
+            raise CoordinatesError(f"order={self.order!r}: write 'xy' (x first) or 'yx' (y first)")
+        low, high = (float(bound) for bound in self.value_range)
+        if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+            raise CoordinatesError(
+                f"value_range={self.value_range!r}: write two finite numbers, the smaller first"
+            )
+        object.__setattr__(self, "value_range", (low, high))
+        if not isinstance(self.fourier, int) or self.fourier < 0:
+            raise CoordinatesError(
+                f"fourier={self.fourier!r}: write a number of octaves, 0 or more"
+            )
+        if self.radius_center is not None and not self.radius:
+            raise CoordinatesError("radius_center is given, but radius=False: write radius=True")
+        if self.swap_sizes and (self.window is not None or not self.align_corners):
+            raise CoordinatesError(
+                "swap_sizes reproduces the released reference code, which knows neither windows "
+                "nor align_corners=False: leave those out"
+            )
+
+    @classmethod
+    def preset(cls, name: str, *, radius: bool = False) -> Coordinates:
+        """The convention of a published implementation.
+
+        Args:
+            name: One of
+
+                - ``"paper"``: the default of this package; what the paper describes.
+                - ``"reference"``: uber-research/CoordConv as released: x first, but x
+                  divided by H - 1 and y by W - 1 (a known bug, kept; see ``swap_sizes``).
+                - ``"mkocabas"``: mkocabas/CoordConv-pytorch, and the many ports made from
+                  it: y (row) first, and r measured from 0.5 instead of 0 (a known bug,
+                  kept: the centre of r lies off the image centre).
+                - ``"solo"``: SOLO, SOLOv2: x first, endpoints, no radius.
+                - ``"paddledetection"``: PP-YOLO in PaddleDetection: as ``"solo"``.
+
+                An axis of length 1 gives 0 in each, where the originals give NaN
+                (SOLO: -1).
+            radius: Add the radius channel as that implementation computes it.
+
+        Raises:
+            CoordinatesError: If there is no such preset, or it has no radius channel.
+        """
+        if name not in _PRESETS:
+            close = difflib.get_close_matches(name, _PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise CoordinatesError(
+                f"no coordinate preset {name!r}: {hint}presets are {', '.join(sorted(_PRESETS))}"
+            )
+        fields = dict(_PRESETS[name])
+        if radius:
+            if name in _PRESETS_WITHOUT_RADIUS:
+                raise CoordinatesError(
+                    f"preset {name!r} has no radius channel; write Coordinates(radius=True) for "
+                    "the paper's"
+                )
+            fields["radius"] = True
+            if name == "mkocabas":
+                fields["radius_center"] = 0.5
+        return cls(**fields)
+
+    @classmethod
+    def of(cls, value: Coordinates | str | None) -> Coordinates:
+        """Accept what a ``coords=`` argument may be: a description, a preset's name or None."""
+        if value is None:
+            return cls()
+        if isinstance(value, str):
+            return cls.preset(value)
+        if isinstance(value, Coordinates):
+            return value
+        raise CoordinatesError(
+            f"coords={value!r}: write a Coordinates(...), or the name of a preset "
+            f"({', '.join(sorted(_PRESETS))})"
+        )
+
+    def channel_names(self, ndim: int) -> tuple[str, ...]:
+        """Names of the K channels for ``ndim`` spatial dimensions, in their order."""
+        axes = self._axes(ndim)
+        names = list(axes)
+        if self.radius:
+            names.append("r")
+        for octave in range(self.fourier):
+            for axis in axes:
+                names += [f"sin({2**octave}\u03c0{axis})", f"cos({2**octave}\u03c0{axis})"]
+        return tuple(names)
+
+    def num_channels(self, ndim: int) -> int:
+        """K, the number of coordinate channels for ``ndim`` spatial dimensions (1 to 3)."""
+        return ndim + int(self.radius) + 2 * ndim * self.fourier
+
+    def grid(
+        self,
+        size: Sequence[int | torch.SymInt | Tensor],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The coordinate channels of an input.
+
+        Computed in float64 and then cast, so that every dtype gets the nearest
+        representable coordinate. While a graph is captured (``torch.compile``,
+        ``torch.export``, ``torch.jit.trace``) sizes may be symbolic; the grid is
+        then computed from them by traceable operations in at least float32, which
+        for the default convention gives the same bits.
+
+        Args:
+            size: Spatial size of the input: ``(L,)``, ``(H, W)`` or ``(D, H, W)``.
+            device: Where the grid is wanted. Default: torch's default device.
+            dtype: Floating dtype of the grid. Default: torch's default dtype.
+
+        Returns:
+            Tensor of shape ``(K, *size)``. It may be shared with other callers: do
+            not write to it.
+
+        Raises:
+            CoordinatesError: If ``size`` does not have 1 to 3 dimensions, or not as
+                many as the window.
+        """
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        size = tuple(size)
+        self._check_ndim(len(size))
+        if is_capturing() or not all(type(length) is int for length in size):
+            compute_dtype = torch.promote_types(dtype, torch.float32)
+            return self._compute(size, device, compute_dtype).to(dtype)
+        if is_in_torch_dispatch_mode():
+            # A tensor made under FakeTensorMode and the like must not reach the cache.
+            return self._compute(size, device, torch.float64).to(dtype)
+        return _cached_grid(self, size, device, dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from the default, JSON-ready; see :meth:`from_dict`."""
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                fields[field.name] = dataclasses.asdict(value) if field.name == "window" else value
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Coordinates:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CoordinatesError: If a field is unknown (a newer version wrote it) or invalid.
+        """
+        values = dict(fields)
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise CoordinatesError(
+                f"unknown coordinate fields {sorted(unknown)}: a newer version of "
+                "coordconv_patch may have written them"
+            )
+        try:
+            if values.get("window") is not None:
+                values["window"] = Window(**values["window"])
+            if "value_range" in values:
+                values["value_range"] = tuple(values["value_range"])
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise CoordinatesError(f"coordinate fields {values} are invalid: {error}") from error
+
+    def __str__(self) -> str:
+        names = ", ".join(self.channel_names(2)[: 2 + self.radius])
+        parts = [f"({names})"]
+        parts += [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "radius"]
+        return " ".join(parts)
+
+    def _axes(self, ndim: int) -> tuple[str, ...]:
+        self._check_ndim(ndim)
+        axes = _AXIS_NAMES[:ndim]
+        return axes if self.order == "xy" else axes[::-1]
+
+    def _check_ndim(self, ndim: int) -> None:
+        if not 1 <= ndim <= len(_AXIS_NAMES):
+            raise CoordinatesError(f"{ndim} spatial dimensions: coordinates know 1, 2 or 3")
+        if self.window is not None and len(self.window.size) != ndim:
+            raise CoordinatesError(
+                f"{self.window} has {len(self.window.size)} dimensions, the input has {ndim} "
+                "spatial dimensions"
+            )
+
+    def _compute(
+        self,
+        size: tuple[int | torch.SymInt | Tensor, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The grid ``(K, *size)`` by plain torch operations in ``dtype``."""
+        ndim = len(size)
+        low, high = self.value_range
+        positions: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
+        for dim, length in enumerate(size):
+            axis = _AXIS_NAMES[ndim - 1 - dim]
+            position = self._axis_positions(dim, size, device, dtype)
+            value = position
+            if (low, high) != (-1.0, 1.0):
+                value = (low + high) / 2 + position * ((high - low) / 2)
+            along_axis = [1] * ndim
+            along_axis[dim] = -1
+            positions[axis] = position.reshape(along_axis).expand(size)
+            values[axis] = value.reshape(along_axis).expand(size)
+        axes = self._axes(ndim)
+        channels = [values[axis] for axis in axes]
+        if self.radius:
+            center = (low + high) / 2 if self.radius_center is None else self.radius_center
+            squares = [(values[axis] - center).square() for axis in axes]
+            channels.append(functools.reduce(torch.add, squares).sqrt())
+        for octave in range(self.fourier):
+            for axis in axes:
+                angle = positions[axis] * (2**octave * math.pi)
+                channels += [angle.sin(), angle.cos()]
+        return torch.stack(channels)
+
+    def _axis_positions(
+        self,
+        dim: int,
+        size: tuple[int | torch.SymInt | Tensor, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """u of every index along one axis, shape ``(size[dim],)``."""
+        length: Any = size[dim]
+        index = torch.arange(length, device=device, dtype=dtype)
+        if self.window is None:
+            full: Any = length
+        else:
+            full = length * self.window.image_size[dim] / self.window.size[dim]
+            index = index + length * self.window.offset[dim] / self.window.size[dim]
+        if not self.align_corners:
+            return (2 * index + 1 - full) / full
+        if self.swap_sizes and len(size) > 1:
+            # The released code swaps the divisors of the two image axes.
+            full = size[{len(size) - 1: -2, len(size) - 2: -1}.get(dim, dim)]
+        last = full - 1
+        return (2 * index - last) / _at_least_one(last)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "reference": {"swap_sizes": True},
+    "mkocabas": {"order": "yx"},
+    "solo": {},
+    "paddledetection": {},
+}
+_PRESETS_WITHOUT_RADIUS = ("solo", "paddledetection")
+
+
+def _at_least_one(last: Any) -> Any:
+    """The divisor n - 1, or 1 on an axis of one pixel, for numbers and symbols alike."""
+    if isinstance(last, Tensor):
+        return last.clamp(min=1)
+    if isinstance(last, (int, float)):
+        return last if last > 0 else 1
+    return torch.sym_max(last, 1)
+
+
+def is_capturing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@functools.lru_cache(maxsize=128)
+def _cached_grid(
+    coords: Coordinates, size: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
+    # tensor made in inference mode could not be used for training later.
+    with torch.inference_mode(False):
+        return coords._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)

@@ -1,0 +1,46 @@
+"""The errors this package raises.
+
+Each message says what was wrong, where, and what to write instead. All of them
+derive from :class:`CoordConvPatchError`, and each also from the built-in error
+that a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CoordConvPatchError",
+    "CoordinatesError",
+    "ExportError",
+    "ModelSourceError",
+    "PatchError",
+    "SelectionError",
+    "WeightsError",
+]
+
+
+class CoordConvPatchError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class CoordinatesError(CoordConvPatchError, ValueError):
+    """A description of coordinate channels is impossible or does not fit an input."""
+
+
+class SelectionError(CoordConvPatchError, ValueError):
+    """A ``where=`` selector matches nothing, or cannot be decided."""
+
+
+class PatchError(CoordConvPatchError, RuntimeError):
+    """A model, or a chosen site of it, cannot be patched or unpatched."""
+
+
+class WeightsError(CoordConvPatchError, ValueError):
+    """A coordinate-weights file does not fit the model, or is no such file."""
+
+
+class ExportError(CoordConvPatchError, RuntimeError):
+    """An export failed, or its result does not agree with the torch model."""
+
+
+class ModelSourceError(CoordConvPatchError, ValueError):
+    """A model named on the command line cannot be loaded."""

@@ -1,0 +1,582 @@
+"""The coordinate branch, and the layers that carry it.
+
+A convolution is linear in its input channels, so a CoordConv (a convolution of
+the input x concatenated with coordinate channels c) is the sum of two::
+
+    conv([x ; c], [W ; W_c]) = conv(x, W) + conv(c, W_c)
+
+The second term, the *branch*, does not depend on the image: it is a map of shape
+(1, C_out, H', W') for each input size. At ``W_c = 0`` the sum is conv(x, W) to
+the last bit, in every dtype; that is what lets a trained model be patched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from coordconv_patch.coords import Coordinates, is_capturing
+from coordconv_patch.errors import PatchError
+from coordconv_patch.geometry import (
+    CONV_FUNCTIONS,
+    DECLARED,
+    TORCH_CONVS,
+    ConvGeometry,
+    Padding,
+    flat_amounts,
+    pad_amounts,
+    padding_of,
+)
+
+__all__ = [
+    "CoordBranch",
+    "CoordConv1d",
+    "CoordConv2d",
+    "CoordConv3d",
+    "CoordConvNd",
+    "CoordConvTranspose1d",
+    "CoordConvTranspose2d",
+    "CoordConvTranspose3d",
+]
+
+
+class MapCache:
+    """Coordinate maps of one layer, kept between inference calls.
+
+    Every use compares the weight's values with those that the maps were made
+    from. A version counter would be cheaper, but it misses writes through
+    ``.data``, NumPy and DLPack views, and a stale map is a wrong answer. The
+    comparison costs microseconds on the CPU; on other devices it would force a
+    synchronisation, so maps are kept on the CPU only.
+
+    The cache is not part of the layer's state: copies and pickles start empty.
+    """
+
+    max_maps = 8
+    """Input sizes kept per layer: a detector's shared head sees five or six."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, weight: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The map for ``key`` made from the values that ``weight`` has now."""
+        if (
+            self._weight is None
+            or self._weight.dtype != weight.dtype
+            or not torch.equal(self._weight, weight)
+        ):
+            self._maps.clear()
+            self._weight = weight.detach().clone()
+        found = self._maps.get(key)
+        if found is None:
+            # Not an inference tensor, whatever mode this call runs in: a later one may train.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._maps[key] = compute()
+            if len(self._maps) > self.max_maps:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(key)
+        return found
+
+    def clear(self) -> None:
+        """Forget every map, and the memory they take."""
+        self._weight = None
+        self._maps.clear()
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
+        return MapCache, ()
+
+
+def coordinate_map(
+    grid: Tensor,
+    coord_weight: Tensor,
+    *,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: str = "zeros",
+    rule: Padding = DECLARED,
+    output_padding: Sequence[Any] = (),
+) -> Tensor:
+    """The branch: the coordinate channels convolved with the coordinate weight.
+
+    Args:
+        grid: Coordinate channels, shape ``(N or 1, K, *input_size)``.
+        coord_weight: Shape ``(C_out, K, *kernel_size)``; ``(K, C_out, *kernel_size)``
+            if transposed.
+        transposed: Whether the convolution is a transposed one.
+        stride: The convolution's own; so for the arguments after it.
+        padding: Numbers, ``"same"`` or ``"valid"``.
+        dilation: See ``stride``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rule: How the convolution really pads, where its attributes do not say it.
+        output_padding: Of a transposed convolution, in pixels per dimension.
+
+    Returns:
+        Tensor of shape ``(N or 1, C_out, *output_size)``.
+    """
+    ndim = len(stride)
+    convolve = CONV_FUNCTIONS[ndim, transposed]
+    if transposed:
+        return convolve(
+            grid, coord_weight, None, stride, padding, tuple(output_padding), 1, dilation
+        )
+    if rule.rule != "declared" or padding_mode != "zeros":
+        amounts = pad_amounts(
+            rule,
+            grid.shape[2:],
+            kernel_size=coord_weight.shape[2:],
+            stride=stride,
+            dilation=dilation,
+            declared=padding,
+        )
+        mode = "constant" if padding_mode == "zeros" or rule.rule != "declared" else padding_mode
+        grid = F.pad(grid, flat_amounts(amounts), mode=mode)
+        padding = (0,) * ndim
+    return convolve(grid, coord_weight, None, stride, padding, dilation)
+
+
+class CoordConvNd(_ConvNd):
+    """What every coordinate convolution has in common; mixed in before a convolution class.
+
+    Attributes:
+        coords: The convention of the coordinate channels.
+        coord_weight: Parameter of shape ``(C_out, K, *kernel_size)``, for transposed
+            convolutions ``(K, C_out, *kernel_size)``, whatever the groups.
+        coord_padding: How the convolution pads its input.
+    """
+
+    coords: Coordinates
+    coord_weight: nn.Parameter
+    coord_padding: Padding
+    _map_cache: MapCache
+    _plain_class: type[_ConvNd]
+    """The class that the layer has without coordinates."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The convolution plus the coordinate branch.
+
+        Args:
+            input: Shape ``(N, C_in, *input_size)``, or ``(C_in, *input_size)``.
+            *args: Passed on to the plain class (``output_size`` of a transposed one).
+            **kwargs: Likewise.
+
+        Returns:
+            Tensor of the shape and dtype that the plain convolution returns.
+        """
+        output = super().forward(input, *args, **kwargs)
+        input_size = input.shape[-len(self.kernel_size) :]
+        output_padding = self.output_padding
+        if args or kwargs:
+            output_padding = self._output_padding_of(input_size, output.shape)
+        branch = self._branch(input_size, output_padding).to(output.dtype)
+        if output.dim() < branch.dim():
+            branch = branch.squeeze(0)
+        # In place where nobody can hold the output yet: it saves a copy of the activations.
+        # Functional calls bring tensors instead of the parameter, vmapped ones perhaps.
+        if self._plain_class in TORCH_CONVS and isinstance(self.coord_weight, nn.Parameter):
+            return output.add_(branch)
+        return output + branch
+
+    def _branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+        """The map for one input size, shape ``(1, C_out, *output_size)``."""
+        weight = self.coord_weight
+        compute = functools.partial(self._compute_branch, input_size, output_padding)
+        needs_grad = weight.requires_grad and torch.is_grad_enabled()
+        if is_capturing() or weight.device.type != "cpu" or type(weight) is not nn.Parameter:
+            return compute()
+        if needs_grad:
+            self._map_cache.clear()
+            return compute()
+        if torch.utils._python_dispatch.is_in_torch_dispatch_mode():
+            return compute()
+        key = (
+            tuple(input_size),
+            tuple(output_padding),
+            self.coords,
+            self.coord_padding,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.padding_mode,
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        )
+        return self._map_cache.get(weight, key, compute)
+
+    def _compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+        weight = self.coord_weight
+        grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+        return coordinate_map(
+            grid.unsqueeze(0),
+            weight,
+            transposed=self.transposed,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            padding_mode=self.padding_mode,
+            rule=self.coord_padding,
+            output_padding=output_padding,
+        )
+
+    def _output_padding_of(self, input_size: Sequence[int], output: Sequence[int]) -> list[int]:
+        """The output padding by which a transposed convolution reached an asked ``output_size``."""
+        if not self.transposed:
+            return []
+        padding = cast("tuple[int, ...]", self.padding)
+        return [
+            output[len(output) - len(input_size) + dim]
+            - ((input_size[dim] - 1) * self.stride[dim] - 2 * padding[dim])
+            - (self.dilation[dim] * (self.kernel_size[dim] - 1) + 1)
+            for dim in range(len(input_size))
+        ]
+
+    def reset_parameters(self) -> None:
+        """Reset the plain convolution as torch does, and the coordinate weight to zero.
+
+        A fresh layer thus computes what torch.nn's layer computes under the same seed.
+        """
+        super().reset_parameters()
+        if "coord_weight" in self._parameters:
+            nn.init.zeros_(self.coord_weight)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coords={self.coords}"
+
+    def concatenated_weight(self) -> Tensor:
+        """The weight of the published, concatenating form of this layer, detached.
+
+        Returns:
+            Shape ``(C_out, C_in + K, *kernel_size)``, for transposed convolutions
+            ``(C_in + K, C_out, *kernel_size)``: the input's channels first, then the
+            coordinates in the convention's order.
+
+        Raises:
+            PatchError: If the convolution is grouped: there is no such form then.
+        """
+        self._require_one_group()
+        with torch.no_grad():
+            return torch.cat((self.weight, self.coord_weight), dim=0 if self.transposed else 1)
+
+    @torch.no_grad()
+    def load_concatenated_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take over the weight of a concatenating CoordConv; see :meth:`concatenated_weight`.
+
+        Args:
+            weight: Shape ``(C_out, C_in + K, *kernel_size)``, transposed as above.
+            bias: Shape ``(C_out,)``, if this layer has a bias.
+
+        Raises:
+            PatchError: If a shape does not fit, or the convolution is grouped.
+        """
+        self._require_one_group()
+        expected = self.concatenated_weight().shape
+        if weight.shape != expected:
+            raise PatchError(
+                f"the concatenated weight has shape {tuple(weight.shape)}, this layer needs "
+                f"{tuple(expected)}"
+            )
+        if (bias is None) != (self.bias is None) or (
+            bias is not None and self.bias is not None and bias.shape != self.bias.shape
+        ):
+            raise PatchError("the bias does not fit: pass one exactly if the layer has one")
+        plain, coord = weight.split(
+            [self.in_channels, weight.shape[not self.transposed] - self.in_channels],
+            dim=0 if self.transposed else 1,
+        )
+        self.weight.copy_(plain)
+        self.coord_weight.copy_(coord)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def _require_one_group(self) -> None:
+        if self.groups != 1:
+            raise PatchError(
+                f"a convolution with groups={self.groups} has no concatenated form: its groups "
+                "do not see the same channels"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A plain checkpoint is a complete checkpoint of a layer whose coordinate weights are
+        # zero. With strict=False torch's rule stands: what is missing is reported and kept.
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "coord_weight"
+        if strict and key in missing_keys:
+            missing_keys.remove(key)
+            if self.coord_weight.is_meta and not self.weight.is_meta:  # load_state_dict(assign)
+                zeros = torch.zeros_like(self.coord_weight, device=self.weight.device)
+                self.coord_weight = nn.Parameter(zeros, self.coord_weight.requires_grad)
+            else:
+                nn.init.zeros_(self.coord_weight)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made_here = type(self) is coord_class(self._plain_class)
+        if made_here and self._plain_class not in _COORD_CLASSES:
+            # The class was made at run time, so it is rebuilt from the class it stands on.
+            return _new_layer, (self._plain_class,), self.__dict__
+        return super().__reduce_ex__(protocol)
+
+    def _attach(self, coords: Coordinates, padding: Padding) -> None:
+        """Give a module that already is a convolution what makes it a coordinate convolution."""
+        self.coords = coords
+        self.coord_padding = padding
+        self._map_cache = MapCache()
+        # torch.fx looks at the *instance's* __module__ to decide what to trace through:
+        # convolutions are leaves there, and must stay leaves for everyone's tracer.
+        self.__dict__["__module__"] = "torch.nn.modules.conv"
+        shape = ConvGeometry.of(self).coord_weight_shape(coords.num_channels(len(self.kernel_size)))
+        weight = self.weight
+        self.coord_weight = nn.Parameter(
+            torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        )
+
+    def _detach(self) -> None:
+        """Inverse of :meth:`_attach`."""
+        del self._parameters["coord_weight"]
+        for name in ("coords", "coord_padding", "_map_cache", "__module__"):
+            del self.__dict__[name]
+
+
+def _constructor(plain: type[_ConvNd]) -> Callable[..., None]:
+    @functools.wraps(plain.__init__)
+    def __init__(
+        self: CoordConvNd, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any
+    ) -> None:
+        plain.__init__(self, *args, **kwargs)
+        self._attach(Coordinates.of(coords), DECLARED)
+
+    return __init__
+
+
+_LAYER_DOC = """{plain} that also sees where in its input it looks.
+
+    Takes the arguments of :class:`torch.nn.{plain}`, and ``coords=``. The
+    coordinate weight starts at zero, so a fresh layer equals torch's under the
+    same seed. Any stride, padding, padding mode, dilation and groups; unbatched
+    inputs too. Liu et al. 2018, https://arxiv.org/abs/1807.03247.
+
+    Args:
+        *args: As :class:`torch.nn.{plain}`.
+        coords: A :class:`Coordinates` or the name of a preset; ``None``: the paper's.
+        **kwargs: As :class:`torch.nn.{plain}`.
+
+    Shape:
+        - input: ``{input}`` or unbatched, output as ``torch.nn.{plain}``.
+        - coord_weight: ``{weight}``.
+    """
+
+
+class CoordConv1d(CoordConvNd, nn.Conv1d):
+    __doc__ = _LAYER_DOC.format(plain="Conv1d", input="(N, C_in, L)", weight="(C_out, K, k)")
+    _plain_class = nn.Conv1d
+    __init__ = _constructor(nn.Conv1d)
+
+
+class CoordConv2d(CoordConvNd, nn.Conv2d):
+    __doc__ = _LAYER_DOC.format(
+        plain="Conv2d", input="(N, C_in, H, W)", weight="(C_out, K, kH, kW)"
+    )
+    _plain_class = nn.Conv2d
+    __init__ = _constructor(nn.Conv2d)
+
+
+class CoordConv3d(CoordConvNd, nn.Conv3d):
+    __doc__ = _LAYER_DOC.format(
+        plain="Conv3d", input="(N, C_in, D, H, W)", weight="(C_out, K, kD, kH, kW)"
+    )
+    _plain_class = nn.Conv3d
+    __init__ = _constructor(nn.Conv3d)
+
+
+class CoordConvTranspose1d(CoordConvNd, nn.ConvTranspose1d):
+    __doc__ = _LAYER_DOC.format(
+        plain="ConvTranspose1d", input="(N, C_in, L)", weight="(K, C_out, k)"
+    )
+    _plain_class = nn.ConvTranspose1d
+    __init__ = _constructor(nn.ConvTranspose1d)
+
+
+class CoordConvTranspose2d(CoordConvNd, nn.ConvTranspose2d):
+    __doc__ = _LAYER_DOC.format(
+        plain="ConvTranspose2d", input="(N, C_in, H, W)", weight="(K, C_out, kH, kW)"
+    )
+    _plain_class = nn.ConvTranspose2d
+    __init__ = _constructor(nn.ConvTranspose2d)
+
+
+class CoordConvTranspose3d(CoordConvNd, nn.ConvTranspose3d):
+    __doc__ = _LAYER_DOC.format(
+        plain="ConvTranspose3d", input="(N, C_in, D, H, W)", weight="(K, C_out, kD, kH, kW)"
+    )
+    _plain_class = nn.ConvTranspose3d
+    __init__ = _constructor(nn.ConvTranspose3d)
+
+
+_COORD_CLASSES: dict[type[_ConvNd], type[CoordConvNd]] = {
+    nn.Conv1d: CoordConv1d,
+    nn.Conv2d: CoordConv2d,
+    nn.Conv3d: CoordConv3d,
+    nn.ConvTranspose1d: CoordConvTranspose1d,
+    nn.ConvTranspose2d: CoordConvTranspose2d,
+    nn.ConvTranspose3d: CoordConvTranspose3d,
+}
+
+
+@functools.cache
+def coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
+    """The coordinate class that stands on a convolution class; the same one every time."""
+    if plain in _COORD_CLASSES:
+        return _COORD_CLASSES[plain]
+    return type(
+        f"Coord{plain.__name__}",
+        (CoordConvNd, plain),
+        {"_plain_class": plain, "__doc__": f"{plain.__name__} with a coordinate branch."},
+    )
+
+
+def _new_layer(plain: type[_ConvNd]) -> CoordConvNd:
+    """An empty layer of the coordinate class on ``plain``, for unpickling."""
+    made = coord_class(plain)
+    return made.__new__(made)
+
+
+class CoordBranch(nn.Module):
+    """The branch alone: added to a functional convolution in a graph.
+
+    Args:
+        geometry: Geometry of the convolution whose output it is added to.
+        coords: The convention of the coordinate channels.
+        device: Where the coordinate weight lives.
+        dtype: Its dtype.
+
+    Shape:
+        - input: the convolution's input, ``(N, C_in, *input_size)`` or unbatched.
+        - output: ``(1, C_out, *output_size)``, unbatched if the input is.
+        - coord_weight: as in :class:`CoordConvNd`.
+    """
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        coords: Coordinates,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.coords = coords
+        self.__dict__["__module__"] = "torch.nn.modules.conv"  # an fx leaf, see CoordConvNd
+        shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
+        self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        geometry, weight = self.geometry, self.coord_weight
+        grid = self.coords.grid(
+            input.shape[-geometry.ndim :], device=weight.device, dtype=weight.dtype
+        )
+        branch = coordinate_map(
+            grid.unsqueeze(0),
+            weight,
+            transposed=geometry.transposed,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            padding_mode=geometry.padding_mode,
+            output_padding=geometry.output_padding,
+        )
+        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry}, coords={self.coords}"
+
+
+def check_convertible(module: _ConvNd) -> Padding:
+    """Whether :func:`convert_` would succeed; returns how the module pads.
+
+    Raises:
+        PatchError: With the reason why it would not.
+    """
+    if isinstance(module, CoordConvNd):
+        raise PatchError(f"it already is a CoordConv with coordinates {module.coords}")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise PatchError("it is lazy: run the model once, so that its shape is known")
+    if not isinstance(module, TORCH_CONVS):
+        raise PatchError(f"{type(module).__name__} is no torch.nn convolution of 1 to 3 dimensions")
+    if "forward" in vars(module):
+        raise PatchError(
+            "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
+            "bypass the coordinates: patch the model before"
+        )
+    if not module.weight.dtype.is_floating_point:
+        raise PatchError(f"its weight has dtype {module.weight.dtype}; coordinates need floats")
+    return padding_of(module)
+
+
+def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
+    """Turn a convolution module into its coordinate class, in place.
+
+    The object keeps its identity, and with it its hooks, parameters, flags and
+    aliases; only its class changes. Call :func:`check_convertible` before.
+    """
+    if parametrize.is_parametrized(module):
+        # torch takes a parametrized module back to its first base class when the last
+        # parametrization is removed, so the coordinate class goes beneath.
+        parametrized = type(module)
+        plain = cast("type[_ConvNd]", parametrized.__bases__[0])
+        namespace = {k: v for k, v in vars(parametrized).items() if k != "__dict__"}
+        namespace.pop("__weakref__", None)
+        module.__class__ = type(parametrized.__name__, (coord_class(plain),), namespace)
+    else:
+        module.__class__ = coord_class(type(module))
+    cast(CoordConvNd, module)._attach(coords, padding)
+
+
+def revert_(module: CoordConvNd) -> None:
+    """Turn a coordinate convolution back into the class it was made from, in place."""
+    module._detach()
+    plain = module._plain_class
+    if parametrize.is_parametrized(module):
+        parametrized = type(module)
+        namespace = {k: v for k, v in vars(parametrized).items() if k != "__dict__"}
+        namespace.pop("__weakref__", None)
+        module.__class__ = type(parametrized.__name__, (plain,), namespace)
+    else:
+        module.__class__ = plain
+
+
+def coord_layers(model: nn.Module) -> Mapping[str, CoordConvNd | CoordBranch]:
+    """Every layer of a model that holds a coordinate weight, by site name, each once.
+
+    The site of a :class:`CoordBranch` is named without the branch's own last component.
+    """
+    found: dict[str, CoordConvNd | CoordBranch] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CoordConvNd):
+            found[name] = module
+        elif isinstance(module, CoordBranch):
+            found[name.rpartition(".")[0]] = module
+    return found

@@ -1,0 +1,227 @@
+"""The dry run: which sites would be patched, what that costs, and why.
+
+A plan changes nothing. It prints as a table, and its rows are values that a
+program can read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.export import ExportedProgram
+
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.select import Choice, Where, select
+from coordconv_patch.sites import Call, Site, SiteMap, find_sites
+
+__all__ = ["Plan", "PlanRow", "plan"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One site of a plan.
+
+    Attributes:
+        site: The site.
+        chosen: Whether it would be patched.
+        reason: Why, or why not.
+        note: What else to know about it; often empty.
+        parameters: Coordinate weights that it would get; 0 if not chosen.
+        multiply_adds: Multiply-adds that its branch adds to one forward pass, whatever
+            the batch size, over all its calls; ``None`` if the sizes are unknown.
+    """
+
+    site: Site
+    chosen: bool
+    reason: str
+    note: str
+    parameters: int
+    multiply_adds: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`coordconv_patch.patch` would do. ``print(plan)`` shows a table.
+
+    Attributes:
+        coords: The convention of the coordinate channels.
+        rows: One row per site, in order of execution where it is known.
+        site_map: The sites and the regions that they were found in.
+    """
+
+    coords: Coordinates
+    rows: tuple[PlanRow, ...]
+    site_map: SiteMap
+
+    @property
+    def chosen(self) -> tuple[Site, ...]:
+        """The sites that would be patched."""
+        return tuple(row.site for row in self.rows if row.chosen)
+
+    @property
+    def parameters(self) -> int:
+        """Coordinate weights added in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds added to one forward pass; ``None`` if sizes are unknown."""
+        counts = [row.multiply_adds for row in self.rows if row.chosen]
+        if any(count is None for count in counts):
+            return None
+        return sum(count for count in counts if count is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {
+            "coords": self.coords.to_dict(),
+            "order_known": self.site_map.order_known,
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "sites": [
+                {
+                    "name": row.site.name,
+                    "kind": row.site.kind,
+                    "class": row.site.class_name,
+                    "geometry": row.site.geometry and row.site.geometry.to_dict(),
+                    "calls": row.site.calls
+                    and [[call.input_size, call.output_size] for call in row.site.calls],
+                    "chosen": row.chosen,
+                    "reason": row.reason,
+                    "note": row.note,
+                    "parameters": row.parameters,
+                    "multiply_adds": row.multiply_adds,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def table(self) -> Table:
+        """The plan as a rich table."""
+        table = Table(title=f"coordinates {self.coords}", title_justify="left")
+        for heading in ("", "site", "class", "geometry", "input", "output"):
+            table.add_column(heading, overflow="fold", no_wrap=heading != "site")
+        for heading in ("calls", "params", "MAdds"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("why")
+        for row in self.rows:
+            calls = row.site.calls
+            table.add_row(
+                "+" if row.chosen else "",
+                row.site.name,
+                row.site.class_name,
+                "?" if row.site.geometry is None else str(row.site.geometry),
+                _sizes(calls, "input_size"),
+                _sizes(calls, "output_size"),
+                "?" if calls is None else str(len(calls)),
+                f"{row.parameters:,}" if row.chosen else "",
+                ("?" if row.multiply_adds is None else _scaled(row.multiply_adds))
+                if row.chosen
+                else "",
+                f"{row.reason}; {row.note}" if row.note else row.reason,
+                style=None if row.chosen else "dim",
+            )
+        table.caption = self.summary()
+        table.caption_justify = "left"
+        return table
+
+    def summary(self) -> str:
+        """One line: sites chosen, weights and multiply-adds added."""
+        madds = self.multiply_adds
+        cost = "" if madds is None else f", {_scaled(madds)} multiply-adds a forward pass"
+        regions = self.site_map.regions
+        whole = "traced whole" if not self.site_map.untraced else f"{len(regions)} traced regions"
+        return (
+            f"{len(self.chosen)} of {len(self.rows)} sites chosen, "
+            f"{self.parameters:,} coordinate weights{cost} ({whole})"
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=160, color_system=None, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def plan(
+    model: nn.Module | ExportedProgram,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """The dry run of :func:`coordconv_patch.patch`; the model is not changed.
+
+    Args:
+        model: Any module, a GraphModule, or a torch.export ExportedProgram.
+        where: Which sites; see :func:`coordconv_patch.select.select`.
+        coords: The convention, or the name of a preset; ``None``: the paper's.
+        example_inputs: A tensor, or a tuple of positional arguments (a dict last is
+            keyword arguments). Adds sizes, calls and multiply-adds, and the order of
+            execution where the model cannot be traced.
+
+    Raises:
+        SelectionError: If a selector matches nothing that can be patched.
+        PatchError: If the forward pass fails on the example inputs.
+    """
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    return plan_sites(find_sites(module, example_inputs), where, Coordinates.of(coords))
+
+
+def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
+    """The plan for sites that were found already."""
+    rows = tuple(_row(choice, coords) for choice in select(site_map, where))
+    return Plan(coords, rows, site_map)
+
+
+def _row(choice: Choice, coords: Coordinates) -> PlanRow:
+    site = choice.site
+    parameters, multiply_adds = 0, None
+    if choice.chosen and site.geometry is not None:
+        shape = site.geometry.coord_weight_shape(coords.num_channels(site.geometry.ndim))
+        parameters = math.prod(shape)
+        if site.calls is not None:
+            multiply_adds = sum(_multiply_adds(parameters, site, call) for call in site.calls)
+    return PlanRow(site, choice.chosen, choice.reason, _note(site), parameters, multiply_adds)
+
+
+def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
+    """Each weight is used once per output pixel; of a transposed convolution per input pixel."""
+    transposed = site.geometry is not None and site.geometry.transposed
+    return parameters * math.prod(call.input_size if transposed else call.output_size)
+
+
+def _note(site: Site) -> str:
+    notes = []
+    if site.calls is not None:
+        if not site.calls:
+            notes.append("never called on the example inputs")
+        elif all(math.prod(call.input_size) == 1 for call in site.calls):
+            notes.append("its input is one pixel, whose coordinates are 0")
+    if site.kind == "function" and site.region is not None:
+        if not hasattr(site.region.module, "graph"):
+            notes.append(f"{site.owner or 'the model'} becomes a GraphModule")
+    return "; ".join(notes)
+
+
+def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:
+    if calls is None:
+        return "?"
+    unique = dict.fromkeys(getattr(call, field) for call in calls)
+    shown = ["\u00d7".join(map(str, size)) for size in unique]
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+
+
+def _scaled(count: int) -> str:
+    """A count with a decimal prefix: 1.2 M."""
+    value = float(count)
+    for prefix in ("", " k", " M", " G"):
+        if value < 1000:
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    return f"{value:.3g} T"
