@@ -1,0 +1,24 @@
+"""Give a trained convolutional model's convolutions coordinates, without changing its outputs.
+
+>>> import coordconv_patch as ccp
+>>> model = ccp.patch(model, where="first")          # doctest: +SKIP
+>>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
+"""
+
+from coordconv_patch.coords import Coordinates, Window
+from coordconv_patch.layers import (
+    CoordConv1d,
+    CoordConv2d,
+    CoordConv3d,
+    CoordConvTranspose1d,
+    CoordConvTranspose2d,
+    CoordConvTranspose3d,
+)
+from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
+from coordconv_patch.plan import Plan, plan
+from coordconv_patch.training import (
+    add_to_optimizer_,
+    coord_parameters,
+    param_groups,
+    train_only_coords_,
+)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,10 @@ __all__ = [
     "CoordConvTranspose2d",
     "CoordConvTranspose3d",
 ]
+
+
+BRANCH_NAME = "coord_branch"
+"""Name of the submodule that a :class:`CoordBranch` is added under."""
 
 
 class MapCache:
@@ -568,15 +572,16 @@ def revert_(module: CoordConvNd) -> None:
         module.__class__ = plain
 
 
-def coord_layers(model: nn.Module) -> Mapping[str, CoordConvNd | CoordBranch]:
+def coord_layers(model: nn.Module) -> dict[str, CoordConvNd | CoordBranch]:
     """Every layer of a model that holds a coordinate weight, by site name, each once.
 
-    The site of a :class:`CoordBranch` is named without the branch's own last component.
+    In order of registration.
     """
     found: dict[str, CoordConvNd | CoordBranch] = {}
     for name, module in model.named_modules():
         if isinstance(module, CoordConvNd):
             found[name] = module
         elif isinstance(module, CoordBranch):
-            found[name.rpartition(".")[0]] = module
+            # "conv1.coord_branch" belongs to site conv1, "w_coord_branch" to site w.
+            found[name.removesuffix(BRANCH_NAME)[:-1]] = module
     return found

@@ -270,7 +270,7 @@ class _Finder:
                         return None
                     order += inner
             elif node.op == "call_function" and node.target in CONV_SIGNATURES:
-                order.append(_function_site_name(region, node))
+                order.append(_function_site_name(region.name, node))
         return order
 
     def module_sites(self) -> Iterator[Site]:
@@ -312,11 +312,7 @@ class _Finder:
     def function_sites(self) -> Iterator[Site]:
         """The functional convolutions in the traced graphs; calls of one weight are one site."""
         for region in self.regions:
-            grouped: dict[str, list[fx.Node]] = {}
-            for node in region.graph.nodes:
-                if node.op == "call_function" and node.target in CONV_SIGNATURES:
-                    grouped.setdefault(_function_site_name(region, node), []).append(node)
-            for name, nodes in grouped.items():
+            for name, nodes in function_nodes(region.name, region.graph).items():
                 yield _function_site(region, name, nodes)
 
 
@@ -372,15 +368,28 @@ def conv_arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _function_site_name(region: Region, node: fx.Node) -> str:
+def function_nodes(prefix: str, graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The functional convolutions of a graph by site name.
+
+    Args:
+        prefix: Qualified name of the module that the graph belongs to.
+        graph: The graph.
+    """
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in CONV_SIGNATURES:
+            nodes.setdefault(_function_site_name(prefix, node), []).append(node)
+    return nodes
+
+
+def _function_site_name(prefix: str, node: fx.Node) -> str:
     weight = conv_arguments(node).get("weight")
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        holder, _, attribute = str(weight.target).rpartition(".")
-        # "conv1.weight" names the site conv1, as if conv1 were a module site.
-        named = holder if holder and attribute == "weight" else weight.target
-    else:
-        named = node.name
-    return _join(region.name, named)
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+        return _join(prefix, node.name)
+    # "conv1.weight" names the site conv1, as if conv1 were a module site.
+    full_name = _join(prefix, weight.target)
+    holder, _, attribute = full_name.rpartition(".")
+    return holder if holder and attribute == "weight" else full_name
 
 
 def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
@@ -472,16 +481,15 @@ def _shape_and_dtype(
     return tuple(int(length) for length in recorded.shape), recorded.dtype
 
 
-def branch_of(root: nn.Module, node: fx.Node) -> CoordBranch | None:
-    """The coordinate branch that a graph already adds to a functional convolution."""
+def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What a graph already adds to a functional convolution: the sum's node and the branch's."""
     for user in node.users:
         if user.op != "call_function" or user.target is not operator.add:
             continue
         for other in user.args:
             if isinstance(other, fx.Node) and other.op == "call_module":
-                module = root.get_submodule(str(other.target))
-                if isinstance(module, CoordBranch):
-                    return module
+                if isinstance(root.get_submodule(str(other.target)), CoordBranch):
+                    return user, other
     return None
 
 
@@ -517,20 +525,24 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are put back."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every submodule in training or evaluation mode; each one's own flag is put back."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted(
-        {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    )
     try:
         for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, training in modes:
             module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are put back."""
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(cuda):
+        yield
 
 
 def record_calls(

@@ -1,0 +1,369 @@
+"""Patch and unpatch: the plan carried out.
+
+A module site is rewritten by giving the convolution module its coordinate class
+in place, in the module tree that every graph refers to; the model keeps its
+class, methods, hooks, aliases, flags and state_dict names. A functional site is
+rewritten in a graph: conv(x, W) becomes conv(x, W) + branch(x).
+
+Everything that can fail is done before the first change.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import warnings
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.coords import Coordinates, Window
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers import (
+    BRANCH_NAME,
+    CoordBranch,
+    CoordConvNd,
+    convert_,
+    coord_layers,
+    revert_,
+)
+from coordconv_patch.plan import Plan, plan
+from coordconv_patch.select import Where
+from coordconv_patch.sites import (
+    Site,
+    branch_of,
+    conv_arguments,
+    function_nodes,
+    in_mode,
+    trace,
+)
+
+__all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
+
+
+def patch(
+    model: nn.Module | ExportedProgram,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """A copy of the model whose chosen convolutions also see coordinates.
+
+    The coordinate weights start at zero, so the copy's outputs equal the
+    model's to the last bit, in training and in evaluation mode. The model itself
+    is not changed.
+
+    Args:
+        model: Any module (the copy has its class), a GraphModule, or a torch.export
+            ExportedProgram (gives a GraphModule).
+        where: Which convolutions: ``"first"``, ``"all"``, a name, a glob, ``"re:..."``,
+            a type, a callable on a :class:`Site`, ``"stem"``, ``"neck"``, ``"head"``, or a
+            list of these.
+        coords: The convention of the coordinate channels, or the name of a preset;
+            ``None``: the paper's.
+        example_inputs: A tensor, or a tuple of positional arguments (a dict last is
+            keyword arguments). Needed for ``"first"`` on models that torch.fx cannot
+            trace.
+
+    Returns:
+        The patched copy. Where a functional convolution of a plain module was chosen,
+        the smallest submodule that calls it is a GraphModule; the plan says which.
+
+    Raises:
+        SelectionError: If a selector matches nothing that can be patched.
+        PatchError: If the model cannot be copied, or a chosen site cannot be patched.
+    """
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+    _warn_of_obstacles(decided)
+    return apply_plan_(_copied(model), decided)
+
+
+def patch_(
+    model: nn.Module,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Patch a model in place; see :func:`patch` for the arguments and errors.
+
+    An optimizer that was built before does not know the coordinate weights; see
+    :func:`coordconv_patch.add_to_optimizer_`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        PatchError: As :func:`patch`; also for an ExportedProgram, and if the model's
+            own forward calls a chosen functional convolution: both need :func:`patch`.
+    """
+    if isinstance(model, ExportedProgram):
+        raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
+    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+    _warn_of_obstacles(decided)
+    patched = apply_plan_(model, decided)
+    assert patched is model
+    return model
+
+
+def unpatch(model: nn.Module, *, discard: bool = False) -> nn.Module:
+    """A copy of the model without coordinates; see :func:`unpatch_`."""
+    _check_unpatchable(model, discard)
+    return unpatch_(_copied(model), discard=discard)
+
+
+def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
+    """Take the coordinates away again, in place.
+
+    Modules get back the class that they had. A submodule that had become a
+    GraphModule stays one, without the branches.
+
+    Args:
+        model: A patched model.
+        discard: Drop coordinate weights that are not zero; the outputs then change.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        PatchError: If the model is not patched, or coordinate weights are not zero and
+            ``discard`` is false.
+    """
+    _check_unpatchable(model, discard)
+    for layer in coord_layers(model).values():
+        if isinstance(layer, CoordConvNd):
+            revert_(layer)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            _remove_branches(module)
+    return model
+
+
+def set_window_(model: nn.Module, window: Window | None) -> nn.Module:
+    """Tell every coordinate layer where in a larger image its input lies, in place.
+
+    For inference on tiles: each tile then gets the coordinates that it has in the
+    whole image.
+
+    Args:
+        model: A patched model.
+        window: The tile's place; ``None``: the input is the whole image again.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        PatchError: If the model is not patched.
+        CoordinatesError: If a layer's convention knows no windows.
+    """
+    layers = coord_layers(model)
+    if not layers:
+        raise PatchError("the model has no coordinate layers: patch it first")
+    changed = {
+        name: dataclasses.replace(layer.coords, window=window) for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
+        layer.coords = changed[name]
+    return model
+
+
+def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
+    """Carry a plan out on a model, in place; on the model that was planned, or on a copy of it.
+
+    Returns:
+        The model; a GraphModule in its stead if the model's own forward calls a
+        chosen functional convolution and the model is not the one that was planned.
+
+    Raises:
+        PatchError: If a chosen site cannot be patched. The model is unchanged then.
+    """
+    modules = [site for site in decided.chosen if site.kind == "module"]
+    functions = [site for site in decided.chosen if site.kind == "function"]
+    edits = [
+        _GraphEdit(model, owner, sites, decided.coords)
+        for owner, sites in _by_owner(functions).items()
+    ]
+    planned = any(site.region and site.region.module is model for site in functions)
+    if planned and any(edit.replaces_root for edit in edits):
+        raise PatchError(
+            "the model's own forward calls a chosen functional convolution, so the model has to "
+            "become a GraphModule: use patch(...), which returns one"
+        )
+    converted: list[CoordConvNd] = []
+    try:
+        for site in modules:
+            module = cast(_ConvNd, model.get_submodule(site.name))
+            convert_(module, decided.coords, site.padding)
+            converted.append(cast(CoordConvNd, module))
+    except BaseException:
+        for layer in converted:
+            revert_(layer)
+        raise
+    for edit in edits:
+        model = edit.commit()
+    return model
+
+
+def _warn_of_obstacles(decided: Plan) -> None:
+    skipped = [row.site for row in decided.rows if row.site.obstacle]
+    if skipped:
+        shown = "; ".join(f"{site.name}: {site.obstacle}" for site in skipped[:3])
+        more = f"; and {len(skipped) - 3} more, see plan(...)" if len(skipped) > 3 else ""
+        warnings.warn(
+            f"convolutions without coordinates, because they cannot carry them: {shown}{more}",
+            stacklevel=3,
+        )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise PatchError(
+            f"the model cannot be deep-copied ({error}): use the in-place form, patch_ or unpatch_"
+        ) from error
+
+
+def _by_owner(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Functional sites by the qualified name of the module whose graph is to be edited."""
+    owners: dict[str, list[Site]] = {}
+    for site in sites:
+        assert site.region is not None
+        in_graph_module = isinstance(site.region.module, fx.GraphModule)
+        owners.setdefault(site.region.name if in_graph_module else site.owner, []).append(site)
+    return owners
+
+
+class _GraphEdit:
+    """Branches added to the functional convolutions of one module; prepared, then committed."""
+
+    def __init__(
+        self, model: nn.Module, owner: str, sites: list[Site], coords: Coordinates
+    ) -> None:
+        self.model = model
+        self.owner = owner
+        self.module = model.get_submodule(owner)
+        self.replaces_module = not isinstance(self.module, fx.GraphModule)
+        if self.replaces_module:
+            graph = _mode_independent_graph(owner, self.module)
+            self.target = fx.GraphModule(self.module, graph, type(self.module).__name__)
+        else:
+            self.target = cast(fx.GraphModule, self.module)
+        self.graph = copy.deepcopy(self.target.graph)
+        self.branches: dict[str, CoordBranch] = {}
+        nodes_by_site = function_nodes(owner, self.graph)
+        for site in sites:
+            if site.name not in nodes_by_site:
+                raise PatchError(f"{site.name}: not found when {owner or 'the model'} is traced")
+            self._add_branch(site, nodes_by_site[site.name], coords)
+        self.graph.lint()
+
+    def _add_branch(self, site: Site, nodes: list[fx.Node], coords: Coordinates) -> None:
+        assert site.geometry is not None
+        holder = site.name[len(self.owner) :].lstrip(".")
+        is_module = holder in dict(self.target.named_modules())
+        name = f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
+        weight = conv_arguments(nodes[0])["weight"]
+        if weight.op == "get_attr":
+            tensor = operator.attrgetter(str(weight.target))(self.target)
+        else:
+            tensor = weight.meta["val"]
+        self.branches[name] = CoordBranch(
+            site.geometry, coords, device=tensor.device, dtype=tensor.dtype
+        )
+        for node in nodes:
+            with self.graph.inserting_after(node):
+                branch = self.graph.call_module(name, (conv_arguments(node)["input"],))
+            with self.graph.inserting_after(branch):
+                total = self.graph.call_function(operator.add)
+            total.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
+            node.replace_all_uses_with(total)
+            total.args = (node, branch)
+
+    @property
+    def replaces_root(self) -> bool:
+        return self.replaces_module and not self.owner
+
+    def commit(self) -> nn.Module:
+        """Put the edited graph in place; returns the model, or what stands for it now."""
+        for name, branch in self.branches.items():
+            self.target.add_submodule(name, branch)
+        self.target.graph = self.graph
+        if not self.replaces_module:
+            return self.model
+        _copy_training_flag(self.module, self.target)
+        if not self.owner:
+            return self.target
+        for parent in list(self.model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if child is self.module:
+                    setattr(parent, child_name, self.target)
+        return self.model
+
+
+def _copy_training_flag(source: nn.Module, target: nn.Module) -> None:
+    # Not train(): a submodule may have been frozen by hand, and shares its flag with the source.
+    target.training = source.training
+
+
+def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
+    """The graph of a plain module, if training and evaluation give the same one."""
+    place = owner or "the model"
+    try:
+        with in_mode(module, training=True):
+            trained = trace(module)
+        with in_mode(module, training=False):
+            evaluated = trace(module)
+    except Exception as error:
+        raise PatchError(
+            f"{place} calls a functional convolution, but torch.fx cannot trace it: {error}"
+        ) from error
+    if str(trained) != str(evaluated):
+        raise PatchError(
+            f"{place} calls a functional convolution and behaves differently in training and "
+            "evaluation, which one graph cannot express: use torch.nn.Conv2d modules there"
+        )
+    return evaluated
+
+
+def _check_unpatchable(model: nn.Module, discard: bool) -> None:
+    layers = coord_layers(model)
+    if not layers:
+        raise PatchError("the model is not patched: it has no coordinate layers")
+    if discard:
+        return
+    trained = [
+        name
+        for name, layer in layers.items()
+        if layer.coord_weight.is_meta or bool(layer.coord_weight.detach().any())
+    ]
+    if trained:
+        raise PatchError(
+            f"coordinate weights are not zero at {', '.join(trained[:5])}"
+            f"{' and others' if len(trained) > 5 else ''}: without them the outputs change. Save "
+            "them with save_coords(...), and pass discard=True to drop them"
+        )
+
+
+def _remove_branches(graph_module: fx.GraphModule) -> None:
+    edited = False
+    for nodes in function_nodes("", graph_module.graph).values():
+        for node in nodes:
+            found = branch_of(graph_module, node)
+            if found is None:
+                continue
+            total, branch = found
+            total.replace_all_uses_with(node)
+            graph_module.graph.erase_node(total)
+            graph_module.graph.erase_node(branch)
+            edited = True
+    if edited:
+        graph_module.delete_all_unused_submodules()
+        graph_module.recompile()
