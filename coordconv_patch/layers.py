@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from coordconv_patch.coords import Coordinates, is_capturing
 from coordconv_patch.errors import PatchError
@@ -65,34 +66,49 @@ class MapCache:
     """
 
     max_maps = 8
-    """Input sizes kept per layer: a detector's shared head sees five or six."""
+    """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
     def __init__(self) -> None:
+        self._coords: Coordinates | None = None
+        self._padding: Padding | None = None
         self._weight: Tensor | None = None
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-    def get(self, weight: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """The map for ``key`` made from the values that ``weight`` has now."""
+    def get(
+        self, layer: CoordConvNd, input_size: Sequence[int], output_padding: Sequence[int]
+    ) -> Tensor:
+        """The layer's map for one input size, made from what the layer is now."""
+        weight = layer.coord_weight
         if (
-            self._weight is None
+            self._coords is not layer.coords
+            or self._padding is not layer.coord_padding
+            or self._weight is None
             or self._weight.dtype != weight.dtype
             or not torch.equal(self._weight, weight)
         ):
             self._maps.clear()
+            self._coords, self._padding = layer.coords, layer.coord_padding
             self._weight = weight.detach().clone()
+        key = (
+            input_size,
+            output_padding,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.padding_mode,
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        )
         found = self._maps.get(key)
         if found is None:
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             with torch.inference_mode(False), torch.no_grad():
-                found = self._maps[key] = compute()
+                found = self._maps[key] = layer.compute_branch(input_size, output_padding)
             if len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
-        else:
-            self._maps.move_to_end(key)
         return found
 
     def clear(self) -> None:
-        """Forget every map, and the memory they take."""
+        """Forget every map, and the memory that they take."""
         self._weight = None
         self._maps.clear()
 
@@ -169,6 +185,8 @@ class CoordConvNd(_ConvNd):
     _map_cache: MapCache
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
+    _output_is_fresh: bool = True
+    """Whether the plain forward returns a tensor that nobody else holds."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution plus the coordinate branch.
@@ -186,41 +204,40 @@ class CoordConvNd(_ConvNd):
         output_padding = self.output_padding
         if args or kwargs:
             output_padding = self._output_padding_of(input_size, output.shape)
-        branch = self._branch(input_size, output_padding).to(output.dtype)
+        weight = self.coord_weight
+        own_parameter = type(weight) is nn.Parameter
+        if weight.requires_grad and torch.is_grad_enabled():
+            self._map_cache.clear()
+            branch = self.compute_branch(input_size, output_padding)
+        elif (
+            own_parameter
+            and weight.is_cpu
+            and not is_capturing()
+            and not is_in_torch_dispatch_mode()
+        ):
+            branch = self._map_cache.get(self, input_size, output_padding)
+        else:
+            branch = self.compute_branch(input_size, output_padding)
+        if branch.dtype != output.dtype:
+            branch = branch.to(output.dtype)
         if output.dim() < branch.dim():
             branch = branch.squeeze(0)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
-        # Functional calls bring tensors instead of the parameter, vmapped ones perhaps.
-        if self._plain_class in TORCH_CONVS and isinstance(self.coord_weight, nn.Parameter):
+        # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
+        if own_parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
 
-    def _branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
-        """The map for one input size, shape ``(1, C_out, *output_size)``."""
-        weight = self.coord_weight
-        compute = functools.partial(self._compute_branch, input_size, output_padding)
-        needs_grad = weight.requires_grad and torch.is_grad_enabled()
-        if is_capturing() or weight.device.type != "cpu" or type(weight) is not nn.Parameter:
-            return compute()
-        if needs_grad:
-            self._map_cache.clear()
-            return compute()
-        if torch.utils._python_dispatch.is_in_torch_dispatch_mode():
-            return compute()
-        key = (
-            tuple(input_size),
-            tuple(output_padding),
-            self.coords,
-            self.coord_padding,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.padding_mode,
-            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        )
-        return self._map_cache.get(weight, key, compute)
+    def compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+        """The coordinate map for one input size.
 
-    def _compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+        Args:
+            input_size: Spatial size of the input, such as ``(H, W)``.
+            output_padding: Of a transposed convolution, in pixels per dimension.
+
+        Returns:
+            Shape ``(1, C_out, *output_size)``.
+        """
         weight = self.coord_weight
         grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
         return coordinate_map(
@@ -235,17 +252,19 @@ class CoordConvNd(_ConvNd):
             output_padding=output_padding,
         )
 
-    def _output_padding_of(self, input_size: Sequence[int], output: Sequence[int]) -> list[int]:
+    def _output_padding_of(
+        self, input_size: Sequence[int], output: Sequence[int]
+    ) -> tuple[int, ...]:
         """The output padding by which a transposed convolution reached an asked ``output_size``."""
         if not self.transposed:
-            return []
+            return ()
         padding = cast("tuple[int, ...]", self.padding)
-        return [
+        return tuple(
             output[len(output) - len(input_size) + dim]
             - ((input_size[dim] - 1) * self.stride[dim] - 2 * padding[dim])
             - (self.dilation[dim] * (self.kernel_size[dim] - 1) + 1)
             for dim in range(len(input_size))
-        ]
+        )
 
     def reset_parameters(self) -> None:
         """Reset the plain convolution as torch does, and the coordinate weight to zero.
@@ -457,7 +476,11 @@ def coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
     return type(
         f"Coord{plain.__name__}",
         (CoordConvNd, plain),
-        {"_plain_class": plain, "__doc__": f"{plain.__name__} with a coordinate branch."},
+        {
+            "_plain_class": plain,
+            "_output_is_fresh": False,
+            "__doc__": f"{plain.__name__} with a coordinate branch.",
+        },
     )
 
 
