@@ -281,9 +281,7 @@ def _fitting_paddings(module: _ConvNd, size: tuple[int, ...]) -> Iterator[Paddin
             f"{type(module).__name__} decides its padding in its own forward, which cannot be "
             "watched on the meta device: load the model on a real device first"
         )
-    numeric = dict(
-        kernel_size=module.kernel_size, stride=module.stride, dilation=module.dilation
-    )
+    numeric = dict(kernel_size=module.kernel_size, stride=module.stride, dilation=module.dilation)
     arrived = F.pad(before_conv, flat_amounts(seen))[:, :1]
     reference = probe[:, :1]
     declared = pad_amounts(DECLARED, size, declared=module.padding, **numeric)
