@@ -22,3 +22,27 @@ from coordconv_patch.training import (
     param_groups,
     train_only_coords_,
 )
+from coordconv_patch.version import __version__
+
+__all__ = [
+    "CoordConv1d",
+    "CoordConv2d",
+    "CoordConv3d",
+    "CoordConvTranspose1d",
+    "CoordConvTranspose2d",
+    "CoordConvTranspose3d",
+    "Coordinates",
+    "Plan",
+    "Window",
+    "__version__",
+    "add_to_optimizer_",
+    "coord_parameters",
+    "param_groups",
+    "patch",
+    "patch_",
+    "plan",
+    "set_window_",
+    "train_only_coords_",
+    "unpatch",
+    "unpatch_",
+]

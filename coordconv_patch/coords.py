@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -314,9 +314,10 @@ class Coordinates:
         """The grid ``(K, *size)`` by plain torch operations in ``dtype``."""
         ndim = len(size)
         low, high = self.value_range
+        expanded = cast("tuple[int, ...]", size)
         positions: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        for dim, length in enumerate(size):
+        for dim in range(ndim):
             axis = _AXIS_NAMES[ndim - 1 - dim]
             position = self._axis_positions(dim, size, device, dtype)
             value = position
@@ -324,8 +325,8 @@ class Coordinates:
                 value = (low + high) / 2 + position * ((high - low) / 2)
             along_axis = [1] * ndim
             along_axis[dim] = -1
-            positions[axis] = position.reshape(along_axis).expand(size)
-            values[axis] = value.reshape(along_axis).expand(size)
+            positions[axis] = position.reshape(along_axis).expand(expanded)
+            values[axis] = value.reshape(along_axis).expand(expanded)
         axes = self._axes(ndim)
         channels = [values[axis] for axis in axes]
         if self.radius:
@@ -345,7 +346,7 @@ class Coordinates:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Tensor:
-        """u of every index along one axis, shape ``(size[dim],)``."""
+        """The position u of every index along one axis, shape ``(size[dim],)``."""
         length: Any = size[dim]
         index = torch.arange(length, device=device, dtype=dtype)
         if self.window is None:
@@ -382,7 +383,8 @@ def _at_least_one(last: Any) -> Any:
 
 
 def is_capturing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether torch.compile, torch.export or torch.jit.trace is looking on."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 @functools.lru_cache(maxsize=128)

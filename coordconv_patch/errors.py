@@ -7,6 +7,8 @@ that a caller would expect, so ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CoordConvPatchError",
     "CoordinatesError",
@@ -15,6 +17,7 @@ __all__ = [
     "PatchError",
     "SelectionError",
     "WeightsError",
+    "listing",
 ]
 
 
@@ -44,3 +47,10 @@ class ExportError(CoordConvPatchError, RuntimeError):
 
 class ModelSourceError(CoordConvPatchError, ValueError):
     """A model named on the command line cannot be loaded."""
+
+
+def listing(names: Iterable[str], limit: int = 5) -> str:
+    """Names for a message: the first few, and how many there are in all."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown

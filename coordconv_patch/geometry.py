@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.errors import PatchError
@@ -130,12 +130,11 @@ class ConvGeometry:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ConvGeometry:
         """Inverse of :meth:`to_dict`, from parsed JSON."""
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, (list, tuple)) else value
-                for name, value in fields.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)
 
     def __str__(self) -> str:
         """Short form, such as ``3\u219264 7\u00d77 s2 p3``."""
@@ -281,7 +280,11 @@ def _fitting_paddings(module: _ConvNd, size: tuple[int, ...]) -> Iterator[Paddin
             f"{type(module).__name__} decides its padding in its own forward, which cannot be "
             "watched on the meta device: load the model on a real device first"
         )
-    numeric = dict(kernel_size=module.kernel_size, stride=module.stride, dilation=module.dilation)
+    numeric = {
+        "kernel_size": module.kernel_size,
+        "stride": module.stride,
+        "dilation": module.dilation,
+    }
     arrived = F.pad(before_conv, flat_amounts(seen))[:, :1]
     reference = probe[:, :1]
     declared = pad_amounts(DECLARED, size, declared=module.padding, **numeric)

@@ -119,6 +119,45 @@ class MapCache:
         return MapCache, ()
 
 
+def pad_grid(
+    grid: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: str,
+    rule: Padding,
+) -> tuple[Tensor, str | Sequence[int]]:
+    """Pad coordinate channels as a convolution pads its input.
+
+    Args:
+        grid: Coordinate channels, shape ``(N or 1, K, *input_size)``.
+        kernel_size: The convolution's own; so for the arguments after it.
+        stride: See ``kernel_size``.
+        padding: Numbers, ``"same"`` or ``"valid"``.
+        dilation: See ``kernel_size``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rule: How the convolution really pads, where its attributes do not say it.
+
+    Returns:
+        The grid and the padding that is left for the convolution function to do.
+    """
+    declared = rule.rule == "declared"
+    if declared and padding_mode == "zeros":
+        return grid, padding
+    amounts = pad_amounts(
+        rule,
+        grid.shape[2:],
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        declared=padding,
+    )
+    mode = padding_mode if declared else "constant"
+    return F.pad(grid, flat_amounts(amounts), mode=mode), (0,) * len(kernel_size)
+
+
 def coordinate_map(
     grid: Tensor,
     coord_weight: Tensor,
@@ -129,7 +168,7 @@ def coordinate_map(
     dilation: Sequence[int],
     padding_mode: str = "zeros",
     rule: Padding = DECLARED,
-    output_padding: Sequence[Any] = (),
+    output_padding: Sequence[int] = (),
 ) -> Tensor:
     """The branch: the coordinate channels convolved with the coordinate weight.
 
@@ -139,33 +178,29 @@ def coordinate_map(
             if transposed.
         transposed: Whether the convolution is a transposed one.
         stride: The convolution's own; so for the arguments after it.
-        padding: Numbers, ``"same"`` or ``"valid"``.
+        padding: See :func:`pad_grid`.
         dilation: See ``stride``.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        rule: How the convolution really pads, where its attributes do not say it.
+        padding_mode: See :func:`pad_grid`.
+        rule: See :func:`pad_grid`.
         output_padding: Of a transposed convolution, in pixels per dimension.
 
     Returns:
         Tensor of shape ``(N or 1, C_out, *output_size)``.
     """
-    ndim = len(stride)
-    convolve = CONV_FUNCTIONS[ndim, transposed]
+    convolve = CONV_FUNCTIONS[len(stride), transposed]
     if transposed:
         return convolve(
             grid, coord_weight, None, stride, padding, tuple(output_padding), 1, dilation
         )
-    if rule.rule != "declared" or padding_mode != "zeros":
-        amounts = pad_amounts(
-            rule,
-            grid.shape[2:],
-            kernel_size=coord_weight.shape[2:],
-            stride=stride,
-            dilation=dilation,
-            declared=padding,
-        )
-        mode = "constant" if padding_mode == "zeros" or rule.rule != "declared" else padding_mode
-        grid = F.pad(grid, flat_amounts(amounts), mode=mode)
-        padding = (0,) * ndim
+    grid, padding = pad_grid(
+        grid,
+        kernel_size=coord_weight.shape[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        padding_mode=padding_mode,
+        rule=rule,
+    )
     return convolve(grid, coord_weight, None, stride, padding, dilation)
 
 
@@ -203,7 +238,7 @@ class CoordConvNd(_ConvNd):
         input_size = input.shape[-len(self.kernel_size) :]
         output_padding = self.output_padding
         if args or kwargs:
-            output_padding = self._output_padding_of(input_size, output.shape)
+            output_padding = self.output_padding_of(input_size, output.shape)
         weight = self.coord_weight
         own_parameter = type(weight) is nn.Parameter
         if weight.requires_grad and torch.is_grad_enabled():
@@ -228,20 +263,29 @@ class CoordConvNd(_ConvNd):
             return output.add_(branch)
         return output + branch
 
-    def compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+    def compute_branch(
+        self,
+        input_size: Sequence[int],
+        output_padding: Sequence[int],
+        grid: Tensor | None = None,
+    ) -> Tensor:
         """The coordinate map for one input size.
 
         Args:
             input_size: Spatial size of the input, such as ``(H, W)``.
             output_padding: Of a transposed convolution, in pixels per dimension.
+            grid: The coordinate channels of that size, shape ``(N or 1, K, *input_size)``;
+                ``None``: made from the convention.
 
         Returns:
-            Shape ``(1, C_out, *output_size)``.
+            Shape ``(N or 1, C_out, *output_size)``.
         """
         weight = self.coord_weight
-        grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+        if grid is None:
+            grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+            grid = grid.unsqueeze(0)
         return coordinate_map(
-            grid.unsqueeze(0),
+            grid,
             weight,
             transposed=self.transposed,
             stride=self.stride,
@@ -252,7 +296,7 @@ class CoordConvNd(_ConvNd):
             output_padding=output_padding,
         )
 
-    def _output_padding_of(
+    def output_padding_of(
         self, input_size: Sequence[int], output: Sequence[int]
     ) -> tuple[int, ...]:
         """The output padding by which a transposed convolution reached an asked ``output_size``."""
@@ -276,7 +320,7 @@ class CoordConvNd(_ConvNd):
             nn.init.zeros_(self.coord_weight)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, coords={self.coords}"
+        return f"{super().extra_repr()}, coords={self.coords}"  # type: ignore[no-untyped-call]
 
     def concatenated_weight(self) -> Tensor:
         """The weight of the published, concatenating form of this layer, detached.
@@ -315,10 +359,9 @@ class CoordConvNd(_ConvNd):
             bias is not None and self.bias is not None and bias.shape != self.bias.shape
         ):
             raise PatchError("the bias does not fit: pass one exactly if the layer has one")
-        plain, coord = weight.split(
-            [self.in_channels, weight.shape[not self.transposed] - self.in_channels],
-            dim=0 if self.transposed else 1,
-        )
+        dim = 0 if self.transposed else 1
+        plain = weight.narrow(dim, 0, self.in_channels)
+        coord = weight.narrow(dim, self.in_channels, weight.shape[dim] - self.in_channels)
         self.weight.copy_(plain)
         self.coord_weight.copy_(coord)
         if self.bias is not None and bias is not None:
@@ -357,7 +400,7 @@ class CoordConvNd(_ConvNd):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made_here = type(self) is coord_class(self._plain_class)
-        if made_here and self._plain_class not in _COORD_CLASSES:
+        if made_here and self._plain_class not in TORCH_CONVS:
             # The class was made at run time, so it is rebuilt from the class it stands on.
             return _new_layer, (self._plain_class,), self.__dict__
         return super().__reduce_ex__(protocol)
@@ -385,13 +428,13 @@ class CoordConvNd(_ConvNd):
 
 def _constructor(plain: type[_ConvNd]) -> Callable[..., None]:
     @functools.wraps(plain.__init__)
-    def __init__(
+    def construct(
         self: CoordConvNd, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any
     ) -> None:
         plain.__init__(self, *args, **kwargs)
         self._attach(Coordinates.of(coords), DECLARED)
 
-    return __init__
+    return construct
 
 
 _LAYER_DOC = """{plain} that also sees where in its input it looks.
@@ -468,11 +511,14 @@ _COORD_CLASSES: dict[type[_ConvNd], type[CoordConvNd]] = {
 }
 
 
-@functools.cache
 def coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
     """The coordinate class that stands on a convolution class; the same one every time."""
-    if plain in _COORD_CLASSES:
-        return _COORD_CLASSES[plain]
+    if plain not in _COORD_CLASSES:
+        _COORD_CLASSES[plain] = _make_coord_class(plain)
+    return _COORD_CLASSES[plain]
+
+
+def _make_coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
     return type(
         f"Coord{plain.__name__}",
         (CoordConvNd, plain),
@@ -521,21 +567,31 @@ class CoordBranch(nn.Module):
         self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
+        geometry = self.geometry
+        branch = self.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding)
+        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+
+    def compute_branch(
+        self,
+        input_size: Sequence[int],
+        output_padding: Sequence[int],
+        grid: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`CoordConvNd.compute_branch`."""
         geometry, weight = self.geometry, self.coord_weight
-        grid = self.coords.grid(
-            input.shape[-geometry.ndim :], device=weight.device, dtype=weight.dtype
-        )
-        branch = coordinate_map(
-            grid.unsqueeze(0),
+        if grid is None:
+            grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+            grid = grid.unsqueeze(0)
+        return coordinate_map(
+            grid,
             weight,
             transposed=geometry.transposed,
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
             padding_mode=geometry.padding_mode,
-            output_padding=geometry.output_padding,
+            output_padding=output_padding,
         )
-        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
 
     def extra_repr(self) -> str:
         return f"{self.geometry}, coords={self.coords}"
@@ -592,7 +648,7 @@ def revert_(module: CoordConvNd) -> None:
         namespace.pop("__weakref__", None)
         module.__class__ = type(parametrized.__name__, (plain,), namespace)
     else:
-        module.__class__ = plain
+        module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer
 
 
 def coord_layers(model: nn.Module) -> dict[str, CoordConvNd | CoordBranch]:

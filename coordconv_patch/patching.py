@@ -82,7 +82,7 @@ def patch(
         model = model.module()
     decided = plan(model, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    return apply_plan_(_copied(model), decided)
+    return apply_plan_(copied(model), decided)
 
 
 def patch_(
@@ -116,7 +116,7 @@ def patch_(
 def unpatch(model: nn.Module, *, discard: bool = False) -> nn.Module:
     """A copy of the model without coordinates; see :func:`unpatch_`."""
     _check_unpatchable(model, discard)
-    return unpatch_(_copied(model), discard=discard)
+    return unpatch_(copied(model), discard=discard)
 
 
 def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
@@ -222,7 +222,12 @@ def _warn_of_obstacles(decided: Plan) -> None:
         )
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        PatchError: If it cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except Exception as error:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Union
 
 from torch import nn
 
-from coordconv_patch.errors import SelectionError
+from coordconv_patch.errors import SelectionError, listing
 from coordconv_patch.sites import Site, SiteMap
 
 __all__ = ["PRESETS", "Choice", "Where", "select"]
@@ -92,7 +92,7 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
     if isinstance(selector, type):
         found = [site for site in sites if isinstance(site.module, selector)]
         return found or _nothing(
-            selector, f"its convolutions are of {_listing({s.class_name for s in sites})}"
+            selector, f"its convolutions are of {listing({s.class_name for s in sites})}"
         )
     if callable(selector):
         return [site for site in sites if selector(site)] or _nothing(
@@ -114,7 +114,7 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
         return exact
     if selector in PRESETS:
         return PRESETS[selector](site_map) or _nothing(
-            selector, f"this model's sites are {_listing(site.name for site in sites)}"
+            selector, f"this model's sites are {listing(site.name for site in sites)}"
         )
     globbed = [
         site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in _names(site))
@@ -202,7 +202,7 @@ def _nothing(selector: object, hint: str) -> list[Site]:
 
 def _unusable(selector: object, matched: Sequence[Site]) -> str:
     if all(site.patched for site in matched):
-        names = _listing(site.name for site in matched)
+        names = listing(site.name for site in matched)
         return (
             f"where={_show(selector)}: already patched: {names}. Choose other sites, or unpatch "
             "the model first"
@@ -221,14 +221,8 @@ def _close_names(sites: Sequence[Site], text: str) -> str:
     close = difflib.get_close_matches(plain, [*names, *PRESETS, "first", "all"], n=3, cutoff=0.5)
     close += [name for name in names if plain and plain in name and name not in close]
     if close:
-        return f"close names: {_listing(close)}"
-    return f"its sites are {_listing(names)}"
-
-
-def _listing(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    shown = ", ".join(names[:limit])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
+        return f"close names: {listing(close)}"
+    return f"its sites are {listing(names)}"
 
 
 def _show(selector: object) -> str:

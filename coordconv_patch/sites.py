@@ -412,7 +412,7 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
     return Site(
         name=name,
         kind="function",
-        class_name=str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__,
+        class_name=getattr(target, "__name__", str(target)),
         geometry=geometry,
         obstacle=obstacle,
         patched=any(patched),

@@ -1,0 +1,25 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder beside ``path``.
+
+    If the block succeeds, every file that it left in that folder takes its place
+    beside ``path``; if it fails, nothing remains of it.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        for written in sorted(Path(folder).iterdir()):
+            os.replace(written, path.parent / written.name)

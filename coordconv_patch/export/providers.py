@@ -1,0 +1,131 @@
+"""Which of ONNX Runtime's execution providers really work on this machine.
+
+``onnxruntime.get_available_providers()`` lists what the package was built with:
+onnxruntime-gpu names TensorRT and CUDA on machines without a GPU too, and
+asking for them there prints pages of errors before it falls back to the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+
+from coordconv_patch.errors import ExportError, listing
+
+__all__ = ["CPU", "make_session", "working_providers"]
+
+CPU = "CPUExecutionProvider"
+
+
+def working_providers(requested: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The execution providers that load here, best first; the CPU's is always last.
+
+    Args:
+        requested: Names to choose from, in order of preference; ``None``: all that
+            ONNX Runtime was built with, in its own order.
+
+    Raises:
+        ExportError: If a requested provider is unknown to this build of ONNX Runtime,
+            or none of the requested ones works.
+    """
+    built_in = ort.get_available_providers()
+    if requested is None:
+        return (*(name for name in built_in if name != CPU and _works(name)), CPU)
+    unknown = [name for name in requested if name not in built_in]
+    if unknown:
+        raise ExportError(
+            f"providers={list(requested)}: this ONNX Runtime has no {listing(unknown)}; "
+            f"it has {listing(built_in)}"
+        )
+    working = tuple(name for name in requested if name == CPU or _works(name))
+    if not working:
+        raise ExportError(
+            f"none of providers={list(requested)} works here (is there a GPU, and are its "
+            f"libraries installed?); {CPU} always does"
+        )
+    return working
+
+
+def make_session(
+    model: str | os.PathLike[str] | bytes,
+    providers: Sequence[str],
+    *,
+    threads: int = 0,
+    disabled_optimizers: Sequence[str] = (),
+    graph_optimization: bool = True,
+) -> ort.InferenceSession:
+    """An ONNX Runtime session that is quiet about what it cannot load.
+
+    Args:
+        model: The file, or its bytes.
+        providers: Execution providers, best first; see :func:`working_providers`.
+        threads: Threads within an operator; 0: ONNX Runtime's choice.
+        disabled_optimizers: Names of graph optimizers to leave out.
+        graph_optimization: Whether to optimise the graph at all.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if not graph_optimization:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    extra: dict[str, Any] = {}
+    if disabled_optimizers:
+        extra["disabled_optimizers"] = list(disabled_optimizers)
+    return ort.InferenceSession(source, options, providers=list(providers), **extra)
+
+
+@functools.cache
+def _works(provider: str) -> bool:
+    """Whether a session on this provider alone really runs on it."""
+    if torch.cuda.is_available() and hasattr(ort, "preload_dlls"):
+        # torch's own CUDA and cuDNN libraries, so that the user need not install them twice.
+        with contextlib.suppress(Exception), _silenced():
+            ort.preload_dlls()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    with _silenced():
+        try:
+            session = ort.InferenceSession(_identity_model(), options, providers=[provider])
+        except Exception:
+            return False
+    return bool(session.get_providers()[0] == provider)
+
+
+def _identity_model() -> bytes:
+    value = functools.partial(
+        onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[1]
+    )
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")]
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    return bytes(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    )
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Send what the process writes to stdout and stderr, C++ libraries included, nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        try:
+            for descriptor, _ in saved:
+                os.dup2(nowhere.fileno(), descriptor)
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+        finally:
+            for descriptor, copy in saved:
+                os.dup2(copy, descriptor)
+                os.close(copy)

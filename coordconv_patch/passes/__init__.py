@@ -1,0 +1,5 @@
+"""torch.fx passes, one a file."""
+
+from coordconv_patch.passes.rewrite import CoordConvPass
+
+__all__ = ["CoordConvPass"]

@@ -1,0 +1,331 @@
+"""Save and load coordinate weights: one safetensors file, a few kilobytes to a few megabytes.
+
+The file holds the coordinate weights by site name, and in its metadata what is
+needed to put them onto a fresh copy of the pretrained model, or to refuse:
+format and package version, each site's geometry and convention, and a
+fingerprint of the base weights. It is never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel
+
+from coordconv_patch.atomic import replacing
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.errors import CoordConvPatchError, WeightsError, listing
+from coordconv_patch.geometry import ConvGeometry
+from coordconv_patch.layers import CoordBranch, CoordConvNd, coord_layers
+from coordconv_patch.patching import apply_plan_, copied
+from coordconv_patch.plan import Plan, plan_sites
+from coordconv_patch.sites import Site, find_sites
+from coordconv_patch.version import __version__
+
+__all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
+
+FORMAT = "coordconv_patch"
+FORMAT_VERSION = 1
+_COORD_SUFFIX = ".coord_weight"
+_WRAPPER_NAMES = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+"""Name components that wrappers put into qualified names, wherever they stand."""
+
+
+@dataclass(frozen=True)
+class _SiteRecord:
+    geometry: ConvGeometry
+    coords: Coordinates
+
+
+@dataclass(frozen=True)
+class _CoordsFile:
+    """A coordinate-weights file, read and checked in itself."""
+
+    path: Path
+    sites: dict[str, _SiteRecord]
+    weights: dict[str, Tensor]
+    batch_norm: dict[str, Tensor]
+    fingerprint: str
+
+
+def save_coords(
+    model: nn.Module, path: str | os.PathLike[str], *, include_batch_norm: bool = False
+) -> Path:
+    """Write the coordinate weights of a patched model to a safetensors file.
+
+    Wrappers (DistributedDataParallel, torch.compile, AveragedModel, ...) are seen
+    through: the names in the file are those of the bare model.
+
+    Args:
+        model: A patched model.
+        path: The file to write. An existing one is replaced, whole or not at all.
+        include_batch_norm: Store the running statistics of the norm layers too; they
+            move when a model is fine-tuned in training mode.
+
+    Returns:
+        The path written.
+
+    Raises:
+        WeightsError: If the model is not patched, or the folder does not exist.
+    """
+    model = unwrapped(model)
+    layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
+    if not layers:
+        raise WeightsError("the model has no coordinate weights to save: patch it first")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise WeightsError(f"cannot write {path}: the folder {path.parent} does not exist")
+    tensors = {name + _COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()}
+    if include_batch_norm:
+        tensors |= _norm_statistics(model)
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "fingerprint": fingerprint(model),
+        "sites": {
+            name: {
+                "geometry": _geometry_of(layer).to_dict(),
+                "coords": layer.coords.to_dict(),
+            }
+            for name, layer in layers.items()
+        },
+    }
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata={FORMAT: json.dumps(header)})
+    return path
+
+
+def load_coords(
+    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
+) -> nn.Module:
+    """A patched copy of a model, filled with saved coordinate weights.
+
+    Args:
+        model: The pretrained model, fresh or patched at exactly the file's sites.
+        path: A file that :func:`save_coords` wrote.
+        check_base: Refuse a model whose own weights are not those that the coordinate
+            weights were trained with.
+
+    Returns:
+        The copy.
+
+    Raises:
+        WeightsError: If the file is truncated or foreign, if a site is missing or extra,
+            if a geometry or convention differs, or if the base weights differ; with
+            the reason.
+    """
+    return _load(model, path, check_base, in_place=False)
+
+
+def load_coords_(
+    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
+) -> nn.Module:
+    """Patch a model in place and fill it; see :func:`load_coords`.
+
+    Nothing is changed if the file is refused.
+
+    Returns:
+        The model itself.
+    """
+    return _load(model, path, check_base, in_place=True)
+
+
+def _load(
+    model: nn.Module, path: str | os.PathLike[str], check_base: bool, in_place: bool
+) -> nn.Module:
+    bare = unwrapped(model)
+    file = _read(Path(path))
+    site_map = find_sites(bare)
+    sites = {clean_name(site.name): site for site in site_map.sites}
+    _check_sites(file, sites, coord_layers(bare))
+    if check_base:
+        _check_fingerprint(file, bare)
+    _check_norms(file, bare)
+    target = model if in_place else copied(model)
+    filled = unwrapped(target)
+    for coords in dict.fromkeys(record.coords for record in file.sites.values()):
+        names = [
+            sites[name].name
+            for name, record in file.sites.items()
+            if record.coords == coords and not sites[name].patched
+        ]
+        if names:
+            plan: Plan = plan_sites(site_map, names, coords)
+            filled = apply_plan_(filled, plan)
+    _fill(filled, file)
+    return target if filled is unwrapped(target) else filled
+
+
+def _read(path: Path) -> _CoordsFile:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise WeightsError(f"there is no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is no safetensors file, or a truncated one ({error}); save_coords writes them"
+        ) from error
+    if FORMAT not in metadata:
+        raise WeightsError(
+            f"{path} is a safetensors file, but not one of coordinate weights; save_coords "
+            "writes them (load a whole model's weights with load_state_dict)"
+        )
+    try:
+        header = json.loads(metadata[FORMAT])
+        if header["format_version"] > FORMAT_VERSION:
+            raise WeightsError(
+                f"{path} has format version {header['format_version']}, this package reads up to "
+                f"{FORMAT_VERSION}: update coordconv-patch (the file was written by "
+                f"{header['package_version']})"
+            )
+        sites = {
+            name: _SiteRecord(
+                ConvGeometry.from_dict(record["geometry"]), Coordinates.from_dict(record["coords"])
+            )
+            for name, record in header["sites"].items()
+        }
+        weights = {name: tensors.pop(name + _COORD_SUFFIX) for name in sites}
+        return _CoordsFile(path, sites, weights, tensors, str(header["fingerprint"]))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CoordConvPatchError):
+            raise
+        raise WeightsError(f"{path}: its header is damaged ({error!r})") from error
+
+
+def _check_sites(
+    file: _CoordsFile, sites: dict[str, Site], present: dict[str, CoordConvNd | CoordBranch]
+) -> None:
+    missing = [name for name in file.sites if name not in sites]
+    if missing:
+        raise WeightsError(
+            f"{file.path} has coordinate weights for {listing(missing)}, which this model does "
+            f"not have; its sites are {listing(sites)}"
+        )
+    patched = {clean_name(name): layer for name, layer in present.items()}
+    extra = [name for name in patched if name not in file.sites]
+    if extra:
+        raise WeightsError(
+            f"the model is patched at {listing(extra)}, for which {file.path} has no weights: "
+            "load onto the unpatched model"
+        )
+    for name, record in file.sites.items():
+        site, layer = sites[name], patched.get(name)
+        if site.geometry != record.geometry:
+            raise WeightsError(
+                f"{name}: the file was saved for a convolution {record.geometry}, this model "
+                f"has {site.geometry} there"
+            )
+        if layer is not None and layer.coords != record.coords:
+            raise WeightsError(
+                f"{name}: the file uses coordinates {record.coords}, the model is patched with "
+                f"{layer.coords}"
+            )
+        if layer is None and site.obstacle:
+            raise WeightsError(f"{name} cannot be patched: {site.obstacle}")
+        shape = record.geometry.coord_weight_shape(record.coords.num_channels(record.geometry.ndim))
+        if tuple(file.weights[name].shape) != shape:
+            raise WeightsError(
+                f"{file.path}: the weight of {name} has shape {tuple(file.weights[name].shape)}, "
+                f"its header says {shape}"
+            )
+
+
+def _check_fingerprint(file: _CoordsFile, model: nn.Module) -> None:
+    found = fingerprint(model)
+    if found != file.fingerprint:
+        raise WeightsError(
+            f"{file.path} belongs to a model with other weights (fingerprint "
+            f"{file.fingerprint[:12]}, this model's is {found[:12]}). Load the checkpoint that the "
+            "coordinate weights were trained with first; if the base was fine-tuned too, or its "
+            "dtype changed, that is the fine-tuned state_dict. check_base=False loads regardless"
+        )
+
+
+def _check_norms(file: _CoordsFile, model: nn.Module) -> None:
+    buffers = _norm_statistics(model)
+    for name, tensor in file.batch_norm.items():
+        if name not in buffers:
+            raise WeightsError(f"{file.path} has {name}, which this model does not have")
+        if buffers[name].shape != tensor.shape:
+            raise WeightsError(
+                f"{name}: shape {tuple(tensor.shape)} in the file, "
+                f"{tuple(buffers[name].shape)} in the model"
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, file: _CoordsFile) -> None:
+    for name, layer in coord_layers(model).items():
+        layer.coord_weight.copy_(file.weights[clean_name(name)])
+    buffers = _norm_statistics(model)
+    for name, tensor in file.batch_norm.items():
+        buffers[name].copy_(tensor)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's own parameters: names, dtypes, shapes and values, without coordinates.
+
+    Buffers do not count: running statistics move while a model is fine-tuned.
+
+    Returns:
+        64 hexadecimal digits; equal for a model and its patched copy.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in unwrapped(model).named_parameters():
+        if name.rpartition(".")[2] == "coord_weight":
+            continue
+        header = f"{clean_name(name)} {parameter.dtype} {tuple(parameter.shape)}\n"
+        digest.update(header.encode())
+        values = parameter.detach().cpu().contiguous()
+        if not values.is_meta:
+            digest.update(values.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The bare model inside DistributedDataParallel, DataParallel, torch.compile or an EMA."""
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(
+            model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+        ):
+            model = model.module
+        else:
+            return model
+
+
+def clean_name(name: str) -> str:
+    """A qualified name without the components that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+def _geometry_of(layer: CoordConvNd | CoordBranch) -> ConvGeometry:
+    return layer.geometry if isinstance(layer, CoordBranch) else ConvGeometry.of(layer)
+
+
+def _norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running statistics of the norm layers, by qualified buffer name."""
+    return {
+        clean_name(f"{name}.{key}" if name else key): buffer
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
