@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -131,9 +130,7 @@ def _constant(
     return shared.setdefault(key, grid)
 
 
-def _padded(
-    layer: CoordConvNd | CoordBranch, grid: Tensor
-) -> tuple[Tensor, str | Sequence[int]]:
+def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> tuple[Tensor, str | Sequence[int]]:
     if isinstance(layer, CoordBranch) or layer.transposed:
         return grid, ()
     return pad_grid(
@@ -201,9 +198,7 @@ def _branch_forward(
         branch = constant
     else:
         grid = _expanded(constant, input) if batched else constant
-        branch = layer.compute_branch(
-            input.shape[-geometry.ndim :], geometry.output_padding, grid
-        )
+        branch = layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid)
     return branch if batched else branch.squeeze(0)
 
 
