@@ -60,6 +60,13 @@ class GridOf(nn.Module):
         return grid + input.sum() * 0
 
 
+def exported_grid(coords: Coordinates, example: Tensor) -> nn.Module:
+    """The grid by torch.export, H and W dynamic."""
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(GridOf(coords), (example,), dynamic_shapes=(sizes,))
+    return program.module()
+
+
 # --- values -------------------------------------------------------------------------------
 
 
@@ -296,10 +303,7 @@ def test_grid_takes_torchs_default_dtype_and_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_captured_default_grid_has_the_bits_of_the_eager_one(dtype: torch.dtype) -> None:
-    sizes = torch.export.Dim.AUTO
-    exported = torch.export.export(
-        GridOf(Coordinates()), (torch.zeros(5, 7, dtype=dtype),), dynamic_shapes=({0: sizes, 1: sizes},)
-    ).module()  # fmt: skip
+    exported = exported_grid(Coordinates(), torch.zeros(5, 7, dtype=dtype))
     for height, width in [(2, n) for n in range(2, 260)] + [(1000, 3), (1333, 800)]:
         grid = exported(torch.zeros(height, width, dtype=dtype))
         assert torch.equal(grid, Coordinates().grid((height, width), dtype=dtype))
@@ -321,10 +325,8 @@ CAPTURED = {
 
 @pytest.mark.parametrize("name", CAPTURED)
 def test_exported_grid_follows_the_size(name: str) -> None:
-    coords, sizes = CAPTURED[name], torch.export.Dim.AUTO
-    exported = torch.export.export(
-        GridOf(coords), (torch.zeros(5, 7),), dynamic_shapes=({0: sizes, 1: sizes},)
-    ).module()
+    coords = CAPTURED[name]
+    exported = exported_grid(coords, torch.zeros(5, 7))
     for size in ((5, 7), (8, 12), (3, 16), (17, 2)):
         torch.testing.assert_close(
             exported(torch.zeros(size)), coords.grid(size), rtol=0, atol=3e-6
@@ -343,12 +345,9 @@ def test_traced_grid_follows_the_size(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_y_is_not_x_after_capture() -> None:
     example = torch.zeros(6, 6)
-    size = torch.export.Dim.AUTO
     graphs = {
         "trace": torch.jit.trace(GridOf(Coordinates()), example),
-        "export": torch.export.export(
-            GridOf(Coordinates()), (example,), dynamic_shapes=({0: size, 1: size},)
-        ).module(),
+        "export": exported_grid(Coordinates(), example),
         "static export": torch.export.export(GridOf(Coordinates()), (example,)).module(),
     }
     for name, graph in graphs.items():
