@@ -6,6 +6,7 @@
 """
 
 from coordconv_patch.coords import Coordinates, Window
+from coordconv_patch.export import Check, ExportReport, export_onnx, verify_onnx
 from coordconv_patch.layers import (
     CoordConv1d,
     CoordConv2d,
@@ -14,6 +15,7 @@ from coordconv_patch.layers import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
 )
+from coordconv_patch.passes import CoordConvPass
 from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
 from coordconv_patch.plan import Plan, plan
 from coordconv_patch.training import (
@@ -23,26 +25,35 @@ from coordconv_patch.training import (
     train_only_coords_,
 )
 from coordconv_patch.version import __version__
+from coordconv_patch.weights import load_coords, load_coords_, save_coords
 
 __all__ = [
+    "Check",
     "CoordConv1d",
     "CoordConv2d",
     "CoordConv3d",
+    "CoordConvPass",
     "CoordConvTranspose1d",
     "CoordConvTranspose2d",
     "CoordConvTranspose3d",
     "Coordinates",
+    "ExportReport",
     "Plan",
     "Window",
     "__version__",
     "add_to_optimizer_",
     "coord_parameters",
+    "export_onnx",
+    "load_coords",
+    "load_coords_",
     "param_groups",
     "patch",
     "patch_",
     "plan",
+    "save_coords",
     "set_window_",
     "train_only_coords_",
     "unpatch",
     "unpatch_",
+    "verify_onnx",
 ]

@@ -24,7 +24,7 @@ from coordconv_patch.sites import Site, SiteMap
 __all__ = ["PRESETS", "Choice", "Where", "select"]
 
 Where = Union[
-    str, type[nn.Module], Callable[[Site], bool], Sequence[Union[str, type, Callable[[Site], bool]]]
+    str, type[nn.Module], Callable[[Site], bool], Sequence[str | type | Callable[[Site], bool]]
 ]
 """What ``where=`` may be."""
 
