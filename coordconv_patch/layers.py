@@ -207,6 +207,16 @@ def coordinate_map(
 class CoordConvNd(_ConvNd):
     """What every coordinate convolution has in common; mixed in before a convolution class.
 
+    A layer takes the arguments of the plain class, and ``coords=``: any stride,
+    padding, padding mode, dilation and groups, and unbatched inputs too. The
+    coordinate weight starts at zero, so a fresh layer computes what the plain
+    class computes under the same seed.
+
+    Args:
+        *args: As the plain class.
+        coords: A :class:`Coordinates` or the name of a preset; ``None``: the paper's.
+        **kwargs: As the plain class.
+
     Attributes:
         coords: The convention of the coordinate channels.
         coord_weight: Parameter of shape ``(C_out, K, *kernel_size)``, for transposed
@@ -222,6 +232,11 @@ class CoordConvNd(_ConvNd):
     """The class that the layer has without coordinates."""
     _output_is_fresh: bool = True
     """Whether the plain forward returns a tensor that nobody else holds."""
+
+    def __init__(self, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any) -> None:
+        convention = Coordinates.of(coords)
+        super().__init__(*args, **kwargs)
+        self._attach(convention, DECLARED)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution plus the coordinate branch.
@@ -426,79 +441,40 @@ class CoordConvNd(_ConvNd):
             del self.__dict__[name]
 
 
-def _constructor(plain: type[_ConvNd]) -> Callable[..., None]:
-    @functools.wraps(plain.__init__)
-    def construct(
-        self: CoordConvNd, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any
-    ) -> None:
-        plain.__init__(self, *args, **kwargs)
-        self._attach(Coordinates.of(coords), DECLARED)
-
-    return construct
-
-
-_LAYER_DOC = """{plain} that also sees where in its input it looks.
-
-    Takes the arguments of :class:`torch.nn.{plain}`, and ``coords=``. The
-    coordinate weight starts at zero, so a fresh layer equals torch's under the
-    same seed. Any stride, padding, padding mode, dilation and groups; unbatched
-    inputs too. Liu et al. 2018, https://arxiv.org/abs/1807.03247.
-
-    Args:
-        *args: As :class:`torch.nn.{plain}`.
-        coords: A :class:`Coordinates` or the name of a preset; ``None``: the paper's.
-        **kwargs: As :class:`torch.nn.{plain}`.
-
-    Shape:
-        - input: ``{input}`` or unbatched, output as ``torch.nn.{plain}``.
-        - coord_weight: ``{weight}``.
-    """
-
-
 class CoordConv1d(CoordConvNd, nn.Conv1d):
-    __doc__ = _LAYER_DOC.format(plain="Conv1d", input="(N, C_in, L)", weight="(C_out, K, k)")
+    """:class:`torch.nn.Conv1d` with coordinates; coord_weight has shape (C_out, K, k)."""
+
     _plain_class = nn.Conv1d
-    __init__ = _constructor(nn.Conv1d)
 
 
 class CoordConv2d(CoordConvNd, nn.Conv2d):
-    __doc__ = _LAYER_DOC.format(
-        plain="Conv2d", input="(N, C_in, H, W)", weight="(C_out, K, kH, kW)"
-    )
+    """:class:`torch.nn.Conv2d` with coordinates; coord_weight has shape (C_out, K, kH, kW)."""
+
     _plain_class = nn.Conv2d
-    __init__ = _constructor(nn.Conv2d)
 
 
 class CoordConv3d(CoordConvNd, nn.Conv3d):
-    __doc__ = _LAYER_DOC.format(
-        plain="Conv3d", input="(N, C_in, D, H, W)", weight="(C_out, K, kD, kH, kW)"
-    )
+    """:class:`torch.nn.Conv3d` with coordinates; coord_weight has shape (C_out, K, kD, kH, kW)."""
+
     _plain_class = nn.Conv3d
-    __init__ = _constructor(nn.Conv3d)
 
 
 class CoordConvTranspose1d(CoordConvNd, nn.ConvTranspose1d):
-    __doc__ = _LAYER_DOC.format(
-        plain="ConvTranspose1d", input="(N, C_in, L)", weight="(K, C_out, k)"
-    )
+    """:class:`torch.nn.ConvTranspose1d` with coordinates; coord_weight is (K, C_out, k)."""
+
     _plain_class = nn.ConvTranspose1d
-    __init__ = _constructor(nn.ConvTranspose1d)
 
 
 class CoordConvTranspose2d(CoordConvNd, nn.ConvTranspose2d):
-    __doc__ = _LAYER_DOC.format(
-        plain="ConvTranspose2d", input="(N, C_in, H, W)", weight="(K, C_out, kH, kW)"
-    )
+    """:class:`torch.nn.ConvTranspose2d` with coordinates; coord_weight is (K, C_out, kH, kW)."""
+
     _plain_class = nn.ConvTranspose2d
-    __init__ = _constructor(nn.ConvTranspose2d)
 
 
 class CoordConvTranspose3d(CoordConvNd, nn.ConvTranspose3d):
-    __doc__ = _LAYER_DOC.format(
-        plain="ConvTranspose3d", input="(N, C_in, D, H, W)", weight="(K, C_out, kD, kH, kW)"
-    )
+    """:class:`torch.nn.ConvTranspose3d` with coordinates; coord_weight is (K, C_out, kD, kH, kW)."""
+
     _plain_class = nn.ConvTranspose3d
-    __init__ = _constructor(nn.ConvTranspose3d)
 
 
 _COORD_CLASSES: dict[type[_ConvNd], type[CoordConvNd]] = {

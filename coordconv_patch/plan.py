@@ -203,9 +203,9 @@ def _note(site: Site) -> str:
             notes.append("never called on the example inputs")
         elif all(math.prod(call.input_size) == 1 for call in site.calls):
             notes.append("its input is one pixel, whose coordinates are 0")
-    if site.kind == "function" and site.region is not None:
-        if not hasattr(site.region.module, "graph"):
-            notes.append(f"{site.owner or 'the model'} becomes a GraphModule")
+    in_graph = site.region is not None and hasattr(site.region.module, "graph")
+    if site.kind == "function" and not in_graph:
+        notes.append(f"{site.owner or 'the model'} becomes a GraphModule")
     return "; ".join(notes)
 
 

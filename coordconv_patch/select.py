@@ -14,7 +14,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import TypeAlias
 
 from torch import nn
 
@@ -23,9 +23,8 @@ from coordconv_patch.sites import Site, SiteMap
 
 __all__ = ["PRESETS", "Choice", "Where", "select"]
 
-Where = Union[
-    str, type[nn.Module], Callable[[Site], bool], Sequence[str | type | Callable[[Site], bool]]
-]
+Selector: TypeAlias = "str | type[nn.Module] | Callable[[Site], bool]"
+Where: TypeAlias = "Selector | Sequence[Selector]"
 """What ``where=`` may be."""
 
 

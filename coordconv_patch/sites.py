@@ -487,9 +487,9 @@ def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if user.op != "call_function" or user.target is not operator.add:
             continue
         for other in user.args:
-            if isinstance(other, fx.Node) and other.op == "call_module":
-                if isinstance(root.get_submodule(str(other.target)), CoordBranch):
-                    return user, other
+            called = isinstance(other, fx.Node) and other.op == "call_module"
+            if called and isinstance(root.get_submodule(str(other.target)), CoordBranch):
+                return user, other
     return None
 
 

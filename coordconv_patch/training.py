@@ -33,7 +33,7 @@ def param_groups(
     weight_decay: float | None = None,
     coord_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups for a torch optimizer: the model's own weights, and the coordinate weights.
+    """Two parameter groups for a torch optimizer: the model's own and the coordinate weights.
 
     Parameters that do not require a gradient are left out, an empty group too.
 
@@ -52,7 +52,8 @@ def param_groups(
         PatchError: If the model is not patched.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, coord_lr=1e-3))  # doctest: +SKIP
+        >>> groups = param_groups(model, lr=1e-4, coord_lr=1e-3)  # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(groups)                 # doctest: +SKIP
     """
     coords = coord_parameters(model)
     coord_ids = {id(weight) for weight in coords}

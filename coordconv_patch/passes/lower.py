@@ -278,12 +278,12 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         batched = input.dim() == ndim + 2
         input = input if batched else input.unsqueeze(0)
         grid = self.grid.expand(input.shape[0], *self.grid.shape[1:])
-        coord_weight = self.layer.coord_weight
+        coord_weight: Tensor = self.layer.coord_weight
         if groups > 1:
             input = _with_coordinates_in_each_group(input, grid, groups)
             if self.layer.transposed:
                 coord_weight = _spread_over_groups(coord_weight, groups)
-                weight = weight.unflatten(0, (groups, -1))
+                weight = weight.reshape(groups, -1, *weight.shape[1:])
                 weight = torch.cat((weight, coord_weight), dim=1).flatten(0, 1)
         else:
             input = torch.cat((input, grid), dim=1)
@@ -297,11 +297,12 @@ class _ConcatenateCoordinates(TorchFunctionMode):
 
 def _with_coordinates_in_each_group(input: Tensor, grid: Tensor, groups: int) -> Tensor:
     """(N, C, ...) to (N, groups * (C / groups + K), ...): each group sees the coordinates last."""
-    grouped = input.unflatten(1, (groups, -1))
+    grouped = input.reshape(input.shape[0], groups, -1, *input.shape[2:])
     repeated = grid.unsqueeze(1).expand(-1, groups, *grid.shape[1:])
     return torch.cat((grouped, repeated), dim=2).flatten(1, 2)
 
 
 def _spread_over_groups(coord_weight: Tensor, groups: int) -> Tensor:
     """A transposed convolution's (K, C_out, ...) to (groups, K, C_out / groups, ...)."""
-    return coord_weight.unflatten(1, (groups, -1)).transpose(0, 1)
+    channels = coord_weight.shape[0]
+    return coord_weight.reshape(channels, groups, -1, *coord_weight.shape[2:]).transpose(0, 1)
