@@ -60,7 +60,7 @@ def _axis(length: int, like: Tensor) -> Tensor:
 
 
 def _effective_weight(layer: ccp.CoordConv2d) -> Tensor:
-    """The weight that reaches the convolution: standardised in NFNets (Brock et al. 2021, eq. 3)."""
+    """The weight that reaches the convolution: standardised in NFNets (Brock et al. 2021)."""
     if "ScaledStdConv2d" not in type(layer).__name__:
         return layer.weight
     weight = layer.weight

@@ -101,10 +101,19 @@ def test_timm_model_keeps_its_bits_in_bfloat16(name: str) -> None:
         assert_same_bits(ccp.patch(model, "all")(x), model(x))
 
 
-DETECTORS = {
-    "retinanet_resnet50_fpn": dict(min_size=96, max_size=160, score_thresh=0.0, topk_candidates=50),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": dict(min_size=160, max_size=240, box_score_thresh=0.0),
-    "ssdlite320_mobilenet_v3_large": dict(score_thresh=0.0, topk_candidates=50),
+DETECTORS: dict[str, dict[str, Any]] = {
+    "retinanet_resnet50_fpn": {
+        "min_size": 96,
+        "max_size": 160,
+        "score_thresh": 0.0,
+        "topk_candidates": 50,
+    },
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {
+        "min_size": 160,
+        "max_size": 240,
+        "box_score_thresh": 0.0,
+    },
+    "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0, "topk_candidates": 50},
 }
 
 
@@ -206,7 +215,7 @@ def test_pretrained_mtcnn_finds_the_same_face(mtcnn: types.ModuleType, astronaut
     detect_face = sys.modules["facenet_pytorch.models.utils.detect_face"].detect_face
     nets = [getattr(mtcnn, name)() for name in ("PNet", "RNet", "ONet")]
     photo = Image.fromarray(data.astronaut())
-    arguments = dict(threshold=[0.6, 0.7, 0.7], factor=0.709, device="cpu")
+    arguments = {"threshold": [0.6, 0.7, 0.7], "factor": 0.709, "device": "cpu"}
     with torch.no_grad():
         boxes, points = detect_face(photo, 40, *nets, **arguments)
         patched = [ccp.patch(net, "all") for net in nets]
