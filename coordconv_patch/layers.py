@@ -12,9 +12,8 @@ the last bit, in every dtype; that is what lets a trained model be patched.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -472,7 +471,7 @@ class CoordConvTranspose2d(CoordConvNd, nn.ConvTranspose2d):
 
 
 class CoordConvTranspose3d(CoordConvNd, nn.ConvTranspose3d):
-    """:class:`torch.nn.ConvTranspose3d` with coordinates; coord_weight is (K, C_out, kD, kH, kW)."""
+    """:class:`torch.nn.ConvTranspose3d` with coordinates; its weight is (K, C_out, kD, kH, kW)."""
 
     _plain_class = nn.ConvTranspose3d
 

@@ -486,9 +486,10 @@ def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     for user in node.users:
         if user.op != "call_function" or user.target is not operator.add:
             continue
-        for other in user.args:
-            called = isinstance(other, fx.Node) and other.op == "call_module"
-            if called and isinstance(root.get_submodule(str(other.target)), CoordBranch):
+        for other in user.all_input_nodes:
+            if other.op == "call_module" and isinstance(
+                root.get_submodule(str(other.target)), CoordBranch
+            ):
                 return user, other
     return None
 

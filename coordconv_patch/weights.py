@@ -13,7 +13,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,7 +87,9 @@ def save_coords(
     path = Path(path)
     if not path.parent.is_dir():
         raise WeightsError(f"cannot write {path}: the folder {path.parent} does not exist")
-    tensors = {name + _COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()}
+    tensors: dict[str, Tensor] = {
+        name + _COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()
+    }
     if include_batch_norm:
         tensors |= _norm_statistics(model)
     header = {
@@ -295,7 +296,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(header.encode())
         values = parameter.detach().cpu().contiguous()
         if not values.is_meta:
-            digest.update(values.view(-1).view(torch.uint8).numpy())
+            digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -303,7 +304,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel, DataParallel, torch.compile or an EMA."""
     while True:
         if isinstance(model, OptimizedModule):
-            model = cast(nn.Module, model._orig_mod)
+            model = model._orig_mod
         elif isinstance(
             model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
         ):

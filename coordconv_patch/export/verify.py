@@ -167,7 +167,7 @@ def compare(expected: Sequence[Tensor], actual: Sequence[np.ndarray[Any, Any]]) 
         with np.errstate(invalid="ignore"):
             apart = np.where(left == right, 0.0, np.abs(left - right))
         apart = np.where(np.isnan(left), 0.0, apart)
-        scale = max(float(finite.max()), np.finfo(np.float32).tiny)
+        scale = max(float(finite.max()), float(np.finfo(np.float32).tiny))
         worst = max(worst, float(apart.max()) / scale)
     return worst
 
