@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,9 +35,18 @@ from coordconv_patch.layers import (
     revert_,
 )
 
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=40)
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
 DECLARED, SAME = Padding("declared"), Padding("same")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Many tiny convolutions: on a busy machine a second thread makes them 30 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class StaticSameConv2d(nn.Conv2d):
@@ -516,14 +525,14 @@ def test_unconvertible_modules_are_refused_with_the_reason() -> None:
         check_convertible(CoordConv2d(1, 1, 3))
     with pytest.raises(PatchError, match="it is lazy: run the model once"):
         check_convertible(nn.LazyConv2d(4, 3))
-    with pytest.raises(PatchError, match="Linear is no torch.nn convolution"):
+    with pytest.raises(PatchError, match=r"Linear is no torch\.nn convolution"):
         check_convertible(nn.Linear(2, 2))  # type: ignore[arg-type]
     hooked = nn.Conv2d(1, 1, 3)
     hooked.forward = hooked.forward  # type: ignore[method-assign]
     with pytest.raises(PatchError, match="its forward is replaced on the instance"):
         check_convertible(hooked)
     complex_conv = nn.Conv2d(1, 1, 3, dtype=torch.complex64)
-    with pytest.raises(PatchError, match="its weight has dtype torch.complex64; coordinates need"):
+    with pytest.raises(PatchError, match=r"its weight has dtype torch\.complex64"):
         check_convertible(complex_conv)
     assert issubclass(PatchError, RuntimeError)
     assert issubclass(PatchError, CoordConvPatchError)
