@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "ArgumentError",
     "CoordConvPatchError",
     "CoordinatesError",
     "ExportError",
@@ -23,6 +24,10 @@ __all__ = [
 
 class CoordConvPatchError(Exception):
     """Base class of every error that this package raises on purpose."""
+
+
+class ArgumentError(CoordConvPatchError, ValueError):
+    """An argument, or a command line, makes no sense."""
 
 
 class CoordinatesError(CoordConvPatchError, ValueError):

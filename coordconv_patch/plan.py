@@ -101,8 +101,8 @@ class Plan:
             ],
         }
 
-    def table(self) -> Table:
-        """The plan as a rich table."""
+    def table(self, *, chosen_only: bool = False) -> Table:
+        """The plan as a rich table; with all sites, or the chosen ones alone."""
         table = Table(title=f"coordinates {self.coords}", title_justify="left")
         for heading in ("", "site", "class", "geometry", "input", "output"):
             table.add_column(heading, overflow="fold", no_wrap=heading != "site")
@@ -110,6 +110,8 @@ class Plan:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("why")
         for row in self.rows:
+            if chosen_only and not row.chosen:
+                continue
             calls = row.site.calls
             table.add_row(
                 "+" if row.chosen else "",

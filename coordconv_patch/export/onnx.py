@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import replacing
-from coordconv_patch.errors import ExportError
+from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.verify import Check, tensors_in, verify_onnx
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
@@ -175,6 +175,7 @@ def export_onnx(
         What was written, and how far it is from torch.
 
     Raises:
+        ArgumentError: If an argument is impossible, or arguments exclude each other.
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
             or the file and torch disagree; nothing is left behind.
     """
@@ -226,9 +227,9 @@ def export_onnx(
 
 def _check_path(path: Path) -> None:
     if path.suffix != ".onnx":
-        raise ExportError(f"path={str(path)!r}: write a file name that ends in .onnx")
+        raise ArgumentError(f"path={str(path)!r}: write a file name that ends in .onnx")
     if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise ArgumentError(f"cannot write {path}: the folder {path.parent} does not exist")
 
 
 def _lowering_rule(
@@ -242,19 +243,21 @@ def _lowering_rule(
     fuses with the convolution.
     """
     if lowering not in ("auto", *LOWERINGS):
-        raise ExportError(f"lowering={lowering!r}: write 'auto', {', '.join(map(repr, LOWERINGS))}")
+        raise ArgumentError(
+            f"lowering={lowering!r}: write 'auto', {', '.join(map(repr, LOWERINGS))}"
+        )
     if lowering == "auto":
         if dynamic_size:
             lowering = "computed"
         else:
             lowering = "branch" if provider == CPU and dynamic_batch else "map"
     if dynamic_size and lowering != "computed":
-        raise ExportError(
+        raise ArgumentError(
             f"lowering={lowering!r} stores coordinates of one size, but dynamic_size=True: write "
             "lowering='computed' or 'auto'"
         )
     if lowering == "computed" and not dynamic_size:
-        raise ExportError(
+        raise ArgumentError(
             "lowering='computed' derives coordinates from the size at run time, but the size is "
             "fixed: write dynamic_size=True, or another lowering"
         )
@@ -287,10 +290,10 @@ def _dynamic_axes(
     args, kwargs = split_inputs(example_inputs)
     tensors = tensors_in((args, kwargs))
     if not tensors:
-        raise ExportError(f"example_inputs hold no tensor ({describe_inputs(example_inputs)})")
+        raise ArgumentError(f"example_inputs hold no tensor ({describe_inputs(example_inputs)})")
     image_list = bool(args) and isinstance(args[0], (list, tuple))
     if image_list and dynamic_batch:
-        raise ExportError(
+        raise ArgumentError(
             "the model takes a list of images, whose number a graph fixes: pass dynamic_batch=False"
         )
     axes: list[dict[int, str]] = []
@@ -306,7 +309,7 @@ def _dynamic_axes(
             names |= {first + index: name for index, name in enumerate(sizes)}
         axes.append(names)
     if dynamic_size and not any(len(names) > dynamic_batch for names in axes):
-        raise ExportError("dynamic_size=True, but no input is an image (N, C, H, W)")
+        raise ArgumentError("dynamic_size=True, but no input is an image (N, C, H, W)")
     return axes
 
 
@@ -414,7 +417,7 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
 def _export(request: _Request, path: Path, exporter: str) -> tuple[str, list[str]]:
     """Write the graph with the exporter asked for; returns the one that did it, and notes."""
     if exporter not in ("auto", "dynamo", "torchscript"):
-        raise ExportError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
+        raise ArgumentError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
     if exporter == "torchscript":
         _export_torchscript(request, path)
         return "torchscript", []

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from coordconv_patch.errors import ExportError, listing
+from coordconv_patch.errors import ArgumentError, ExportError, listing
 
 __all__ = ["CPU", "make_session", "working_providers"]
 
@@ -33,15 +33,15 @@ def working_providers(requested: Sequence[str] | None = None) -> tuple[str, ...]
             ONNX Runtime was built with, in its own order.
 
     Raises:
-        ExportError: If a requested provider is unknown to this build of ONNX Runtime,
-            or none of the requested ones works.
+        ArgumentError: If a requested provider is unknown to this build of ONNX Runtime.
+        ExportError: If none of the requested ones works.
     """
     built_in = ort.get_available_providers()
     if requested is None:
         return (*(name for name in built_in if name != CPU and _works(name)), CPU)
     unknown = [name for name in requested if name not in built_in]
     if unknown:
-        raise ExportError(
+        raise ArgumentError(
             f"providers={list(requested)}: this ONNX Runtime has no {listing(unknown)}; "
             f"it has {listing(built_in)}"
         )

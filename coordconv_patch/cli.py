@@ -1,0 +1,317 @@
+"""The command line, ``coordconv-patch``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from torch import nn
+
+from coordconv_patch.atomic import replacing
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
+from coordconv_patch.export.bench import bench_onnx
+from coordconv_patch.export.onnx import export_onnx
+from coordconv_patch.export.providers import working_providers
+from coordconv_patch.export.verify import torch_outputs, verify_onnx
+from coordconv_patch.layers import coord_layers
+from coordconv_patch.patching import patch
+from coordconv_patch.plan import plan
+from coordconv_patch.sites import split_inputs
+from coordconv_patch.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
+from coordconv_patch.version import __version__
+from coordconv_patch.weights import load_coords, save_coords
+
+__all__ = ["app", "main"]
+
+_EPILOG = """
+Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:function, model.pt2.
+
+Sites (--where, repeatable): first, all, stem, neck, head, a name, a glob such as 'layer1.*.conv1',
+or re:REGEX.
+
+Exit codes: 0 done; 1 the work failed or the outputs differ; 2 the command or its input was wrong.
+"""
+
+app = typer.Typer(
+    help="Give a trained convolutional model coordinates, without changing its outputs.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
+Where = Annotated[list[str] | None, typer.Option("--where", "-w", help="Sites; repeatable.")]
+CoordsName = Annotated[
+    str, typer.Option("--coords", help="paper, reference, mkocabas, solo or paddledetection.")
+]
+Radius = Annotated[bool, typer.Option("--radius", help="Add the channel r.")]
+Shape = Annotated[str | None, typer.Option("--input", help="Example shape, such as 1,3,224,224.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a torch file of tensors alone.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the zoo's weights.")]
+CoordWeights = Annotated[
+    Path | None, typer.Option("--coord-weights", help="A file of save_coords; sets the sites.")
+]
+Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("plan", epilog="Example: coordconv-patch plan timm:resnet50 --where 'layer1.*.conv2'")
+def plan_command(
+    model: Model,
+    where: Where = None,
+    coords: CoordsName = "paper",
+    radius: Radius = False,
+    input_shape: Shape = None,
+    chosen_only: Annotated[bool, typer.Option("--chosen", help="Only the chosen sites.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
+    loaded = _loaded(model, False, input_shape)
+    decided = plan(
+        loaded.model,
+        where or "first",
+        coords=Coordinates.preset(coords, radius=radius),
+        example_inputs=loaded.example_inputs,
+    )
+    if as_json:
+        print(json.dumps(decided.to_dict(), indent=1))
+        return
+    # A pipe or a file has no width of its own; a table cut at 80 columns is of no use there.
+    console = _console if sys.stdout.isatty() else Console(width=160)
+    console.print(decided.table(chosen_only=chosen_only))
+
+
+@app.command(
+    "patch", epilog="Example: coordconv-patch patch timm:resnet50 --out coords.safetensors"
+)
+def patch_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="coords.safetensors, or a program .pt2")],
+    where: Where = None,
+    coords: CoordsName = "paper",
+    radius: Radius = False,
+    input_shape: Shape = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+) -> None:
+    """Patch a model, check that its outputs stay bit for bit, and write the result.
+
+    A .safetensors file gets the coordinate weights (zero still), for load_coords on
+    the same model; a .pt2 file the whole patched model as a torch.export program.
+    """
+    if out.suffix not in (".safetensors", ".pt2"):
+        raise ArgumentError(f"--out {out}: write a name that ends in .safetensors or .pt2")
+    loaded = _loaded(model, pretrained, input_shape)
+    if checkpoint is not None:
+        load_checkpoint_(loaded.model, checkpoint)
+    patched = _patched(loaded, where, coords, radius)
+    before = torch_outputs(loaded.model, loaded.example_inputs)
+    after = torch_outputs(patched, loaded.example_inputs)
+    equal = len(before) == len(after) and all(map(torch.equal, before, after))
+    if not equal:
+        raise PatchError("the patched model's outputs are not those of the plain model")
+    if out.suffix == ".pt2":
+        _save_program(patched, loaded.example_inputs, out)
+    else:
+        save_coords(patched, out)
+    _console.print(
+        f"patched {len(coord_layers(patched))} convolutions; {len(after)} outputs "
+        f"({sum(tensor.numel() for tensor in after):,} numbers) are bit-equal; wrote {out}"
+    )
+
+
+@app.command(
+    "export", epilog="Example: coordconv-patch export timm:resnet50 --out r50.onnx --where first"
+)
+def export_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    where: Where = None,
+    coords: CoordsName = "paper",
+    radius: Radius = False,
+    input_shape: Shape = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    coord_weights: CoordWeights = None,
+    static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch.")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any image size.")] = False,
+    lowering: Annotated[str, typer.Option(help="auto, channels, map, branch, computed.")] = "auto",
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
+    provider: Provider = None,
+    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+) -> None:
+    """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
+    loaded = _loaded(model, pretrained, input_shape)
+    patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+    image_list = isinstance(loaded.example_inputs, tuple) and isinstance(
+        loaded.example_inputs[0], list
+    )
+    report = export_onnx(
+        patched,
+        out,
+        loaded.example_inputs,
+        dynamic_batch=not (static_batch or image_list),
+        dynamic_size=dynamic_size,
+        lowering=lowering,  # type: ignore[arg-type]  # checked there
+        opset=opset,
+        exporter=exporter,  # type: ignore[arg-type]
+        providers=provider,
+        tolerance=tolerance,
+    )
+    _console.print(report.table())
+
+
+@app.command(
+    "verify", epilog="Example: coordconv-patch verify timm:resnet50 r50.onnx --checkpoint r50.pth"
+)
+def verify_command(
+    model: Model,
+    onnx_file: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    where: Where = None,
+    coords: CoordsName = "paper",
+    radius: Radius = False,
+    input_shape: Shape = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    coord_weights: CoordWeights = None,
+    provider: Provider = None,
+    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+) -> None:
+    """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
+    if not onnx_file.is_file():
+        raise ArgumentError(f"there is no file {onnx_file}")
+    loaded = _loaded(model, pretrained, input_shape)
+    patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+    check = verify_onnx(
+        onnx_file, patched, loaded.example_inputs, providers=provider, tolerance=tolerance
+    )
+    _console.print(
+        f"{onnx_file} agrees with torch on {check.inputs}: differs by {check.difference:.2g} of "
+        f"the largest output ({working_providers(provider)[0]})"
+    )
+
+
+@app.command("bench", epilog="Example: coordconv-patch bench timm:resnet50 --where all --batch 4")
+def bench_command(
+    model: Model,
+    where: Where = None,
+    input_shape: Shape = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="0: ONNX Runtime's choice.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 30,
+    provider: Provider = None,
+) -> None:
+    """Time the plain model and the patched one in each lowering, in ONNX Runtime."""
+    loaded = _loaded(model, False, input_shape)
+    example = loaded.example_inputs
+    if isinstance(example, torch.Tensor):
+        example = example[:1].repeat(batch, *[1] * (example.dim() - 1))
+    patched = patch(loaded.model, where or "first", example_inputs=loaded.example_inputs)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in coord_layers(patched).values():
+            layer.coord_weight.normal_(std=0.01, generator=generator)
+    report = bench_onnx(patched, example, providers=provider, threads=threads, repeats=repeats)
+    _console.print(report.table())
+
+
+@app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("coordconv-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data, heads and batches.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only.")] = False,
+) -> None:
+    """Patch a pretrained EfficientNet-Lite0, fine-tune it, export it, run it: a few minutes."""
+    # Imported here: the demo's packages are an extra.
+    from coordconv_patch.demo import run_demo
+
+    run_demo(out, quick=quick, seed=seed)
+
+
+def _loaded(source: str, pretrained: bool, input_shape: str | None) -> LoadedModel:
+    shape = parse_shape(input_shape) if input_shape else None
+    return load_model(source, pretrained=pretrained, input_shape=shape)
+
+
+def _patched(loaded: LoadedModel, where: list[str] | None, coords: str, radius: bool) -> nn.Module:
+    return patch(
+        loaded.model,
+        where or "first",
+        coords=Coordinates.preset(coords, radius=radius),
+        example_inputs=loaded.example_inputs,
+    )
+
+
+def _with_weights(
+    loaded: LoadedModel,
+    where: list[str] | None,
+    coords: str,
+    radius: bool,
+    checkpoint: Path | None,
+    coord_weights: Path | None,
+) -> nn.Module:
+    """The model to export: patched by --where or by a file, with the checkpoint's weights."""
+    if coord_weights is not None:
+        if where:
+            raise ArgumentError(
+                "--where and --coord-weights exclude each other: the file names the sites"
+            )
+        if checkpoint is not None:
+            load_checkpoint_(loaded.model, checkpoint)
+        return load_coords(loaded.model, coord_weights)
+    patched = _patched(loaded, where, coords, radius)
+    if checkpoint is not None:
+        load_checkpoint_(patched, checkpoint)
+    elif not loaded.trained:
+        _errors.print("[yellow]note:[/] the weights are random; pass --pretrained or --checkpoint")
+    return patched
+
+
+def _save_program(model: nn.Module, example_inputs: Any, path: Path) -> None:
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        program = torch.export.export(model, args, kwargs)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot export this model ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0][:200]}): write a .safetensors file instead"
+        ) from error
+    with replacing(path) as temporary:
+        torch.export.save(program, temporary)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
+    try:
+        app()
+    except (ExportError, PatchError) as error:
+        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(1)
+    except CoordConvPatchError as error:
+        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
