@@ -531,6 +531,14 @@ def test_model_that_draws_random_numbers_leaves_the_random_state(x: Tensor) -> N
     assert_untouched(Noisy(), x)
 
 
+def test_recorded_forward_pass_leaves_the_random_state(x: Tensor) -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    assert_untouched(Untraceable(Noise(), nn.Conv2d(3, 3, 1)), x)
+
+
 @pytest.mark.parametrize("traceable", [True, False])
 def test_tensors_stored_in_the_forward_pass_are_left_as_they_were(
     traceable: bool, x: Tensor
