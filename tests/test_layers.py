@@ -1058,6 +1058,16 @@ def test_kept_map_follows_autocast_on_and_off(inferring: Callable[[Any, Tensor],
         assert torch.equal(inferring(layer, x), exact)
 
 
+def test_map_kept_under_autocast_does_not_cost_later_precision(
+    inferring: Callable[[Any, Tensor], Tensor],
+) -> None:
+    layer = a_layer()
+    x = torch.randn(2, 3, 8, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inferring(layer, x)
+    agrees(layer, x, inferring(layer, x), torch.float32)
+
+
 def test_kept_map_is_not_made_from_autocasts_copy_of_older_weights() -> None:
     layer = a_layer()
     x = torch.randn(2, 3, 8, 9)
