@@ -97,7 +97,7 @@ def plan_command(
         print(json.dumps(decided.to_dict(), indent=1))
         return
     # A pipe or a file has no width of its own; a table cut at 80 columns is of no use there.
-    console = _console if sys.stdout.isatty() else Console(width=160)
+    console = _console if sys.stdout.isatty() else Console(width=10_000)
     console.print(decided.table(chosen_only=chosen_only))
 
 

@@ -12,8 +12,9 @@ the last bit, in every dtype; that is what lets a trained model be patched.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -235,7 +236,7 @@ class CoordConvNd(_ConvNd):
     def __init__(self, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any) -> None:
         convention = Coordinates.of(coords)
         super().__init__(*args, **kwargs)
-        self._attach(convention, DECLARED)
+        self._attach(convention, DECLARED, _new_coord_weight(self, convention))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution plus the coordinate branch.
@@ -398,19 +399,10 @@ class CoordConvNd(_ConvNd):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A plain checkpoint is a complete checkpoint of a layer whose coordinate weights are
-        # zero. With strict=False torch's rule stands: what is missing is reported and kept.
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "coord_weight"
-        if strict and key in missing_keys:
-            missing_keys.remove(key)
-            if self.coord_weight.is_meta and not self.weight.is_meta:  # load_state_dict(assign)
-                zeros = torch.zeros_like(self.coord_weight, device=self.weight.device)
-                self.coord_weight = nn.Parameter(zeros, self.coord_weight.requires_grad)
-            else:
-                nn.init.zeros_(self.coord_weight)
+        _zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made_here = type(self) is coord_class(self._plain_class)
@@ -419,7 +411,7 @@ class CoordConvNd(_ConvNd):
             return _new_layer, (self._plain_class,), self.__dict__
         return super().__reduce_ex__(protocol)
 
-    def _attach(self, coords: Coordinates, padding: Padding) -> None:
+    def _attach(self, coords: Coordinates, padding: Padding, coord_weight: nn.Parameter) -> None:
         """Give a module that already is a convolution what makes it a coordinate convolution."""
         self.coords = coords
         self.coord_padding = padding
@@ -427,11 +419,7 @@ class CoordConvNd(_ConvNd):
         # torch.fx looks at the *instance's* __module__ to decide what to trace through:
         # convolutions are leaves there, and must stay leaves for everyone's tracer.
         self.__dict__["__module__"] = "torch.nn.modules.conv"
-        shape = ConvGeometry.of(self).coord_weight_shape(coords.num_channels(len(self.kernel_size)))
-        weight = self.weight
-        self.coord_weight = nn.Parameter(
-            torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        )
+        self.coord_weight = coord_weight
 
     def _detach(self) -> None:
         """Inverse of :meth:`_attach`."""
@@ -568,8 +556,60 @@ class CoordBranch(nn.Module):
             output_padding=output_padding,
         )
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        _zero_if_missing(self, state_dict, prefix, missing_keys)
+
     def extra_repr(self) -> str:
         return f"{self.geometry}, coords={self.coords}"
+
+
+def _zero_if_missing(
+    layer: CoordConvNd | CoordBranch,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    missing_keys: list[str],
+) -> None:
+    """Take a plain checkpoint for what it is: one whose coordinate weights are all zero.
+
+    With ``strict=False`` torch's rule stands: what is missing is reported, and kept.
+    """
+    key = prefix + "coord_weight"
+    if key not in missing_keys or not _loading_strictly():
+        return
+    missing_keys.remove(key)
+    weight = layer.coord_weight
+    if weight.is_meta:  # load_state_dict(assign=True) onto a model without memory
+        device = next((value.device for value in state_dict.values()), weight.device)
+        zeros = torch.zeros_like(weight, device=device)
+        layer.coord_weight = nn.Parameter(zeros, weight.requires_grad)
+    else:
+        nn.init.zeros_(weight)
+
+
+def _loading_strictly() -> bool:
+    """The ``strict`` that the caller gave to ``load_state_dict``.
+
+    torch tells every layer ``strict=True`` and applies the caller's choice at the end, so
+    it is looked up where it is: in that function's frame.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals.get("strict", True))
+        frame = frame.f_back
+    return True
 
 
 def check_convertible(module: _ConvNd) -> Padding:
@@ -600,30 +640,44 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
     The object keeps its identity, and with it its hooks, parameters, flags and
     aliases; only its class changes. Call :func:`check_convertible` before.
     """
+    coord_weight = _new_coord_weight(module, coords)  # first: it may not fit into memory
+    before = type(module)
     if parametrize.is_parametrized(module):
         # torch takes a parametrized module back to its first base class when the last
         # parametrization is removed, so the coordinate class goes beneath.
-        parametrized = type(module)
-        plain = cast("type[_ConvNd]", parametrized.__bases__[0])
-        namespace = {k: v for k, v in vars(parametrized).items() if k != "__dict__"}
-        namespace.pop("__weakref__", None)
-        module.__class__ = type(parametrized.__name__, (coord_class(plain),), namespace)
+        plain = cast("type[_ConvNd]", before.__bases__[0])
+        module.__class__ = _on_other_base(before, coord_class(plain))
     else:
-        module.__class__ = coord_class(type(module))
-    cast(CoordConvNd, module)._attach(coords, padding)
+        module.__class__ = coord_class(before)
+    try:
+        cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
+    except BaseException:
+        module.__class__ = before
+        raise
+
+
+def _on_other_base(parametrized: type, base: type) -> type:
+    """The class that torch made for a parametrized module, on another base class."""
+    namespace = {
+        k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")
+    }
+    return type(parametrized.__name__, (base,), namespace)
+
+
+def _new_coord_weight(module: _ConvNd, coords: Coordinates) -> nn.Parameter:
+    geometry = ConvGeometry.of(module)
+    shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
+    weight = module.weight
+    return nn.Parameter(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
 
 
 def revert_(module: CoordConvNd) -> None:
     """Turn a coordinate convolution back into the class it was made from, in place."""
     module._detach()
-    plain = module._plain_class
+    before, plain = type(module), module._plain_class
     if parametrize.is_parametrized(module):
-        parametrized = type(module)
-        namespace = {k: v for k, v in vars(parametrized).items() if k != "__dict__"}
-        namespace.pop("__weakref__", None)
-        module.__class__ = type(parametrized.__name__, (plain,), namespace)
-    else:
-        module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer
+        plain = _on_other_base(before, plain)
+    module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer
 
 
 def coord_layers(model: nn.Module) -> dict[str, CoordConvNd | CoordBranch]:

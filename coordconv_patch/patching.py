@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import operator
 import warnings
 from collections.abc import Iterable
@@ -237,13 +238,26 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _by_owner(sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """Functional sites by the qualified name of the module whose graph is to be edited."""
+    """Functional sites by the qualified name of the module whose graph is to be edited.
+
+    The graph of a plain module holds those of its submodules, so where both a module and one
+    inside it call functional convolutions, the outer one's graph is edited for both.
+    """
     owners: dict[str, list[Site]] = {}
-    for site in sites:
-        assert site.region is not None
-        in_graph_module = isinstance(site.region.module, fx.GraphModule)
-        owners.setdefault(site.region.name if in_graph_module else site.owner, []).append(site)
+    for site in sorted(sites, key=_owner):
+        enclosing = (o for o in owners if o == _owner(site) or _is_inside(_owner(site), o))
+        owners.setdefault(next(enclosing, _owner(site)), []).append(site)
     return owners
+
+
+def _owner(site: Site) -> str:
+    assert site.region is not None
+    in_graph_module = isinstance(site.region.module, fx.GraphModule)
+    return site.region.name if in_graph_module else site.owner
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 class _GraphEdit:
@@ -257,13 +271,12 @@ class _GraphEdit:
         self.module = model.get_submodule(owner)
         self.replaces_module = not isinstance(self.module, fx.GraphModule)
         if self.replaces_module:
-            graph = _mode_independent_graph(owner, self.module)
-            self.target = fx.GraphModule(self.module, graph, type(self.module).__name__)
+            self.target = _as_graph_module(owner, self.module)
         else:
             self.target = cast(fx.GraphModule, self.module)
         self.graph = copy.deepcopy(self.target.graph)
         self.branches: dict[str, CoordBranch] = {}
-        nodes_by_site = function_nodes(owner, self.graph)
+        nodes_by_site = function_nodes(owner, self.module, self.graph)
         for site in sites:
             if site.name not in nodes_by_site:
                 raise PatchError(f"{site.name}: not found when {owner or 'the model'} is traced")
@@ -273,8 +286,10 @@ class _GraphEdit:
     def _add_branch(self, site: Site, nodes: list[fx.Node], coords: Coordinates) -> None:
         assert site.geometry is not None
         holder = site.name[len(self.owner) :].lstrip(".")
-        is_module = holder in dict(self.target.named_modules())
-        name = f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
+        name = BRANCH_NAME
+        if holder:
+            is_module = holder in dict(self.target.named_modules())
+            name = f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
         weight = conv_arguments(nodes[0])["weight"]
         if weight.op == "get_attr":
             tensor = operator.attrgetter(str(weight.target))(self.target)
@@ -303,23 +318,37 @@ class _GraphEdit:
         self.target.graph = self.graph
         if not self.replaces_module:
             return self.model
-        _copy_training_flag(self.module, self.target)
         if not self.owner:
             return self.target
         for parent in list(self.model.modules()):
-            for child_name, child in list(parent.named_children()):
+            for child_name, child in parent._modules.items():
                 if child is self.module:
-                    setattr(parent, child_name, self.target)
+                    parent._modules[child_name] = self.target
         return self.model
 
 
-def _copy_training_flag(source: nn.Module, target: nn.Module) -> None:
-    # Not train(): a submodule may have been frozen by hand, and shares its flag with the source.
-    target.training = source.training
+_KEPT_STATE = (
+    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+"""What a GraphModule takes over from the module that it stands for, used by the graph or not."""
+
+
+def _as_graph_module(owner: str, module: nn.Module) -> fx.GraphModule:
+    """A GraphModule that computes what a plain module computes, on the same parameters."""
+    graph = _mode_independent_graph(owner, module)
+    made = fx.GraphModule(module, graph, type(module).__name__)
+    for name in _KEPT_STATE:
+        made.__dict__[name] = copy.copy(module.__dict__[name])
+    return made
 
 
 def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
-    """The graph of a plain module, if training and evaluation give the same one."""
+    """The graph of a plain module, if neither its mode nor an optional argument changes it."""
     place = owner or "the model"
     try:
         with in_mode(module, training=True):
@@ -334,6 +363,17 @@ def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
         raise PatchError(
             f"{place} calls a functional convolution and behaves differently in training and "
             "evaluation, which one graph cannot express: use torch.nn.Conv2d modules there"
+        )
+    optional = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    if optional and owner:
+        raise PatchError(
+            f"{owner} calls a functional convolution and its forward has optional arguments "
+            f"({', '.join(optional)}), which one graph cannot express: use torch.nn.Conv2d "
+            "modules there"
         )
     return evaluated
 
@@ -358,8 +398,8 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
 
 
 def _remove_branches(graph_module: fx.GraphModule) -> None:
-    edited = False
-    for nodes in function_nodes("", graph_module.graph).values():
+    branches: set[str] = set()
+    for nodes in function_nodes("", graph_module, graph_module.graph).values():
         for node in nodes:
             found = branch_of(graph_module, node)
             if found is None:
@@ -368,7 +408,8 @@ def _remove_branches(graph_module: fx.GraphModule) -> None:
             total.replace_all_uses_with(node)
             graph_module.graph.erase_node(total)
             graph_module.graph.erase_node(branch)
-            edited = True
-    if edited:
-        graph_module.delete_all_unused_submodules()
+            branches.add(str(branch.target))
+    for name in branches:
+        graph_module.delete_submodule(name)
+    if branches:
         graph_module.recompile()

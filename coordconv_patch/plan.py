@@ -144,7 +144,8 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_jupyter=False)
+        # As wide as it needs: a folded name could not be copied into where=.
+        console = Console(width=10_000, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -185,11 +186,12 @@ def _row(choice: Choice, coords: Coordinates) -> PlanRow:
     site = choice.site
     parameters, multiply_adds = 0, None
     if choice.chosen and site.geometry is not None:
-        shape = site.geometry.coord_weight_shape(coords.num_channels(site.geometry.ndim))
-        parameters = math.prod(shape)
+        names = coords.channel_names(site.geometry.ndim)  # checks that the window fits, too
+        parameters = math.prod(site.geometry.coord_weight_shape(len(names)))
         if site.calls is not None:
             multiply_adds = sum(_multiply_adds(parameters, site, call) for call in site.calls)
-    return PlanRow(site, choice.chosen, choice.reason, _note(site), parameters, multiply_adds)
+    note = _note(site, choice.chosen)
+    return PlanRow(site, choice.chosen, choice.reason, note, parameters, multiply_adds)
 
 
 def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
@@ -198,7 +200,7 @@ def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
     return parameters * math.prod(call.input_size if transposed else call.output_size)
 
 
-def _note(site: Site) -> str:
+def _note(site: Site, chosen: bool) -> str:
     notes = []
     if site.calls is not None:
         if not site.calls:
@@ -206,7 +208,7 @@ def _note(site: Site) -> str:
         elif all(math.prod(call.input_size) == 1 for call in site.calls):
             notes.append("its input is one pixel, whose coordinates are 0")
     in_graph = site.region is not None and hasattr(site.region.module, "graph")
-    if site.kind == "function" and not in_graph:
+    if chosen and site.kind == "function" and not in_graph:
         notes.append(f"{site.owner or 'the model'} becomes a GraphModule")
     return "; ".join(notes)
 

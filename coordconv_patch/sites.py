@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from coordconv_patch.errors import PatchError
@@ -145,8 +146,7 @@ def find_sites(
     order: list[str] | None = finder.execution_order("")
     if example_inputs is not None:
         recorded = record_calls(model, sites, example_inputs)
-        if order is None or all(site.kind == "module" for site in sites):
-            order = list(recorded)
+        order = list(recorded)
         sites = [replace(site, calls=tuple(recorded.get(site.name, ()))) for site in sites]
     if order is not None:
         position = {name: index for index, name in reversed(list(enumerate(order)))}
@@ -192,24 +192,53 @@ def trace(module: nn.Module) -> fx.Graph:
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    with _attributes_restored(module):
+    with _state_restored(module):
         return ConvTracer().trace(module, concrete_args=defaults or None)
 
 
 @contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass stores on modules: a traced one would leave proxies there."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+def _state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass leaves behind: attributes, buffers and random state.
+
+    A traced one would leave proxies, and counts one more batch in every batch norm
+    whose own code does the counting.
+    """
+    before = [_state_of(module) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        yield
+        with torch.random.fork_rng(_cuda_devices(model)):
+            yield
     finally:
-        for module, attributes in before:
-            current = vars(module)
-            for name in [name for name in current if name not in attributes]:
-                del current[name]
-            for name, value in attributes.items():
-                if current.get(name, _attributes_restored) is not value:
-                    current[name] = value
+        for state in before:
+            for holder, contents in state:
+                _restore(holder, contents)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not buffer.is_meta and not _identical(buffer, value):
+                    buffer.copy_(value)
+
+
+def _state_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dicts that hold a module's attributes, each with a copy of its contents."""
+    holders = (vars(module), module._buffers, module._parameters, module._modules)
+    return [(holder, dict(holder)) for holder in cast("tuple[dict[str, Any], ...]", holders)]
+
+
+def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
+    for name in [name for name in holder if name not in contents]:
+        del holder[name]
+    for name, value in contents.items():
+        if name not in holder or holder[name] is not value:
+            holder[name] = value
+
+
+def _identical(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values, NaN included."""
+    return torch.equal(left, right) or torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 class _Finder:
@@ -228,6 +257,8 @@ class _Finder:
 
     def trace(self, name: str, module: nn.Module) -> None:
         """Trace a submodule; where that fails, its children; leaves that hold convs likewise."""
+        if isinstance(module, _ConvNd):
+            return
         self._progress.update()
         try:
             graph = trace(module)
@@ -254,6 +285,8 @@ class _Finder:
 
     def execution_order(self, name: str) -> list[str] | None:
         """Names of the sites in the order in which a submodule runs them; None if unknown."""
+        if isinstance(self.model.get_submodule(name), _ConvNd):
+            return [name]
         region = self.region_of.get(name)
         if region is None:
             return None
@@ -270,7 +303,7 @@ class _Finder:
                         return None
                     order += inner
             elif node.op == "call_function" and node.target in CONV_SIGNATURES:
-                order.append(_function_site_name(region.name, node))
+                order.append(_function_site_name(region.name, region.module, node))
         return order
 
     def module_sites(self) -> Iterator[Site]:
@@ -312,7 +345,7 @@ class _Finder:
     def function_sites(self) -> Iterator[Site]:
         """The functional convolutions in the traced graphs; calls of one weight are one site."""
         for region in self.regions:
-            for name, nodes in function_nodes(region.name, region.graph).items():
+            for name, nodes in function_nodes(region.name, region.module, region.graph).items():
                 yield _function_site(region, name, nodes)
 
 
@@ -320,9 +353,11 @@ def _may_hold_sites(module: nn.Module) -> bool:
     """Whether tracing into a module can bring sites: torch.nn's own layers hold none."""
     if isinstance(module, (_ConvNd, CoordBranch)):
         return False
-    if any(isinstance(inner, _ConvNd) for inner in module.modules()):
-        return True
-    return not type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
+    return any(
+        isinstance(inner, _ConvNd)
+        or not type(inner).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
+        for inner in module.modules()
+    )
 
 
 def _join(prefix: str, name: Any) -> str:
@@ -368,28 +403,33 @@ def conv_arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def function_nodes(prefix: str, graph: fx.Graph) -> dict[str, list[fx.Node]]:
+def function_nodes(prefix: str, module: nn.Module, graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """The functional convolutions of a graph by site name.
 
     Args:
         prefix: Qualified name of the module that the graph belongs to.
-        graph: The graph.
+        module: That module.
+        graph: Its graph.
     """
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in CONV_SIGNATURES:
-            nodes.setdefault(_function_site_name(prefix, node), []).append(node)
+            nodes.setdefault(_function_site_name(prefix, module, node), []).append(node)
     return nodes
 
 
-def _function_site_name(prefix: str, node: fx.Node) -> str:
+def _function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
     weight = conv_arguments(node).get("weight")
     if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
         return _join(prefix, node.name)
-    # "conv1.weight" names the site conv1, as if conv1 were a module site.
+    # "conv1.weight" names the site conv1, as if conv1 were a module site; where it is one,
+    # the functional use of its weight is another site.
     full_name = _join(prefix, weight.target)
     holder, _, attribute = full_name.rpartition(".")
-    return holder if holder and attribute == "weight" else full_name
+    own_holder = str(weight.target).rpartition(".")[0]
+    if not holder or attribute != "weight" or isinstance(module.get_submodule(own_holder), _ConvNd):
+        return full_name
+    return holder
 
 
 def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
@@ -541,8 +581,8 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state are put back."""
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(cuda):
+    devices = _cuda_devices(model)
+    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices):
         yield
 
 
@@ -551,16 +591,13 @@ def record_calls(
 ) -> dict[str, list[Call]]:
     """Run the model once on the example inputs; the calls of each site, in order of execution.
 
-    Functional sites are seen by interpreting their region on the inputs that it
-    gets, so they stand before the modules of the same region.
-
     Raises:
         PatchError: If the forward pass fails.
     """
     args, kwargs = split_inputs(example_inputs)
     recorder = _CallRecorder(sites)
     try:
-        with evaluating(model), _attributes_restored(model), recorder:
+        with evaluating(model), _state_restored(model), recorder:
             model(*args, **kwargs)
     except Exception as error:
         raise PatchError(
@@ -571,13 +608,17 @@ def record_calls(
 
 
 class _CallRecorder:
-    """While entered, notes every execution of the sites."""
+    """While entered, notes every execution of the sites.
+
+    A region with functional sites is interpreted node by node on the inputs that it
+    gets, which shows all of its sites in order; the real run that follows is not noted.
+    """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.calls: dict[str, list[Call]] = {}
         self._sites = sites
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._interpreting = False
+        self._regions_noted = 0
 
     def __enter__(self) -> _CallRecorder:
         names_by_region: dict[Region, dict[fx.Node, str]] = {}
@@ -590,9 +631,10 @@ class _CallRecorder:
                 names.update(dict.fromkeys(site.nodes, site.name))
         for region, names in names_by_region.items():
             pre_hook = functools.partial(self._before_region, region, names)
-            self._handles.append(
-                region.module.register_forward_pre_hook(pre_hook, with_kwargs=True)
-            )
+            self._handles += [
+                region.module.register_forward_pre_hook(pre_hook, with_kwargs=True),
+                region.module.register_forward_hook(self._after_region, always_call=True),
+            ]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -600,8 +642,9 @@ class _CallRecorder:
             handle.remove()
 
     def _note(self, name: str, source: Tensor, output: Tensor, ndim: int) -> None:
-        call = Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
-        self.calls.setdefault(name, []).append(call)
+        if not self._regions_noted:
+            call = Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
+            self.calls.setdefault(name, []).append(call)
 
     def _after_module(
         self,
@@ -611,9 +654,8 @@ class _CallRecorder:
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> None:
-        if not self._interpreting:
-            source = args[0] if args else next(iter(kwargs.values()))
-            self._note(name, source, output, len(cast(_ConvNd, module).kernel_size))
+        source = args[0] if args else next(iter(kwargs.values()))
+        self._note(name, source, output, len(cast(_ConvNd, module).kernel_size))
 
     def _before_region(
         self,
@@ -623,28 +665,41 @@ class _CallRecorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if self._interpreting:
-            return
         recorder = self
 
         class Interpreter(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if n in names:
-                    source = self.env[conv_arguments(n)["input"]]
-                    recorder._note(names[n], source, result, source.dim() - 2)
+                    arguments = conv_arguments(n)
+                    weight = self.env[arguments["weight"]]
+                    source = self.env[arguments["input"]]
+                    recorder._note(names[n], source, result, weight.dim() - 2)
                 return result
 
-        traced = isinstance(module, fx.GraphModule)
-        runnable = module if traced else fx.GraphModule(module, region.graph)
-        inputs = list(args)
-        for node in [n for n in region.graph.nodes if n.op == "placeholder"][len(inputs) :]:
-            inputs.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-        self._interpreting = True
-        try:
+        if not self._regions_noted:
+            traced = isinstance(module, fx.GraphModule)
+            runnable = module if traced else fx.GraphModule(module, region.graph)
+            inputs = _placeholder_values(region.graph, traced, args, kwargs)
             Interpreter(runnable).run(*inputs, enable_io_processing=False)
-        finally:
-            self._interpreting = False
+        self._regions_noted += 1
+
+    def _after_region(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._regions_noted -= 1
+
+
+def _placeholder_values(
+    graph: fx.Graph, exported: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """A call's arguments in the order of a graph's placeholders."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if exported and isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
+        # Programs of torch.export take nested arguments apart.
+        return pytree.arg_tree_leaves(*args, **kwargs)
+    values = list(args)
+    for node in placeholders[len(args) :]:
+        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
+    return values
 
 
 def describe_inputs(example_inputs: Any) -> str:
