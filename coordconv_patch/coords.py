@@ -125,11 +125,16 @@ class Coordinates:
     def __post_init__(self) -> None:
         if self.order not in ("xy", "yx"):
             raise CoordinatesError(f"order={self.order!r}: write 'xy' (x first) or 'yx' (y first)")
-        low, high = (float(bound) for bound in self.value_range)
-        if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+        try:
+            low, high = (float(bound) for bound in self.value_range)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise CoordinatesError(
                 f"value_range={self.value_range!r}: write two finite numbers, the smaller first"
             )
+        if self.window is not None and not isinstance(self.window, Window):
+            raise CoordinatesError(f"window={self.window!r}: write a Window(...) or None")
         object.__setattr__(self, "value_range", (low, high))
         if not isinstance(self.fourier, int) or self.fourier < 0:
             raise CoordinatesError(
@@ -248,8 +253,8 @@ class Coordinates:
         if is_capturing() or not all(type(length) is int for length in size):
             compute_dtype = torch.promote_types(dtype, torch.float32)
             return self._compute(size, device, compute_dtype).to(dtype)
-        if is_in_torch_dispatch_mode():
-            # A tensor made under FakeTensorMode and the like must not reach the cache.
+        if is_transforming():
+            # A fake or wrapped tensor must not reach the cache.
             return self._compute(size, device, torch.float64).to(dtype)
         return _cached_grid(self, size, device, dtype)
 
@@ -286,7 +291,8 @@ class Coordinates:
             raise CoordinatesError(f"coordinate fields {values} are invalid: {error}") from error
 
     def __str__(self) -> str:
-        names = ", ".join(self.channel_names(2)[: 2 + self.radius])
+        ndim = 2 if self.window is None else len(self.window.size)
+        names = ", ".join(self.channel_names(ndim)[: ndim + self.radius])
         parts = [f"({names})"]
         parts += [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "radius"]
         return " ".join(parts)
@@ -385,6 +391,11 @@ def _at_least_one(last: Any) -> Any:
 def is_capturing() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is looking on."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_transforming() -> bool:
+    """Whether tensors made now may be fake or wrapped: dispatch modes, torch.func transforms."""
+    return is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @functools.lru_cache(maxsize=128)

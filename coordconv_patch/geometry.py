@@ -319,7 +319,7 @@ class _ConvSpy(TorchFunctionMode):
     def __init__(self, module: _ConvNd) -> None:
         super().__init__()
         self.functions = (CONV_FUNCTIONS[len(module.kernel_size), False], torch.conv2d)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, int]] = []
 
     def __torch_function__(
         self,
@@ -330,7 +330,7 @@ class _ConvSpy(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in self.functions:
-            self.calls.append((args, dict(kwargs or {}), output))
+            self.calls.append((args, dict(kwargs or {}), output, output._version))
         return output
 
 
@@ -352,8 +352,8 @@ def _run_probe(module: _ConvNd, probe: Tensor) -> tuple[list[tuple[int, int]], T
             f"the forward of {class_name} calls {len(spy.calls)} convolutions, not one; "
             "a coordinate branch cannot follow it"
         )
-    args, kwargs, result = spy.calls[0]
-    if output is not result:
+    args, kwargs, result, version = spy.calls[0]
+    if output is not result or result._version != version:
         raise PatchError(
             f"the forward of {class_name} changes the convolution's output before it returns it "
             "(a norm or an activation inside?); a branch added behind it would not be a CoordConv"

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from coordconv_patch.coords import Coordinates, is_capturing
+from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
     CONV_FUNCTIONS,
@@ -101,7 +101,8 @@ class MapCache:
         found = self._maps.get(key)
         if found is None:
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
-            with torch.inference_mode(False), torch.no_grad():
+            # And not from autocast's own copy of the weight, which may be older than the weight.
+            with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
                 found = self._maps[key] = layer.compute_branch(input_size, output_padding)
             if len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
@@ -117,6 +118,16 @@ class MapCache:
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
         return MapCache, ()
+
+
+@contextmanager
+def _autocast_cache_off() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def pad_grid(
@@ -230,8 +241,18 @@ class CoordConvNd(_ConvNd):
     _map_cache: MapCache
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
+    __signature__: inspect.Signature
     _output_is_fresh: bool = True
     """Whether the plain forward returns a tensor that nobody else holds."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Shown by help() and editors, and read by torch.nn.utils.skip_init.
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls._plain_class)
+        coords = inspect.Parameter("coords", inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = list(signature.parameters.values())
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            cls.__signature__ = signature.replace(parameters=[*parameters, coords])
 
     def __init__(self, *args: Any, coords: Coordinates | str | None = None, **kwargs: Any) -> None:
         convention = Coordinates.of(coords)
@@ -259,12 +280,7 @@ class CoordConvNd(_ConvNd):
         if weight.requires_grad and torch.is_grad_enabled():
             self._map_cache.clear()
             branch = self.compute_branch(input_size, output_padding)
-        elif (
-            own_parameter
-            and weight.is_cpu
-            and not is_capturing()
-            and not is_in_torch_dispatch_mode()
-        ):
+        elif own_parameter and weight.is_cpu and not is_capturing() and not is_transforming():
             branch = self._map_cache.get(self, input_size, output_padding)
         else:
             branch = self.compute_branch(input_size, output_padding)
