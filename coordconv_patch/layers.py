@@ -75,10 +75,13 @@ class MapCache:
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def get(
-        self, layer: CoordConvNd, input_size: Sequence[int], output_padding: Sequence[int]
+        self,
+        layer: CoordConvNd,
+        weight: Tensor,
+        input_size: Sequence[int],
+        output_padding: Sequence[int],
     ) -> Tensor:
-        """The layer's map for one input size, made from what the layer is now."""
-        weight = layer.coord_weight
+        """The layer's map for one input size, made from what it and its weight are now."""
         if (
             self._coords is not layer.coords
             or self._padding is not layer.coord_padding
@@ -281,7 +284,7 @@ class CoordConvNd(_ConvNd):
             self._map_cache.clear()
             branch = self.compute_branch(input_size, output_padding)
         elif own_parameter and weight.is_cpu and not is_capturing() and not is_transforming():
-            branch = self._map_cache.get(self, input_size, output_padding)
+            branch = self._map_cache.get(self, weight, input_size, output_padding)
         else:
             branch = self.compute_branch(input_size, output_padding)
         if branch.dtype != output.dtype:

@@ -565,6 +565,20 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return example_inputs, {}
 
 
+def in_signature_order(model: nn.Module, example_inputs: Any) -> Any:
+    """Example inputs with their keyword arguments in the order of the forward's signature.
+
+    Graph inputs come in that order.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    if not kwargs:
+        return example_inputs
+    names = list(inspect.signature(model.forward).parameters)
+    position = {name: index for index, name in enumerate(names)}
+    ordered = sorted(kwargs, key=lambda name: position.get(name, len(position)))
+    return (*args, {name: kwargs[name] for name in ordered})
+
+
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Every submodule in training or evaluation mode; each one's own flag is put back."""

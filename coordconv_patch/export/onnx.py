@@ -28,7 +28,12 @@ from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.verify import Check, tensors_in, verify_onnx
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
-from coordconv_patch.sites import describe_inputs, evaluating, split_inputs
+from coordconv_patch.sites import (
+    describe_inputs,
+    evaluating,
+    in_signature_order,
+    split_inputs,
+)
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -183,6 +188,7 @@ def export_onnx(
     _check_path(path)
     working = working_providers(providers)
     choose = _lowering_rule(lowering, working[0], dynamic_batch, dynamic_size)
+    example_inputs = in_signature_order(model, example_inputs)
     request = _Request(
         model, example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
     )

@@ -19,7 +19,12 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ExportError
 from coordconv_patch.export.providers import make_session, working_providers
-from coordconv_patch.sites import describe_inputs, evaluating, split_inputs
+from coordconv_patch.sites import (
+    describe_inputs,
+    evaluating,
+    in_signature_order,
+    split_inputs,
+)
 
 __all__ = ["Check", "compare", "tensors_in", "verify_onnx"]
 
@@ -76,7 +81,7 @@ def verify_onnx(
     """
     working = working_providers(providers)
     expected = torch_outputs(model, example_inputs)
-    feeds = tensors_in(example_inputs)
+    feeds = tensors_in(in_signature_order(model, example_inputs))
 
     def difference(**options: Any) -> float:
         session = make_session(path, working, **options)
