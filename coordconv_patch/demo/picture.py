@@ -50,9 +50,9 @@ def draw(
         patched: The fine-tuned, patched model.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(15, 14.2), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(15, 14.5), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(4, 1, height_ratios=[1.25, 3.3, 4.5, 4.5], hspace=0.02)
+    parts: Any = figure.subfigures(4, 1, height_ratios=[1.5, 3.3, 4.5, 4.5], hspace=0.02)
     header, photographs, pictures, charts = parts
     _draw_header(header, report)
     _draw_photographs(photographs, report)
@@ -61,7 +61,7 @@ def draw(
     _draw_curves(left, report)
     _draw_histogram(middle, held_out, answers)
     _draw_shares(right, report)
-    _draw_maps(maps, report, coordinate_maps(patched, held_out.images))
+    _draw_maps(maps, report, coordinate_maps(patched, held_out.images[:1]))
     figure.savefig(path)
 
 
@@ -69,7 +69,7 @@ def _draw_header(part: Any, report: DemoReport) -> None:
     for line, finding in enumerate(report.findings()):
         part.text(
             0.01,
-            0.8 - 0.33 * line,
+            0.84 - 0.29 * line,
             _capital(finding),
             size=17,
             weight="bold",
@@ -78,11 +78,14 @@ def _draw_header(part: Any, report: DemoReport) -> None:
         )
     part.text(
         0.01,
-        0.12,
-        f"{report.backbone}, ImageNet weights; {len(report.sites)} convolutions patched, "
+        0.16,
+        "Median distance from the cup's centre on held-out pictures of "
+        f"{report.picture_size} × {report.picture_size} px, after "
+        f"{report.settings.steps} steps of {report.settings.batch_size} pictures in all.\n"
+        f"{report.backbone} with ImageNet weights; {len(report.sites)} convolutions patched, "
         f"{report.coord_parameters:,} coordinate weights beside {report.model_parameters:,}; "
-        f"{report.settings.steps} steps of {report.settings.batch_size} pictures each, "
-        f"seed {report.seed}",
+        f"seed {report.seed}.",
+        linespacing=1.5,
         size=12,
         color=MUTED,
         va="center",
@@ -120,17 +123,17 @@ def _draw_pictures(
         f"Where is the cup? The first {count} of {len(held_out)} held-out pictures, "
         f"on photographs never trained on ({sources})",
     )
+    size = held_out.images.shape[-1]
     grid = part.subplots(2, count // 2)
     for index, axes in enumerate(grid.flat):
         axes.imshow(_as_picture(held_out.images[index]), interpolation="bicubic")
         x, y = held_out.centers[index].tolist()
-        axes.plot(x, y, "+", color="white", ms=17, mew=4.5)
-        axes.plot(x, y, "+", color="black", ms=15, mew=1.8)
+        axes.plot(x, y, "+", color="white", ms=20, mew=4.5)
+        axes.plot(x, y, "+", color="black", ms=18, mew=1.8)
         for name, colour in COLOURS.items():
-            x, y = answers[name][index].tolist()
-            axes.plot(x, y, MARKERS[name], color=colour, ms=9, mec="white", mew=1.3)
-        # Answers far off are drawn at the border rather than left out.
-        size = held_out.images.shape[-1]
+            # An answer outside of the picture is drawn at its border.
+            x, y = answers[name][index].clamp(0, size - 1).tolist()
+            axes.plot(x, y, MARKERS[name], color=colour, ms=8, mec="white", mew=1.2)
         axes.set_xlim(-0.5, size - 0.5)
         axes.set_ylim(size - 0.5, -0.5)
         _frame(axes)
@@ -237,9 +240,8 @@ def _draw_shares(axes: Any, report: DemoReport) -> None:
     axes.set_yticks(range(len(names)), [_short(name) for name in names], size=9)
     axes.invert_yaxis()
     axes.set_xlabel("variation from coordinates / from the picture")
-    _title(
-        axes, f"Place counts most in {_short(best)}:\n{report.site_shares[best]:.0%} of the picture"
-    )
+    share = f"{report.site_shares[best]:.0%} as much as the picture"
+    _title(axes, f"Place counts most in {_short(best)}:\n{share}")
     _plain(axes)
 
 

@@ -132,7 +132,7 @@ def run_demo(
 def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoReport:
     with log.step(f"Load {backbone.MODEL_NAME} with its ImageNet weights"):
         classifier = backbone.load_pretrained()
-    with log.step(f"Patch a copy: where={WHERE}"):
+    with log.step("Patch a copy", f"where={WHERE}"):
         photographs, logits, logits_equal = _compare_predictions(classifier)
     log.photographs(photographs, logits, logits_equal)
 
@@ -179,7 +179,7 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
         starts_equal=torch.equal(start["control"], start["patched"]),
         curves=curves,
         errors=errors,
-        site_shares=shares(patched, task.held_out.images),
+        site_shares=shares(patched, task.held_out.images[:64]),
         export=export,
         seconds=log.seconds,
         files=FILES,
@@ -279,9 +279,10 @@ class _Log:
         self._number = 0
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
+    def step(self, title: str, detail: str = "") -> Iterator[None]:
         self._number += 1
-        self.console.print(f"[bold cyan]{self._number}[/] [bold]{escape(title)}[/]")
+        number, title_text = f"[bold cyan]{self._number}[/]", f"[bold]{escape(title)}[/]"
+        self.console.print(f"{number} {title_text} [dim]{escape(detail)}[/]", soft_wrap=True)
         started = time.perf_counter()
         yield
         self.seconds[title] = round(time.perf_counter() - started, 2)
@@ -334,13 +335,14 @@ class _Log:
         self.console.print(
             f"  {check.bytes / 1e6:.1f} MB on {check.provider}: at most "
             f"{check.worst_difference_px:.1e} px from torch, median error "
-            f"{check.median_error_px:.2f} px"
+            f"{check.median_error_px:.2f} px",
+            soft_wrap=True,
         )
 
     def end(self, report: DemoReport, out: Path) -> None:
         self.console.print("[bold]Median distance from the cup, held-out pictures[/]")
         for finding in report.findings():
-            self.console.print(f"  {finding}")
+            self.console.print(f"  {finding}", soft_wrap=True)
         self.console.print(f"{self.seconds['in all']:.0f} s in all; in {escape(str(out))}:")
         for what, name in report.files.items():
             self.console.print(f"  {name:<22} [dim]{what}[/]")
