@@ -1,0 +1,184 @@
+"""The public surface: names, what an import costs, and the floors of the package."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coordconv_patch
+from coordconv_patch import errors
+
+ROOT = Path(coordconv_patch.__file__).parent
+PREFIX = "coordconv_patch."
+
+PUBLIC = {
+    *("Coordinates", "Window"),
+    *("CoordConv1d", "CoordConv2d", "CoordConv3d"),
+    *("CoordConvTranspose1d", "CoordConvTranspose2d", "CoordConvTranspose3d"),
+    *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
+    *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
+    *("save_coords", "load_coords", "load_coords_"),
+    *("export_onnx", "ExportReport", "verify_onnx", "Check"),
+    "__version__",
+}
+
+FLOORS: list[set[str]] = [
+    {"version", "errors", "atomic"},
+    {"coords"},
+    {"geometry"},
+    {"layers"},
+    {"sites"},
+    {"select"},
+    {"plan"},
+    {"patching"},
+    {"training", "weights", "passes", "sources"},
+    {"export"},
+    {"demo"},
+    {"cli"},
+]
+"""Each may import from the floors before its own, and from its own."""
+
+
+def modules() -> list[str]:
+    """Names of the package's modules below the root."""
+    infos = pkgutil.walk_packages([str(ROOT)], PREFIX)
+    return [info.name.removeprefix(PREFIX) for info in infos]
+
+
+def source(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports_of(module: str) -> set[str]:
+    """What a module imports from the package, names below the root; lazy imports included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            # "from package import part" means the part, where that is a module.
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            inner = {part for part in parts if part.removeprefix(PREFIX) in modules()}
+            found |= inner if inner == parts else inner | {str(node.module)}
+    return {name.removeprefix(PREFIX) for name in found if name.startswith(PREFIX)}
+
+
+def floor_of(module: str) -> int:
+    top = module.split(".")[0]
+    return next(index for index, names in enumerate(FLOORS) if top in names)
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(coordconv_patch.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_each_public_name_is_importable_and_documented(name: str) -> None:
+    value = getattr(coordconv_patch, name)
+    assert inspect.getdoc(value)
+    assert value.__module__.startswith("coordconv_patch.")
+
+
+@pytest.mark.parametrize("module", ["", *modules()])
+def test_every_module_lists_its_names_in_order_and_has_them(module: str) -> None:
+    loaded = importlib.import_module("coordconv_patch" + (f".{module}" if module else ""))
+    names = getattr(loaded, "__all__", [])
+    assert len(set(names)) == len(names)
+    assert list(names) == sorted(names, key=_constants_then_classes), "not sorted"
+    for name in names:
+        assert hasattr(loaded, name), name
+    assert inspect.getdoc(loaded)
+
+
+def _constants_then_classes(name: str) -> tuple[bool, bool, str]:
+    """The order that ruff's RUF022 asks for."""
+    return not name.isupper(), not name[0].isupper(), name
+
+
+def test_the_root_defines_nothing_of_its_own() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    kinds = {type(node) for node in tree.body[1:]}
+    assert kinds == {ast.ImportFrom, ast.Assign}
+
+
+def test_importing_the_package_does_not_import_the_zoos() -> None:
+    """Nor matplotlib: they are extras, and slow."""
+    code = (
+        "import sys, coordconv_patch, coordconv_patch.cli\n"
+        "print([n for n in ('timm', 'torchvision', 'matplotlib', 'skimage') if n in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ran.stdout.strip() == "[]"
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if not name.startswith("demo")])
+def test_no_module_but_the_demo_imports_an_extra_at_its_top(module: str) -> None:
+    tree = ast.parse(source(module).read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    roots = {
+        name.split(".")[0]
+        for node in top
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+        )
+    }
+    assert not roots & {"timm", "torchvision", "matplotlib", "skimage"}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_run_down_the_floors(module: str) -> None:
+    own = floor_of(module)
+    above = [name for name in imports_of(module) if floor_of(name) > own]
+    assert not above, f"{module} imports from above: {above}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = {module: imports_of(module) for module in modules()}
+
+    def reaches(start: str, goal: str, seen: set[str]) -> bool:
+        for name in graph.get(start, set()) - seen:
+            if name == goal or reaches(name, goal, seen | {name}):
+                return True
+        return False
+
+    assert [module for module in graph if reaches(module, module, set())] == []
+
+
+def test_every_module_has_a_floor() -> None:
+    placed = set().union(*FLOORS)
+    assert {module.split(".")[0] for module in modules()} <= placed
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name.endswith("Error")])
+def test_every_error_is_one_of_the_packages_and_of_pythons(name: str) -> None:
+    kind = getattr(errors, name)
+    assert issubclass(kind, errors.CoordConvPatchError)
+    if kind is not errors.CoordConvPatchError:
+        assert issubclass(kind, (ValueError, RuntimeError))
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_the_command_is_installed() -> None:
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="coordconv-patch")
+    from coordconv_patch.cli import main
+
+    assert command.load() is main
