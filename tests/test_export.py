@@ -759,10 +759,11 @@ def test_exporting_changes_nothing_in_the_model(tmp_path: Path) -> None:
     assert logging.root.manager.disable == level
 
 
-def test_training_mode_is_not_what_gets_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_training_mode_is_not_what_gets_exported(exporter: str, tmp_path: Path) -> None:
     model = net().train()
     report = ccp.export_onnx(
-        model, tmp_path / "net.onnx", images(2), exporter="torchscript", providers=CPU
+        model, tmp_path / "net.onnx", images(2), exporter=exporter, providers=CPU
     )
     assert_same(run(report.path, images(3))[0], concatenating(net())(images(3)))
 
