@@ -16,10 +16,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path of the same name in a temporary folder beside ``path``.
 
     If the block succeeds, every file that it left in that folder takes its place
-    beside ``path``; if it fails, nothing remains of it.
+    beside ``path``, with the permissions that a new file gets there (safetensors'
+    own files are private); if it fails, nothing remains of it.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
         for written in sorted(Path(folder).iterdir()):
+            written.chmod(mode)
             os.replace(written, path.parent / written.name)

@@ -68,52 +68,48 @@ class MapCache:
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
+    __slots__ = ("_last_key", "_last_map", "_maps", "_weight")
+
     def __init__(self) -> None:
-        self._coords: Coordinates | None = None
-        self._padding: Padding | None = None
         self._weight: Tensor | None = None
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._last_key: tuple[Any, ...] = ()
+        self._last_map: Tensor | None = None
 
-    def get(
-        self,
-        layer: CoordConvNd,
-        weight: Tensor,
-        input_size: Sequence[int],
-        output_padding: Sequence[int],
-    ) -> Tensor:
-        """The layer's map for one input size, made from what it and its weight are now."""
-        if (
-            self._coords is not layer.coords
-            or self._padding is not layer.coord_padding
-            or self._weight is None
-            or self._weight.dtype != weight.dtype
-            or not torch.equal(self._weight, weight)
-        ):
-            self._maps.clear()
-            self._coords, self._padding = layer.coords, layer.coord_padding
+    def get(self, layer: CoordConvNd, weight: Tensor, input: Tensor, output: Tensor) -> Tensor:
+        """The layer's map to add to ``output``, made from the values that ``weight`` has now.
+
+        The output's dtype tells whether autocast is on; its shape, the output padding.
+        """
+        kept = self._weight
+        if kept is None or kept.dtype is not weight.dtype or not torch.equal(kept, weight):
+            self.clear()
             self._weight = weight.detach().clone()
-        key = (
-            input_size,
-            output_padding,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.padding_mode,
-            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        )
+        # Few memory accesses matter here: a convolution before has emptied the processor's
+        # caches, and each miss costs as much as a hundred instructions.
+        key = (input.shape, output.shape, output.dtype)
+        if key != self._last_key or self._last_map is None:
+            self._last_map = self._find(layer, input, output)
+            self._last_key = key
+        return self._last_map
+
+    def _find(self, layer: CoordConvNd, input: Tensor, output: Tensor) -> Tensor:
+        ndim = len(layer.kernel_size)
+        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
+        key = (*sizes, output.dim(), output.dtype)
         found = self._maps.get(key)
         if found is None:
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             # And not from autocast's own copy of the weight, which may be older than the weight.
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
-                found = self._maps[key] = layer.compute_branch(input_size, output_padding)
+                found = self._maps[key] = layer.branch_for(input, output)
             if len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
         return found
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
-        self._weight = None
+        self._weight = self._last_map = None
         self._maps.clear()
 
     def __len__(self) -> int:
@@ -218,6 +214,12 @@ def coordinate_map(
     return convolve(grid, coord_weight, None, stride, padding, dilation)
 
 
+_MAP_ATTRIBUTES = frozenset(
+    {"coords", "coord_padding", "stride", "padding", "dilation", "padding_mode", "output_padding"}
+)
+"""Attributes of a layer that its coordinate map is made from, besides its weight."""
+
+
 class CoordConvNd(_ConvNd):
     """What every coordinate convolution has in common; mixed in before a convolution class.
 
@@ -274,28 +276,41 @@ class CoordConvNd(_ConvNd):
             Tensor of the shape and dtype that the plain convolution returns.
         """
         output = super().forward(input, *args, **kwargs)
-        input_size = input.shape[-len(self.kernel_size) :]
-        output_padding = self.output_padding
-        if args or kwargs:
-            output_padding = self.output_padding_of(input_size, output.shape)
         weight = self.coord_weight
         own_parameter = type(weight) is nn.Parameter
         if weight.requires_grad and torch.is_grad_enabled():
             self._map_cache.clear()
-            branch = self.compute_branch(input_size, output_padding)
-        elif own_parameter and weight.is_cpu and not is_capturing() and not is_transforming():
-            branch = self._map_cache.get(self, weight, input_size, output_padding)
+            branch = self.branch_for(input, output)
+        elif own_parameter and weight.is_cpu and not (is_capturing() or is_transforming()):
+            branch = self._map_cache.get(self, weight, input, output)
         else:
-            branch = self.compute_branch(input_size, output_padding)
-        if branch.dtype != output.dtype:
-            branch = branch.to(output.dtype)
-        if output.dim() < branch.dim():
-            branch = branch.squeeze(0)
+            branch = self.branch_for(input, output)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
         # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
         if own_parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
+
+    def branch_for(self, input: Tensor, output: Tensor) -> Tensor:
+        """The coordinate map to add to the plain convolution's output, in its dtype.
+
+        Args:
+            input: The convolution's input, batched or not.
+            output: What the plain convolution made of it.
+
+        Returns:
+            Shape ``(1, C_out, *output_size)``, unbatched ``(C_out, *output_size)``.
+        """
+        ndim = len(self.kernel_size)
+        input_size = input.shape[-ndim:]
+        output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
+        branch = self.compute_branch(input_size, output_padding).to(output.dtype)
+        return branch if output.dim() == ndim + 2 else branch.squeeze(0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
+            self._map_cache.clear()
 
     def compute_branch(
         self,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from coordconv_patch.demo import backbone, finetune
@@ -154,7 +154,7 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
     patched = models["patched"]
     with log.step("Save, export to ONNX, run it in ONNX Runtime"):
         save_coords(patched, out / FILES["coordinate weights"])
-        save_file(patched.state_dict(), out / FILES["all weights"])
+        (out / FILES["all weights"]).write_bytes(save(patched.state_dict()))
         export = _export(patched, task.held_out, answers["patched"], out / FILES["ONNX model"])
     log.export(export)
 
