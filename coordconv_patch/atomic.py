@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["obstacle_to_writing", "replacing"]
+
+
+def obstacle_to_writing(path: Path) -> str:
+    """Why a file cannot be written there, for a message; empty if it can."""
+    if path.is_dir():
+        return f"cannot write {path}: it is a folder; write a file name"
+    if not path.parent.is_dir():
+        return f"cannot write {path}: the folder {path.parent} does not exist"
+    return ""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from coordconv_patch.atomic import replacing
+from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.bench import bench_onnx
@@ -121,6 +121,9 @@ def patch_command(
     """
     if out.suffix not in (".safetensors", ".pt2"):
         raise ArgumentError(f"--out {out}: write a name that ends in .safetensors or .pt2")
+    obstacle = obstacle_to_writing(out)
+    if obstacle:
+        raise ArgumentError(obstacle)
     loaded = _loaded(model, pretrained, input_shape)
     if checkpoint is not None:
         load_checkpoint_(loaded.model, checkpoint)

@@ -302,7 +302,7 @@ class _Finder:
                     if inner is None:
                         return None
                     order += inner
-            elif node.op == "call_function" and node.target in CONV_SIGNATURES:
+            elif _is_function_site(node):
                 order.append(_function_site_name(region.name, region.module, node))
         return order
 
@@ -413,9 +413,21 @@ def function_nodes(prefix: str, module: nn.Module, graph: fx.Graph) -> dict[str,
     """
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in CONV_SIGNATURES:
+        if _is_function_site(node):
             nodes.setdefault(_function_site_name(prefix, module, node), []).append(node)
     return nodes
+
+
+def _is_function_site(node: fx.Node) -> bool:
+    """Whether a node is a convolution, and not one of a coordinate branch that was exported."""
+    if node.op != "call_function" or node.target not in CONV_SIGNATURES:
+        return False
+    weight = conv_arguments(node).get("weight")
+    return not (
+        isinstance(weight, fx.Node)
+        and weight.op == "get_attr"
+        and str(weight.target).rpartition(".")[2] == "coord_weight"
+    )
 
 
 def _function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
@@ -442,7 +454,10 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
             obstacle = "one weight is used with several strides or paddings"
     except PatchError as error:
         obstacle = str(error)
-    patched = [branch_of(region.module, node) is not None for node in nodes]
+    patched = [
+        branch_of(region.module, node) is not None or _has_exported_branch(region.module, node)
+        for node in nodes
+    ]
     if hasattr(region.module, "train_graph"):
         obstacle = obstacle or "its graph module has two graphs, for training and evaluation"
     target = nodes[0].target
@@ -534,6 +549,15 @@ def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
+def _has_exported_branch(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the model was patched before torch.export made a program of it."""
+    weight = conv_arguments(node).get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    holder = root.get_submodule(str(weight.target).rpartition(".")[0])
+    return isinstance(getattr(holder, "coord_weight", None), Tensor)
+
+
 def _calls_from_meta(nodes: Sequence[fx.Node]) -> tuple[Call, ...] | None:
     """Sizes that the graph itself knows (torch.export records them)."""
     calls = []
@@ -563,6 +587,22 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example_inputs and isinstance(example_inputs[-1], dict):
         return example_inputs[:-1], dict(example_inputs[-1])
     return example_inputs, {}
+
+
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's output on example inputs, see :func:`split_inputs`.
+
+    Raises:
+        PatchError: If the model fails on them.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise PatchError(
+            f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def in_signature_order(model: nn.Module, example_inputs: Any) -> Any:
@@ -608,16 +648,9 @@ def record_calls(
     Raises:
         PatchError: If the forward pass fails.
     """
-    args, kwargs = split_inputs(example_inputs)
     recorder = _CallRecorder(sites)
-    try:
-        with evaluating(model), _state_restored(model), recorder:
-            model(*args, **kwargs)
-    except Exception as error:
-        raise PatchError(
-            f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    with evaluating(model), _state_restored(model), recorder:
+        run_model(model, example_inputs)
     return recorder.calls
 
 

@@ -167,13 +167,13 @@ def _from_file(source: str) -> LoadedModel:
 
 
 def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"_coordconv_patch_source_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ModelSourceError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    # Registered, so that what the file defines can be pickled and copied; its folder is
-    # importable, as for a script.
-    sys.modules[path.stem] = module
+    # Registered, so that what the file defines can be pickled and copied, under a name that
+    # shadows no other module; its folder is importable, as for a script.
+    sys.modules[spec.name] = module
     sys.path.insert(0, os.fspath(path.resolve().parent))
     try:
         spec.loader.exec_module(module)

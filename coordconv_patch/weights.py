@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,14 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
-from coordconv_patch.atomic import replacing
+from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import CoordConvPatchError, WeightsError, listing
+from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.layers import CoordBranch, CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
-from coordconv_patch.sites import Site, find_sites
+from coordconv_patch.sites import Site, SiteMap, find_sites
 from coordconv_patch.version import __version__
 
 __all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
@@ -47,6 +48,11 @@ _WRAPPER_NAMES = frozenset(
 class _SiteRecord:
     geometry: ConvGeometry
     coords: Coordinates
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        channels = self.coords.channel_names(self.geometry.ndim)
+        return self.geometry.coord_weight_shape(len(channels))
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ def save_coords(
     if not layers:
         raise WeightsError("the model has no coordinate weights to save: patch it first")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise WeightsError(f"cannot write {path}: the folder {path.parent} does not exist")
+    obstacle = obstacle_to_writing(path)
+    if obstacle:
+        raise WeightsError(obstacle)
     tensors: dict[str, Tensor] = {
         name + _COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()
     }
@@ -157,19 +164,37 @@ def _load(
     if check_base:
         _check_fingerprint(file, bare)
     _check_norms(file, bare)
+    plans = _plans(file, site_map, sites)
+    if in_place and len(plans) > 1:
+        # The second plan could fail when the first is carried out already, so both are tried.
+        rehearsal = copied(bare)
+        if _apply(rehearsal, plans) is not rehearsal:
+            raise PatchError("the model has to become a GraphModule: use load_coords(...)")
     target = model if in_place else copied(model)
-    filled = unwrapped(target)
+    filled = _apply(unwrapped(target), plans)
+    _fill(filled, file)
+    return target if filled is unwrapped(target) else filled
+
+
+def _plans(file: _CoordsFile, site_map: SiteMap, sites: dict[str, Site]) -> list[Plan]:
+    """How to patch what is not patched yet: one plan for each convention in the file."""
+    plans = []
     for coords in dict.fromkeys(record.coords for record in file.sites.values()):
+        # A regular expression: a site may be called "first" or "all".
         names = [
-            sites[name].name
+            f"re:{re.escape(sites[name].name)}"
             for name, record in file.sites.items()
             if record.coords == coords and not sites[name].patched
         ]
         if names:
-            plan: Plan = plan_sites(site_map, names, coords)
-            filled = apply_plan_(filled, plan)
-    _fill(filled, file)
-    return target if filled is unwrapped(target) else filled
+            plans.append(plan_sites(site_map, names, coords))
+    return plans
+
+
+def _apply(model: nn.Module, plans: list[Plan]) -> nn.Module:
+    for plan in plans:
+        model = apply_plan_(model, plan)
+    return model
 
 
 def _read(path: Path) -> _CoordsFile:
@@ -202,11 +227,13 @@ def _read(path: Path) -> _CoordsFile:
             )
             for name, record in header["sites"].items()
         }
+        for record in sites.values():
+            record.weight_shape  # noqa: B018  # damaged numbers show here
         weights = {name: tensors.pop(name + _COORD_SUFFIX) for name in sites}
         return _CoordsFile(path, sites, weights, tensors, str(header["fingerprint"]))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CoordConvPatchError):
-            raise
+    except WeightsError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its header is damaged ({error!r})") from error
 
 
@@ -240,11 +267,10 @@ def _check_sites(
             )
         if layer is None and site.obstacle:
             raise WeightsError(f"{name} cannot be patched: {site.obstacle}")
-        shape = record.geometry.coord_weight_shape(record.coords.num_channels(record.geometry.ndim))
-        if tuple(file.weights[name].shape) != shape:
+        if tuple(file.weights[name].shape) != record.weight_shape:
             raise WeightsError(
                 f"{file.path}: the weight of {name} has shape {tuple(file.weights[name].shape)}, "
-                f"its header says {shape}"
+                f"its header says {record.weight_shape}"
             )
 
 
@@ -294,8 +320,8 @@ def fingerprint(model: nn.Module) -> str:
             continue
         header = f"{clean_name(name)} {parameter.dtype} {tuple(parameter.shape)}\n"
         digest.update(header.encode())
-        values = parameter.detach().cpu().contiguous()
-        if not values.is_meta:
+        if not parameter.is_meta:
+            values = parameter.detach().cpu().contiguous()
             digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

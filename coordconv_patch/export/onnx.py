@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
+import io
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from coordconv_patch.atomic import replacing
-from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.errors import ArgumentError, ExportError, PatchError
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.verify import Check, tensors_in, verify_onnx
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
@@ -32,6 +35,7 @@ from coordconv_patch.sites import (
     describe_inputs,
     evaluating,
     in_signature_order,
+    run_model,
     split_inputs,
 )
 
@@ -220,7 +224,9 @@ def export_onnx(
             path=path,
             file_size=sum(file.stat().st_size for file in temporary.parent.iterdir()),
             nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-            coord_constant_bytes=_constant_bytes(temporary, lowered.constants),
+            coord_constant_bytes=_constant_bytes(
+                temporary, lowered.constants, _batch_size(tensors_in(example_inputs))
+            ),
             lowerings=dict(lowered.lowerings),
             exporter=used,
             opset=max(entry.version for entry in proto.opset_import if entry.domain == ""),
@@ -234,8 +240,9 @@ def export_onnx(
 def _check_path(path: Path) -> None:
     if path.suffix != ".onnx":
         raise ArgumentError(f"path={str(path)!r}: write a file name that ends in .onnx")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"cannot write {path}: the folder {path.parent} does not exist")
+    obstacle = obstacle_to_writing(path)
+    if obstacle:
+        raise ArgumentError(obstacle)
 
 
 def _lowering_rule(
@@ -245,7 +252,7 @@ def _lowering_rule(
 
     With dynamic sizes coordinates must be computed. On the CPU the branch stays a
     convolution, whose blocked layout the sum keeps; but with a fixed batch every
-    runtime folds that convolution into the map anyway. On GPUs the map's addition
+    exporter folds that convolution into the map anyway. On GPUs the map's addition
     fuses with the convolution.
     """
     if lowering not in ("auto", *LOWERINGS):
@@ -257,6 +264,9 @@ def _lowering_rule(
             lowering = "computed"
         else:
             lowering = "branch" if provider == CPU and dynamic_batch else "map"
+    if lowering == "branch" and not dynamic_batch:
+        # With a fixed batch every exporter folds the branch into the map, with its own rounding.
+        lowering = "map"
     if dynamic_size and lowering != "computed":
         raise ArgumentError(
             f"lowering={lowering!r} stores coordinates of one size, but dynamic_size=True: write "
@@ -303,9 +313,10 @@ def _dynamic_axes(
             "the model takes a list of images, whose number a graph fixes: pass dynamic_batch=False"
         )
     axes: list[dict[int, str]] = []
+    batch = _batch_size(tensors)
     for tensor in tensors:
         names: dict[int, str] = {}
-        batched = not image_list and tensor.dim() > 0 and len(tensor) == len(tensors[0])
+        batched = not image_list and tensor.dim() > 0 and len(tensor) == batch
         if dynamic_batch and batched:
             names[0] = "batch"
         spatial = tensor.dim() - (1 if image_list else 2)
@@ -317,6 +328,11 @@ def _dynamic_axes(
     if dynamic_size and not any(len(names) > dynamic_batch for names in axes):
         raise ArgumentError("dynamic_size=True, but no input is an image (N, C, H, W)")
     return axes
+
+
+def _batch_size(tensors: Sequence[Tensor]) -> int:
+    """First length of the first tensor that has axes; 1 if none has."""
+    return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
 
 
 def _check_axes(request: _Request, proto: onnx.ModelProto) -> dict[str, dict[int, str]]:
@@ -349,7 +365,7 @@ def _for_tracing(request: _Request) -> Any:
 
     torch.export takes a length of one for a constant.
     """
-    if not request.dynamic_batch or len(tensors_in(request.example_inputs)[0]) > 1:
+    if not request.dynamic_batch or _batch_size(tensors_in(request.example_inputs)) > 1:
         return request.example_inputs
     return _with_batch(request, 2)
 
@@ -391,9 +407,16 @@ def _map_inputs(request: _Request, change: Callable[[Tensor, dict[int, str]], Te
 def _inputs_to_check(request: _Request, model: nn.Module) -> list[Any]:
     """The example, and with dynamic axes other batch sizes and image sizes."""
     inputs = [request.example_inputs]
-    example_batch = len(tensors_in(request.example_inputs)[0]) if request.dynamic_batch else 0
     if request.dynamic_batch:
-        inputs += [_with_batch(request, batch) for batch in (1, 3) if batch != example_batch]
+        own = _batch_size(tensors_in(request.example_inputs))
+        others = [_with_batch(request, batch) for batch in (1, 3) if batch != own]
+        refused = [other for other in others if not _runs(model, other)]
+        if refused:
+            raise ExportError(
+                "dynamic_batch=True, but the torch model itself does not run on "
+                f"{describe_inputs(refused[0])}: pass dynamic_batch=False"
+            )
+        inputs += others
     if request.dynamic_size:
         other_sizes = [_with_size(request, steps) for steps in ((1, 1, 2), (2, 2, 1))]
         runnable = [other for other in other_sizes if _runs(model, other)]
@@ -408,11 +431,10 @@ def _inputs_to_check(request: _Request, model: nn.Module) -> list[Any]:
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:
-    args, kwargs = split_inputs(inputs)
     try:
         with evaluating(model):
-            model(*args, **kwargs)
-    except Exception:
+            run_model(model, inputs)
+    except PatchError:
         return False
     return True
 
@@ -439,7 +461,7 @@ def _export(request: _Request, path: Path, exporter: str) -> tuple[str, list[str
         except ExportError as second:
             raise ExportError(f"{_reason('torch.export', error, request)}\n{second}") from error
         return "torchscript", [
-            f"torch.export could not export it ({_first_line(error)}); the TorchScript exporter did"
+            f"torch.export could not export it ({_root_cause(error)}); the TorchScript exporter did"
         ]
     return "dynamo", []
 
@@ -478,7 +500,7 @@ def _export_torchscript(request: _Request, path: Path) -> None:
     try:
         with _quiet(), torch.no_grad():
             torch.onnx.export(
-                request.model,
+                _scriptable(request.model),
                 (*args, kwargs) if kwargs else args,
                 str(path),
                 dynamo=False,
@@ -489,6 +511,22 @@ def _export_torchscript(request: _Request, path: Path) -> None:
             )
     except Exception as error:
         raise ExportError(_reason("the TorchScript exporter", error, request)) from error
+
+
+class _Wrapped(nn.Module):
+    """A GraphModule inside a plain module: the TorchScript exporter mistakes its ``graph``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.training = inner.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _scriptable(model: nn.Module) -> nn.Module:
+    return _Wrapped(model) if isinstance(model, torch.fx.GraphModule) else model
 
 
 def _argument_names(
@@ -504,7 +542,7 @@ def _argument_names(
 
 def _reason(tool: str, error: Exception, request: _Request) -> str:
     hint = ""
-    text = f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
     if request.is_dynamic and any(w in text for w in ("ynamic", "onstraint", "pecializ")):
         hint = ". If the model's code depends on the batch or image size, pass " + (
             "dynamic_size=False" if request.dynamic_size else "dynamic_batch=False"
@@ -512,9 +550,12 @@ def _reason(tool: str, error: Exception, request: _Request) -> str:
     return f"{tool} cannot export the model: {text[:1500]}{hint}"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason in one line, without terminal codes: exporters wrap their errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named like a function
@@ -523,11 +564,15 @@ class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named
     def __enter__(self) -> Any:
         self._level = logging.root.manager.disable
         logging.disable(logging.WARNING)
+        self._output = contextlib.ExitStack()
+        self._output.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        self._output.enter_context(contextlib.redirect_stderr(io.StringIO()))
         entered = super().__enter__()
         warnings.simplefilter("ignore")
         return entered
 
     def __exit__(self, *exception: Any) -> None:
+        self._output.close()
         logging.disable(self._level)
         super().__exit__(*exception)
 
@@ -540,12 +585,17 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _constant_bytes(path: Path, constants: Sequence[Tensor]) -> int:
+def _constant_bytes(path: Path, constants: Sequence[Tensor], batch: int) -> int:
     """Bytes of the initializers (and Constant nodes) that hold coordinate constants.
 
-    Found by their values: exporters rename, merge and reshape initializers.
+    Found by their values: exporters rename, merge and reshape initializers, and expand
+    them to a fixed batch.
     """
-    wanted = {_digest(constant.detach().cpu().numpy()) for constant in constants}
+    wanted = {
+        _digest(form.detach().cpu().numpy())
+        for constant in constants
+        for form in (constant, constant.expand(batch, *constant.shape[1:]))
+    }
     proto = onnx.load(path)
     stored = list(proto.graph.initializer)
     stored += [

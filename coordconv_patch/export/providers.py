@@ -70,6 +70,9 @@ def make_session(
         threads: Threads within an operator; 0: ONNX Runtime's choice.
         disabled_optimizers: Names of graph optimizers to leave out.
         graph_optimization: Whether to optimise the graph at all.
+
+    Raises:
+        ExportError: If ONNX Runtime cannot load the model.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -80,7 +83,11 @@ def make_session(
     extra: dict[str, Any] = {}
     if disabled_optimizers:
         extra["disabled_optimizers"] = list(disabled_optimizers)
-    return ort.InferenceSession(source, options, providers=list(providers), **extra)
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers), **extra)
+    except Exception as error:
+        name = "the model" if isinstance(model, bytes) else os.fspath(model)
+        raise ExportError(f"ONNX Runtime cannot load {name}: {error}") from error
 
 
 @functools.cache

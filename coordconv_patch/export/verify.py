@@ -7,6 +7,7 @@ that one number suits logits, boxes and masks.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from coordconv_patch.sites import (
     describe_inputs,
     evaluating,
     in_signature_order,
-    split_inputs,
+    run_model,
 )
 
 __all__ = ["Check", "compare", "tensors_in", "verify_onnx"]
@@ -49,8 +50,14 @@ class Check:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within the tolerance, or three times the rounding noise."""
-        return self.difference <= max(self.tolerance, 3 * (self.noise or 0.0))
+        """Whether the difference is within what is allowed; an infinite one never is."""
+        return math.isfinite(self.difference) and self.difference <= self.allowed
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance, or three times the rounding noise where that is more."""
+        noise = self.noise or 0.0
+        return max(self.tolerance, 3 * noise) if math.isfinite(noise) else self.tolerance
 
 
 def verify_onnx(
@@ -77,7 +84,8 @@ def verify_onnx(
 
     Raises:
         ExportError: If the outputs differ by more, with the figures and, where it can
-            be found, the cause; or if the file cannot be run on these inputs.
+            be found, the cause; or if the file cannot be loaded, or run on these inputs.
+        PatchError: If the torch model fails on these inputs.
     """
     working = working_providers(providers)
     expected = torch_outputs(model, example_inputs)
@@ -104,13 +112,12 @@ def verify_onnx(
 
 def _cause(difference: Any, check: Check, disabled: Sequence[str]) -> str:
     """A sentence about what is to blame, found by leaving optimizers out."""
-    allowed = max(check.tolerance, 3 * (check.noise or 0.0))
-    if difference(disabled_optimizers=[*disabled, "Pad_Fusion"]) <= allowed:
+    if difference(disabled_optimizers=[*disabled, "Pad_Fusion"]) <= check.allowed:
         return (
             "The cause is ONNX Runtime's own optimizer Pad_Fusion, not the file: pass "
             'disabled_optimizers=["Pad_Fusion"] here and to onnxruntime.InferenceSession'
         )
-    if difference(graph_optimization=False) <= allowed:
+    if difference(graph_optimization=False) <= check.allowed:
         return (
             "Without graph optimisation ONNX Runtime agrees, so one of its optimizers is to "
             "blame, not the file: lower graph_optimization_level in its SessionOptions"
@@ -120,14 +127,13 @@ def _cause(difference: Any, check: Check, disabled: Sequence[str]) -> str:
 
 def torch_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The model's output tensors in evaluation mode, in pytree order."""
-    args, kwargs = split_inputs(example_inputs)
     with evaluating(model):
-        return tensors_in(model(*args, **kwargs))
+        return tensors_in(run_model(model, example_inputs))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and output classes, in pytree order."""
-    if isinstance(values, Mapping) and not pytree.is_tree_node(values):  # type: ignore[attr-defined]
+    if isinstance(values, Mapping) and type(values) not in pytree.SUPPORTED_NODES:
         values = dict(values)
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from coordconv_patch.errors import ExportError
 from coordconv_patch.geometry import CONV_FUNCTIONS
 from coordconv_patch.layers import CoordBranch, CoordConvNd, coord_layers, pad_grid
-from coordconv_patch.sites import evaluating, split_inputs
+from coordconv_patch.sites import evaluating, run_model
 
 __all__ = ["LOWERINGS", "Lowered", "Lowering", "lower_"]
 
@@ -42,7 +42,7 @@ class Lowered:
     """What a lowering did.
 
     Attributes:
-        lowerings: The form that each site got, by site name.
+        lowerings: The form that each site that is called got, by site name.
         constants: The coordinate constants that the graph will hold, each once.
     """
 
@@ -61,9 +61,11 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
         example_inputs: As for :func:`coordconv_patch.plan`; they fix the sizes.
         choose: Gives each site's lowering by its name.
 
+    Layers that are not called on the example inputs stay as they are.
+
     Raises:
-        ExportError: If a layer is not called on the example inputs, or cannot take
-            the form that was chosen for it.
+        ExportError: If a layer cannot take the form that was chosen for it.
+        PatchError: If the model fails on the example inputs.
     """
     layers = coord_layers(model)
     lowerings = {name: choose(name) for name in layers}
@@ -81,7 +83,8 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
             layer.register_buffer(f"coord_constant_{index}", tensor, persistent=False)
             constants[id(tensor)] = tensor
         _replace_forward(name, layer, lowerings[name], made)
-    return Lowered(lowerings, tuple(constants.values()))
+    called = {name: form for name, form in lowerings.items() if name in calls}
+    return Lowered(called, tuple(constants.values()))
 
 
 def _recorded_sizes(
@@ -100,10 +103,9 @@ def _recorded_sizes(
         layer.register_forward_hook(functools.partial(note, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    args, kwargs = split_inputs(example_inputs)
     try:
         with evaluating(model):
-            model(*args, **kwargs)
+            run_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -273,7 +275,10 @@ class _ConcatenateCoordinates(TorchFunctionMode):
     ) -> Any:
         if func is not self.function:
             return func(*args, **(kwargs or {}))
-        input, weight, *rest = args
+        names = ("input", "weight", "bias", "stride", "padding")
+        call = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        rest = args[len(names) :]
+        input, weight = call.pop("input"), call.pop("weight")
         groups, ndim = self.layer.groups, len(self.layer.kernel_size)
         batched = input.dim() == ndim + 2
         input = input if batched else input.unsqueeze(0)
@@ -291,7 +296,8 @@ class _ConcatenateCoordinates(TorchFunctionMode):
                 weight = torch.cat((weight, coord_weight), dim=0)
         if not self.layer.transposed:
             weight = torch.cat((weight, coord_weight), dim=1)
-        output = func(input, weight, *rest, **(kwargs or {}))
+        positional = [call.pop(name) for name in names[2:]] if rest else []
+        output = func(input, weight, *positional, *rest, **call)
         return output if batched else output.squeeze(0)
 
 
