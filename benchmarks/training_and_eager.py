@@ -12,6 +12,7 @@ import copy
 import json
 import multiprocessing
 import platform
+import random
 import resource
 import statistics
 import time
@@ -59,14 +60,21 @@ def concatenated(model: nn.Module) -> nn.Module:
 
 
 def alternate(actions: dict[str, Callable[[], Any]], repeats: int, title: str) -> dict[str, float]:
-    """Median seconds of each action, run in turn ``repeats`` times after one warm-up each."""
+    """Median seconds of each action, run ``repeats`` times after one warm-up each.
+
+    Every round takes the actions in another order: what ran just before leaves its mark on
+    the processor's caches.
+    """
+    order = list(actions)
+    shuffler = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()
     for _ in tqdm(range(repeats), desc=title, disable=None):
-        for name, action in actions.items():
+        shuffler.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            action()
+            actions[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -152,7 +160,7 @@ def main() -> None:
         options.repeats,
         "patch and plan",
     )
-    for batch in (1, 4):
+    for batch in (1, 4, 8):
         images = torch.randn(batch, 3, 224, 224)
         runs = {name: inference(m, images) for name, m in variants(base).items()}
         runs["concatenated"] = inference(concatenated(base), images)
