@@ -20,10 +20,10 @@ from coordconv_patch.export.bench import bench_onnx
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.providers import working_providers
 from coordconv_patch.export.verify import torch_outputs, verify_onnx
+from coordconv_patch.inputs import split_inputs
 from coordconv_patch.layers import coord_layers
 from coordconv_patch.patching import patch
 from coordconv_patch.plan import plan
-from coordconv_patch.sites import split_inputs
 from coordconv_patch.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
 from coordconv_patch.version import __version__
 from coordconv_patch.weights import load_coords, save_coords

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -23,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.modes import in_mode
 
 __all__ = [
     "CONV_FUNCTIONS",
@@ -339,7 +339,7 @@ def _run_probe(module: _ConvNd, probe: Tensor) -> tuple[list[tuple[int, int]], T
     class_name = type(module).__name__
     spy = _ConvSpy(module)
     # Evaluation mode, so that a parametrization (spectral norm) does not step its estimate.
-    with torch.no_grad(), _evaluating(module), spy:
+    with torch.no_grad(), in_mode(module, training=False), spy:
         try:
             output = module.forward(probe)
         except Exception as error:
@@ -379,18 +379,6 @@ def _run_probe(module: _ConvNd, probe: Tensor) -> tuple[list[tuple[int, int]], T
         declared=padding if isinstance(padding, str) else _spread(padding, ndim),
     )
     return cast("list[tuple[int, int]]", amounts), call["input"]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _spread(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:

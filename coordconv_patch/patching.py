@@ -22,26 +22,17 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
+from coordconv_patch.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.conversion import convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers import (
-    BRANCH_NAME,
-    CoordBranch,
-    CoordConvNd,
-    convert_,
-    coord_layers,
-    revert_,
-)
+from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
+from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import in_mode
 from coordconv_patch.plan import Plan, plan
 from coordconv_patch.select import Where
-from coordconv_patch.sites import (
-    Site,
-    branch_of,
-    conv_arguments,
-    function_nodes,
-    in_mode,
-    trace,
-)
+from coordconv_patch.sites import Site
+from coordconv_patch.tracing import trace
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
 

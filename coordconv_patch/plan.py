@@ -16,8 +16,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from coordconv_patch.coords import Coordinates
+from coordconv_patch.recording import Call
 from coordconv_patch.select import Choice, Where, select
-from coordconv_patch.sites import Call, Site, SiteMap, find_sites
+from coordconv_patch.sites import Site, SiteMap, find_sites
 
 __all__ = ["Plan", "PlanRow", "plan"]
 

@@ -24,10 +24,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.branch import CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
-from coordconv_patch.layers import CoordBranch, CoordConvNd, coord_layers
+from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.sites import Site, SiteMap, find_sites

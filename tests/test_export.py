@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError
-from coordconv_patch.export import onnx as export_module
+from coordconv_patch.export import exporters as export_module
 from coordconv_patch.layers import coord_layers
 
 CPU = ["CPUExecutionProvider"]

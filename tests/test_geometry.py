@@ -24,16 +24,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from coordconv_patch import CoordConv2d
+from coordconv_patch.conversion import check_convertible, convert_, revert_
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 from coordconv_patch.geometry import ConvGeometry, Padding, flat_amounts, pad_amounts, padding_of
-from coordconv_patch.layers import (
-    CoordConvNd,
-    check_convertible,
-    convert_,
-    coord_class,
-    revert_,
-)
+from coordconv_patch.layers import CoordConvNd, coord_class
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 

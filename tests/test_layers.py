@@ -30,18 +30,13 @@ from coordconv_patch import (
     Coordinates,
     Window,
 )
+from coordconv_patch.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.conversion import check_convertible, convert_
 from coordconv_patch.coords import _cached_grid
 from coordconv_patch.errors import CoordinatesError, PatchError
 from coordconv_patch.geometry import ConvGeometry
-from coordconv_patch.layers import (
-    BRANCH_NAME,
-    CoordBranch,
-    MapCache,
-    check_convertible,
-    convert_,
-    coord_class,
-    coord_layers,
-)
+from coordconv_patch.layers import coord_class, coord_layers
+from coordconv_patch.map_cache import MapCache
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=250)
 

@@ -30,10 +30,13 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic"},
+    {"version", "errors", "atomic", "modes", "inputs"},
     {"coords"},
     {"geometry"},
+    {"branch", "map_cache"},
     {"layers"},
+    {"conversion", "functional"},
+    {"tracing", "recording"},
     {"sites"},
     {"select"},
     {"plan"},

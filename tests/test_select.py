@@ -17,6 +17,11 @@ from coordconv_patch.select import select
 from coordconv_patch.sites import Site, find_sites
 
 
+def _name(value: object) -> str:
+    """A test's name for a value: without the address of a lambda, which differs by process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 class Block(nn.Module):
     def __init__(self, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -79,7 +84,7 @@ def chosen(model: nn.Module, where: Any, example_inputs: Any = None) -> list[str
         (["all", "first", "all"], ORDER),
         ("stem", ["stem_conv"]),
     ],
-    ids=str,
+    ids=_name,
 )
 def test_selector_chooses_sites(where: Any, names: list[str]) -> None:
     assert chosen(Net(), where) == names
@@ -210,7 +215,7 @@ def test_preset_that_fits_nothing_shows_the_sites() -> None:
         (["all", "stem_cnv"], "where='stem_cnv' matches no convolution"),
         ([["all"]], "where=['all']: write 'first'"),
     ],
-    ids=str,
+    ids=_name,
 )
 def test_selector_that_matches_nothing_says_what_is_close(where: Any, message: str) -> None:
     with pytest.raises(SelectionError, match=re.escape(message)):
@@ -256,7 +261,7 @@ class Integer(Net):
 OBSTACLE = "its weight has dtype torch.int8; coordinates need floats"
 
 
-@pytest.mark.parametrize("where", ["all", "layer1.*", nn.Conv2d, "re:layer1.*"], ids=str)
+@pytest.mark.parametrize("where", ["all", "layer1.*", nn.Conv2d, "re:layer1.*"], ids=_name)
 def test_selectors_of_many_warn_of_obstacles_and_patch_the_rest(where: Any) -> None:
     with pytest.warns(UserWarning, match=f"layer1.0.conv1: {OBSTACLE}") as caught:
         patched = ccp.patch(Integer(), where)

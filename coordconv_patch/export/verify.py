@@ -20,12 +20,8 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ExportError
 from coordconv_patch.export.providers import make_session, working_providers
-from coordconv_patch.sites import (
-    describe_inputs,
-    evaluating,
-    in_signature_order,
-    run_model,
-)
+from coordconv_patch.inputs import describe_inputs, in_signature_order, run_model
+from coordconv_patch.modes import evaluating
 
 __all__ = ["Check", "compare", "tensors_in", "verify_onnx"]
 

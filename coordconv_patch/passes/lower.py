@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from coordconv_patch.branch import CoordBranch, pad_grid
 from coordconv_patch.errors import ExportError
 from coordconv_patch.geometry import CONV_FUNCTIONS
-from coordconv_patch.layers import CoordBranch, CoordConvNd, coord_layers, pad_grid
-from coordconv_patch.sites import evaluating, run_model
+from coordconv_patch.inputs import run_model
+from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import evaluating
 
 __all__ = ["LOWERINGS", "Lowered", "Lowering", "lower_"]
 

@@ -1,0 +1,240 @@
+"""The coordinate branch: the second term of a CoordConv.
+
+A convolution is linear in its input channels, so a CoordConv (a convolution of
+the input x concatenated with coordinate channels c) is the sum of two::
+
+    conv([x ; c], [W ; W_c]) = conv(x, W) + conv(c, W_c)
+
+The second term does not depend on the image: it is a map of shape
+(1, C_out, H', W') for each input size. At ``W_c = 0`` the sum is conv(x, W) to
+the last bit, in every dtype; that is what lets a trained model be patched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.geometry import (
+    CONV_FUNCTIONS,
+    DECLARED,
+    ConvGeometry,
+    Padding,
+    flat_amounts,
+    pad_amounts,
+)
+
+__all__ = [
+    "BRANCH_NAME",
+    "CoordBranch",
+    "coordinate_map",
+    "pad_grid",
+    "zero_if_missing",
+]
+
+BRANCH_NAME = "coord_branch"
+"""Name of the submodule that a :class:`CoordBranch` is added under."""
+
+
+def pad_grid(
+    grid: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: str,
+    rule: Padding,
+) -> tuple[Tensor, str | Sequence[int]]:
+    """Pad coordinate channels as a convolution pads its input.
+
+    Args:
+        grid: Coordinate channels, shape ``(N or 1, K, *input_size)``.
+        kernel_size: The convolution's own; so for the arguments after it.
+        stride: See ``kernel_size``.
+        padding: Numbers, ``"same"`` or ``"valid"``.
+        dilation: See ``kernel_size``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rule: How the convolution really pads, where its attributes do not say it.
+
+    Returns:
+        The grid and the padding that is left for the convolution function to do.
+    """
+    declared = rule.rule == "declared"
+    if declared and padding_mode == "zeros":
+        return grid, padding
+    amounts = pad_amounts(
+        rule,
+        grid.shape[2:],
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        declared=padding,
+    )
+    mode = padding_mode if declared else "constant"
+    return F.pad(grid, flat_amounts(amounts), mode=mode), (0,) * len(kernel_size)
+
+
+def coordinate_map(
+    grid: Tensor,
+    coord_weight: Tensor,
+    *,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: str = "zeros",
+    rule: Padding = DECLARED,
+    output_padding: Sequence[int] = (),
+) -> Tensor:
+    """The branch: the coordinate channels convolved with the coordinate weight.
+
+    Args:
+        grid: Coordinate channels, shape ``(N or 1, K, *input_size)``.
+        coord_weight: Shape ``(C_out, K, *kernel_size)``; ``(K, C_out, *kernel_size)``
+            if transposed.
+        transposed: Whether the convolution is a transposed one.
+        stride: The convolution's own; so for the arguments after it.
+        padding: See :func:`pad_grid`.
+        dilation: See ``stride``.
+        padding_mode: See :func:`pad_grid`.
+        rule: See :func:`pad_grid`.
+        output_padding: Of a transposed convolution, in pixels per dimension.
+
+    Returns:
+        Tensor of shape ``(N or 1, C_out, *output_size)``.
+    """
+    convolve = CONV_FUNCTIONS[len(stride), transposed]
+    if transposed:
+        return convolve(
+            grid, coord_weight, None, stride, padding, tuple(output_padding), 1, dilation
+        )
+    grid, padding = pad_grid(
+        grid,
+        kernel_size=coord_weight.shape[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        padding_mode=padding_mode,
+        rule=rule,
+    )
+    return convolve(grid, coord_weight, None, stride, padding, dilation)
+
+
+class CoordBranch(nn.Module):
+    """The branch alone: added to a functional convolution in a graph.
+
+    Args:
+        geometry: Geometry of the convolution whose output it is added to.
+        coords: The convention of the coordinate channels.
+        device: Where the coordinate weight lives.
+        dtype: Its dtype.
+
+    Shape:
+        - input: the convolution's input, ``(N, C_in, *input_size)`` or unbatched.
+        - output: ``(1, C_out, *output_size)``, unbatched if the input is.
+        - coord_weight: as in :class:`CoordConvNd`.
+    """
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        coords: Coordinates,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.coords = coords
+        self.__dict__["__module__"] = "torch.nn.modules.conv"  # an fx leaf, see CoordConvNd
+        shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
+        self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        geometry = self.geometry
+        branch = self.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding)
+        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+
+    def compute_branch(
+        self,
+        input_size: Sequence[int],
+        output_padding: Sequence[int],
+        grid: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`CoordConvNd.compute_branch`."""
+        geometry, weight = self.geometry, self.coord_weight
+        if grid is None:
+            grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+            grid = grid.unsqueeze(0)
+        return coordinate_map(
+            grid,
+            weight,
+            transposed=geometry.transposed,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            padding_mode=geometry.padding_mode,
+            output_padding=output_padding,
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        zero_if_missing(self, state_dict, prefix, missing_keys)
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry}, coords={self.coords}"
+
+
+def zero_if_missing(
+    layer: CoordBranch | Any,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    missing_keys: list[str],
+) -> None:
+    """Take a plain checkpoint for what it is: one whose coordinate weights are all zero.
+
+    With ``strict=False`` torch's rule stands: what is missing is reported, and kept.
+    """
+    key = prefix + "coord_weight"
+    if key not in missing_keys or not _loading_strictly():
+        return
+    missing_keys.remove(key)
+    weight = layer.coord_weight
+    if weight.is_meta:  # load_state_dict(assign=True) onto a model without memory
+        device = next((value.device for value in state_dict.values()), weight.device)
+        zeros = torch.zeros_like(weight, device=device)
+        layer.coord_weight = nn.Parameter(zeros, weight.requires_grad)
+    else:
+        nn.init.zeros_(weight)
+
+
+def _loading_strictly() -> bool:
+    """The ``strict`` that the caller gave to ``load_state_dict``.
+
+    torch tells every layer ``strict=True`` and applies the caller's choice at the end, so
+    it is looked up where it is: in that function's frame.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals.get("strict", True))
+        frame = frame.f_back
+    return True

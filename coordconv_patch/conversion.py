@@ -1,0 +1,85 @@
+"""Turn a convolution module into a coordinate convolution and back, in place."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.errors import PatchError
+from coordconv_patch.geometry import (
+    TORCH_CONVS,
+    Padding,
+    padding_of,
+)
+from coordconv_patch.layers import CoordConvNd, coord_class, new_coord_weight
+
+__all__ = [
+    "check_convertible",
+    "convert_",
+    "revert_",
+]
+
+
+def check_convertible(module: _ConvNd) -> Padding:
+    """Whether :func:`convert_` would succeed; returns how the module pads.
+
+    Raises:
+        PatchError: With the reason why it would not.
+    """
+    if isinstance(module, CoordConvNd):
+        raise PatchError(f"it already is a CoordConv with coordinates {module.coords}")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise PatchError("it is lazy: run the model once, so that its shape is known")
+    if not isinstance(module, TORCH_CONVS):
+        raise PatchError(f"{type(module).__name__} is no torch.nn convolution of 1 to 3 dimensions")
+    if "forward" in vars(module):
+        raise PatchError(
+            "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
+            "bypass the coordinates: patch the model before"
+        )
+    if not module.weight.dtype.is_floating_point:
+        raise PatchError(f"its weight has dtype {module.weight.dtype}; coordinates need floats")
+    return padding_of(module)
+
+
+def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
+    """Turn a convolution module into its coordinate class, in place.
+
+    The object keeps its identity, and with it its hooks, parameters, flags and
+    aliases; only its class changes. Call :func:`check_convertible` before.
+    """
+    coord_weight = new_coord_weight(module, coords)  # first: it may not fit into memory
+    before = type(module)
+    if parametrize.is_parametrized(module):
+        # torch takes a parametrized module back to its first base class when the last
+        # parametrization is removed, so the coordinate class goes beneath.
+        plain = cast("type[_ConvNd]", before.__bases__[0])
+        module.__class__ = _on_other_base(before, coord_class(plain))
+    else:
+        module.__class__ = coord_class(before)
+    try:
+        cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
+    except BaseException:
+        module.__class__ = before
+        raise
+
+
+def _on_other_base(parametrized: type, base: type) -> type:
+    """The class that torch made for a parametrized module, on another base class."""
+    namespace = {
+        k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")
+    }
+    return type(parametrized.__name__, (base,), namespace)
+
+
+def revert_(module: CoordConvNd) -> None:
+    """Turn a coordinate convolution back into the class it was made from, in place."""
+    module._detach()
+    before, plain = type(module), module._plain_class
+    if parametrize.is_parametrized(module):
+        plain = _on_other_base(before, plain)
+    module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer

@@ -1,0 +1,194 @@
+"""The dynamic axes of an export: which they are, whether the graph has them, inputs to try them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.export.verify import tensors_in
+from coordconv_patch.inputs import describe_inputs, run_model, split_inputs
+from coordconv_patch.modes import evaluating
+
+__all__ = [
+    "ExportRequest",
+    "batch_size",
+    "check_axes",
+    "inputs_for_tracing",
+    "inputs_to_check",
+]
+
+_SIZE_STEP = 32
+"""Other sizes to check a dynamic graph at differ by multiples of this: strides rarely exceed it."""
+
+
+@dataclass
+class ExportRequest:
+    """The arguments of one export, checked."""
+
+    model: nn.Module
+    example_inputs: Any
+    dynamic_batch: bool
+    dynamic_size: bool
+    opset: int | None
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    axes: list[dict[int, str]] = field(init=False)
+    """Dynamic axes of each input tensor, in pytree order."""
+
+    def __post_init__(self) -> None:
+        self.axes = dynamic_axes(self.example_inputs, self.dynamic_batch, self.dynamic_size)
+
+    @property
+    def is_dynamic(self) -> bool:
+        return any(self.axes)
+
+
+def dynamic_axes(
+    example_inputs: Any, dynamic_batch: bool, dynamic_size: bool
+) -> list[dict[int, str]]:
+    """Dynamic axes of each input tensor, in pytree order.
+
+    Tensors whose first length is that of the first tensor are batched, unless they
+    stand in a list of images (C, H, W), as detectors take them.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    tensors = tensors_in((args, kwargs))
+    if not tensors:
+        raise ArgumentError(f"example_inputs hold no tensor ({describe_inputs(example_inputs)})")
+    image_list = bool(args) and isinstance(args[0], (list, tuple))
+    if image_list and dynamic_batch:
+        raise ArgumentError(
+            "the model takes a list of images, whose number a graph fixes: pass dynamic_batch=False"
+        )
+    axes: list[dict[int, str]] = []
+    batch = batch_size(tensors)
+    for tensor in tensors:
+        names: dict[int, str] = {}
+        batched = not image_list and tensor.dim() > 0 and len(tensor) == batch
+        if dynamic_batch and batched:
+            names[0] = "batch"
+        spatial = tensor.dim() - (1 if image_list else 2)
+        if dynamic_size and 1 <= spatial <= 3 and tensor.is_floating_point():
+            sizes = ("depth", "height", "width")[3 - spatial :]
+            first = tensor.dim() - spatial
+            names |= {first + index: name for index, name in enumerate(sizes)}
+        axes.append(names)
+    if dynamic_size and not any(len(names) > dynamic_batch for names in axes):
+        raise ArgumentError("dynamic_size=True, but no input is an image (N, C, H, W)")
+    return axes
+
+
+def batch_size(tensors: Sequence[Tensor]) -> int:
+    """First length of the first tensor that has axes; 1 if none has."""
+    return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+
+
+def check_axes(request: ExportRequest, proto: onnx.ModelProto) -> dict[str, dict[int, str]]:
+    """The graph's dynamic axes; all that were asked for must be among them."""
+    found: dict[str, dict[int, str]] = {}
+    initializers = {initializer.name for initializer in proto.graph.initializer}
+    values = [value for value in proto.graph.input if value.name not in initializers]
+    for value, wanted in zip(values, request.axes, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        found[value.name] = {
+            index: dim.dim_param or "?"
+            for index, dim in enumerate(dims)
+            if not dim.HasField("dim_value")
+        }
+        fixed = [name for index, name in wanted.items() if index not in found[value.name]]
+        if fixed:
+            raise ExportError(
+                f"the {' and '.join(fixed)} of input {value.name!r} came out fixed, although asked "
+                f"to be dynamic: the model's code depends on it. {_static_hint(fixed)}"
+            )
+    return {name: axes for name, axes in found.items() if axes}
+
+
+def _static_hint(names: Sequence[str]) -> str:
+    return f"Pass {'dynamic_batch' if 'batch' in names else 'dynamic_size'}=False"
+
+
+def inputs_for_tracing(request: ExportRequest) -> Any:
+    """The example inputs, with a batch of at least two if the batch is dynamic.
+
+    torch.export takes a length of one for a constant.
+    """
+    if not request.dynamic_batch or batch_size(tensors_in(request.example_inputs)) > 1:
+        return request.example_inputs
+    return _with_batch(request, 2)
+
+
+def _with_batch(request: ExportRequest, batch: int) -> Any:
+    """The example inputs repeated and cut to a batch size; copies are mirrored, so they differ."""
+
+    def resize(tensor: Tensor) -> Tensor:
+        mirrored = tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
+        copies = [tensor if index % 2 == 0 else mirrored for index in range(batch)]
+        return torch.cat(copies)[:batch].contiguous()
+
+    return _map_inputs(request, lambda tensor, axes: resize(tensor) if 0 in axes else tensor)
+
+
+def _with_size(request: ExportRequest, steps: Sequence[int]) -> Any:
+    """The example inputs with each spatial axis longer by a number of steps of 32 pixels."""
+
+    def resize(tensor: Tensor, axes: dict[int, str]) -> Tensor:
+        spatial = [index for index, name in axes.items() if name != "batch"]
+        for step, index in zip(steps[-len(spatial) :], spatial, strict=False):
+            extra = tensor.flip(index)
+            while extra.shape[index] < step * _SIZE_STEP:
+                extra = torch.cat((extra, extra), dim=index)
+            tensor = torch.cat((tensor, extra.narrow(index, 0, step * _SIZE_STEP)), dim=index)
+        return tensor.contiguous()
+
+    return _map_inputs(request, resize)
+
+
+def _map_inputs(request: ExportRequest, change: Callable[[Tensor, dict[int, str]], Tensor]) -> Any:
+    leaves, spec = pytree.tree_flatten(request.example_inputs)
+    axes = iter(request.axes)
+    return pytree.tree_unflatten(
+        [change(leaf, next(axes)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+    )
+
+
+def inputs_to_check(request: ExportRequest, model: nn.Module) -> list[Any]:
+    """The example, and with dynamic axes other batch sizes and image sizes."""
+    inputs = [request.example_inputs]
+    if request.dynamic_batch:
+        own = batch_size(tensors_in(request.example_inputs))
+        others = [_with_batch(request, batch) for batch in (1, 3) if batch != own]
+        refused = [other for other in others if not _runs(model, other)]
+        if refused:
+            raise ExportError(
+                "dynamic_batch=True, but the torch model itself does not run on "
+                f"{describe_inputs(refused[0])}: pass dynamic_batch=False"
+            )
+        inputs += others
+    if request.dynamic_size:
+        other_sizes = [_with_size(request, steps) for steps in ((1, 1, 2), (2, 2, 1))]
+        runnable = [other for other in other_sizes if _runs(model, other)]
+        if not runnable:
+            raise ExportError(
+                "dynamic_size=True, but the torch model itself runs at no other size "
+                f"(tried {', '.join(describe_inputs(other) for other in other_sizes)}): pass "
+                "dynamic_size=False"
+            )
+        inputs += runnable
+    return inputs
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    try:
+        with evaluating(model):
+            run_model(model, inputs)
+    except PatchError:
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""torch's two ONNX exporters: torch.export's, and TorchScript's where that one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.export.verify import tensors_in
+from coordconv_patch.inputs import split_inputs
+
+__all__ = [
+    "write_graph",
+]
+
+_MAX_PROTOBUF_BYTES = 2_000_000_000
+"""ONNX files are protobuf messages, which end at 2 GiB; larger weights go to a file beside."""
+
+
+def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str, list[str]]:
+    """Write the graph with the exporter asked for; returns the one that did it, and notes."""
+    if exporter not in ("auto", "dynamo", "torchscript"):
+        raise ArgumentError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
+    if exporter == "torchscript":
+        _export_torchscript(request, path)
+        return "torchscript", []
+    try:
+        _export_dynamo(request, path)
+    except Exception as error:
+        if exporter == "dynamo":
+            raise ExportError(_reason("torch.export", error, request)) from error
+        for partial in path.parent.iterdir():
+            partial.unlink()
+        try:
+            _export_torchscript(request, path)
+        except ExportError as second:
+            raise ExportError(f"{_reason('torch.export', error, request)}\n{second}") from error
+        return "torchscript", [
+            f"torch.export could not export it ({_root_cause(error)}); the TorchScript exporter did"
+        ]
+    return "dynamo", []
+
+
+def _export_dynamo(request: ExportRequest, path: Path) -> None:
+    args, kwargs = split_inputs(inputs_for_tracing(request))
+    with _quiet():
+        program = torch.onnx.export(
+            request.model,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            dynamic_shapes=_dynamic_shapes(request, args, kwargs) if request.is_dynamic else None,
+            opset_version=request.opset,
+            input_names=request.input_names,
+            output_names=request.output_names,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path), external_data=_weight_bytes(request.model) > _MAX_PROTOBUF_BYTES)
+
+
+def _dynamic_shapes(request: ExportRequest, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Axis names in the structure of the forward's arguments, as torch.export wants them."""
+    bound = inspect.signature(request.model.forward).bind(*args, **kwargs).arguments
+    leaves, spec = pytree.tree_flatten(dict(bound))
+    axes = iter(request.axes)
+    return pytree.tree_unflatten(
+        [(next(axes) or None) if isinstance(leaf, Tensor) else None for leaf in leaves], spec
+    )
+
+
+def _export_torchscript(request: ExportRequest, path: Path) -> None:
+    args, kwargs = split_inputs(inputs_for_tracing(request))
+    names = list(request.input_names or _argument_names(request.model, args, kwargs, request.axes))
+    try:
+        with _quiet(), torch.no_grad():
+            torch.onnx.export(
+                _scriptable(request.model),
+                (*args, kwargs) if kwargs else args,
+                str(path),
+                dynamo=False,
+                opset_version=request.opset,
+                input_names=names,
+                output_names=request.output_names,
+                dynamic_axes=dict(zip(names, request.axes, strict=False)),
+            )
+    except Exception as error:
+        raise ExportError(_reason("the TorchScript exporter", error, request)) from error
+
+
+class _Wrapped(nn.Module):
+    """A GraphModule inside a plain module: the TorchScript exporter mistakes its ``graph``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.training = inner.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _scriptable(model: nn.Module) -> nn.Module:
+    return _Wrapped(model) if isinstance(model, torch.fx.GraphModule) else model
+
+
+def _argument_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: Sequence[Any]
+) -> list[str]:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    names = []
+    for name, value in bound.items():
+        count = len(tensors_in(value))
+        names += [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
+    return names if len(names) == len(axes) else [f"input_{index}" for index in range(len(axes))]
+
+
+def _reason(tool: str, error: Exception, request: ExportRequest) -> str:
+    hint = ""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
+    if request.is_dynamic and any(w in text for w in ("ynamic", "onstraint", "pecializ")):
+        hint = ". If the model's code depends on the batch or image size, pass " + (
+            "dynamic_size=False" if request.dynamic_size else "dynamic_batch=False"
+        )
+    return f"{tool} cannot export the model: {text[:1500]}{hint}"
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason in one line, without terminal codes: exporters wrap their errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named like a function
+    """Without the exporters' warnings and log lines: the report says what matters."""
+
+    def __enter__(self) -> Any:
+        self._level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        self._output = contextlib.ExitStack()
+        self._output.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        self._output.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered
+
+    def __exit__(self, *exception: Any) -> None:
+        self._output.close()
+        logging.disable(self._level)
+        super().__exit__(*exception)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,84 @@
+"""What an export wrote, and how it was checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from coordconv_patch.export.verify import Check
+
+__all__ = [
+    "ExportReport",
+]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What :func:`export_onnx` wrote, and how it was checked. ``print(report)`` shows a table.
+
+    Attributes:
+        path: The ONNX file.
+        file_size: Its size in bytes, with the weights beside it if there are such.
+        nodes: Number of nodes by operator.
+        coord_constant_bytes: Bytes of coordinate constants in the graph.
+        lowerings: The lowering of each patched site, by site name.
+        exporter: ``"dynamo"`` (torch.export) or ``"torchscript"``.
+        opset: The ONNX operator set.
+        provider: The execution provider that the check ran on.
+        dynamic_axes: Named axes of each graph input, by input name.
+        checks: The comparisons with torch.
+        notes: What else happened; a fallback to the other exporter, say.
+    """
+
+    path: Path
+    file_size: int
+    nodes: dict[str, int]
+    coord_constant_bytes: int
+    lowerings: dict[str, str]
+    exporter: str
+    opset: int
+    provider: str
+    dynamic_axes: dict[str, dict[int, str]]
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst_difference(self) -> float:
+        """Largest difference from torch in any check, relative to the largest output."""
+        return max(check.difference for check in self.checks)
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        table = Table(title=str(self.path), title_justify="left", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        kinds = Counter(self.lowerings.values())
+        forms = ", ".join(f"{count} as {kind}" for kind, count in kinds.items())
+        table.add_row("file", f"{self.file_size / 1e6:.2f} MB, opset {self.opset}")
+        table.add_row("exporter", self.exporter)
+        table.add_row("nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items()))
+        table.add_row("coordinate sites", forms or "none")
+        table.add_row("coordinate constants", f"{self.coord_constant_bytes:,} bytes")
+        table.add_row(
+            "dynamic axes",
+            "; ".join(
+                f"{name}: {', '.join(axes.values())}" for name, axes in self.dynamic_axes.items()
+            )
+            or "none",
+        )
+        table.add_row("checked on", self.provider)
+        for check in self.checks:
+            table.add_row(f"  {check.inputs}", f"differs by {check.difference:.2g}")
+        for note in self.notes:
+            table.add_row("note", note)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())

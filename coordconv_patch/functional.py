@@ -1,0 +1,198 @@
+"""The functional convolutions of a graph: F.conv2d, aten.conv2d and their kin."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.branch import CoordBranch
+from coordconv_patch.errors import PatchError
+from coordconv_patch.geometry import ConvGeometry
+
+__all__ = [
+    "CONV_SIGNATURES",
+    "branch_of",
+    "conv_arguments",
+    "function_geometry",
+    "function_nodes",
+    "function_site_name",
+    "has_exported_branch",
+    "is_function_site",
+    "join_names",
+]
+
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+_TRANSPOSED_ARGUMENTS = (
+    *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+)
+
+_CONVOLUTION_ARGUMENTS = (
+    *("input", "weight", "bias", "stride", "padding", "dilation"),
+    *("transposed", "output_padding", "groups"),
+)
+
+_aten = torch.ops.aten
+
+CONV_SIGNATURES: dict[Any, tuple[str, ...]] = {
+    F.conv1d: _CONV_ARGUMENTS,
+    F.conv2d: _CONV_ARGUMENTS,
+    F.conv3d: _CONV_ARGUMENTS,
+    F.conv_transpose1d: _TRANSPOSED_ARGUMENTS,
+    F.conv_transpose2d: _TRANSPOSED_ARGUMENTS,
+    F.conv_transpose3d: _TRANSPOSED_ARGUMENTS,
+    _aten.conv1d.default: _CONV_ARGUMENTS,
+    _aten.conv1d.padding: _CONV_ARGUMENTS,
+    _aten.conv2d.default: _CONV_ARGUMENTS,
+    _aten.conv2d.padding: _CONV_ARGUMENTS,
+    _aten.conv3d.default: _CONV_ARGUMENTS,
+    _aten.conv3d.padding: _CONV_ARGUMENTS,
+    _aten.conv_transpose1d.default: _TRANSPOSED_ARGUMENTS,
+    _aten.conv_transpose2d.input: _TRANSPOSED_ARGUMENTS,
+    _aten.conv_transpose3d.input: _TRANSPOSED_ARGUMENTS,
+    _aten.convolution.default: _CONVOLUTION_ARGUMENTS,
+}
+"""Functions that are convolutions, with the names of their positional arguments."""
+
+
+def conv_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a functional convolution's node, by name."""
+    names = CONV_SIGNATURES[node.target]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def function_nodes(prefix: str, module: nn.Module, graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The functional convolutions of a graph by site name.
+
+    Args:
+        prefix: Qualified name of the module that the graph belongs to.
+        module: That module.
+        graph: Its graph.
+    """
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if is_function_site(node):
+            nodes.setdefault(function_site_name(prefix, module, node), []).append(node)
+    return nodes
+
+
+def is_function_site(node: fx.Node) -> bool:
+    """Whether a node is a convolution, and not one of a coordinate branch that was exported."""
+    if node.op != "call_function" or node.target not in CONV_SIGNATURES:
+        return False
+    weight = conv_arguments(node).get("weight")
+    return not (
+        isinstance(weight, fx.Node)
+        and weight.op == "get_attr"
+        and str(weight.target).rpartition(".")[2] == "coord_weight"
+    )
+
+
+def function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
+    """The site name of a functional convolution: after its weight, or after its node."""
+    weight = conv_arguments(node).get("weight")
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+        return join_names(prefix, node.name)
+    # "conv1.weight" names the site conv1, as if conv1 were a module site; where it is one,
+    # the functional use of its weight is another site.
+    full_name = join_names(prefix, weight.target)
+    holder, _, attribute = full_name.rpartition(".")
+    own_holder = str(weight.target).rpartition(".")[0]
+    if not holder or attribute != "weight" or isinstance(module.get_submodule(own_holder), _ConvNd):
+        return full_name
+    return holder
+
+
+def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
+    """The geometry of a functional convolution.
+
+    Raises:
+        PatchError: If the graph does not tell it, or its weight is not of floats.
+    """
+    arguments = conv_arguments(node)
+    weight = arguments.get("weight")
+    shape, dtype = _shape_and_dtype(root, weight)
+    if shape is None:
+        raise PatchError(
+            "its weight is computed at run time (per sample, perhaps), so its shape is unknown"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise PatchError(f"its weight has dtype {dtype}; coordinates need floats")
+    ndim = len(shape) - 2
+    name = getattr(node.target, "__name__", str(node.target))
+    transposed = bool(arguments.get("transposed", "transpose" in name))
+    numbers: dict[str, Any] = {}
+    for key, default in (
+        ("stride", 1),
+        ("padding", 0),
+        ("dilation", 1),
+        ("output_padding", 0),
+        ("groups", 1),
+    ):
+        value = arguments.get(key, default)
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        if any(isinstance(part, fx.Node) for part in parts):
+            raise PatchError(f"its {key} is computed at run time")
+        if key == "groups" or isinstance(value, str):
+            numbers[key] = value
+        else:
+            spread = [int(part) for part in parts] or [default]
+            numbers[key] = tuple(spread * ndim if len(spread) == 1 else spread)
+    groups = numbers["groups"]
+    return ConvGeometry(
+        transposed=transposed,
+        in_channels=shape[0] if transposed else shape[1] * groups,
+        out_channels=shape[1] * groups if transposed else shape[0],
+        kernel_size=tuple(shape[2:]),
+        stride=numbers["stride"],
+        padding=numbers["padding"],
+        dilation=numbers["dilation"],
+        groups=groups,
+        output_padding=numbers["output_padding"] if transposed else (),
+    )
+
+
+def _shape_and_dtype(
+    root: nn.Module, value: Any
+) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
+    if not isinstance(value, fx.Node):
+        return None, None
+    if value.op == "get_attr":
+        tensor = operator.attrgetter(str(value.target))(root)
+        return tuple(tensor.shape), tensor.dtype
+    recorded = value.meta.get("val", value.meta.get("tensor_meta"))
+    if recorded is None:
+        return None, None
+    return tuple(int(length) for length in recorded.shape), recorded.dtype
+
+
+def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What a graph already adds to a functional convolution: the sum's node and the branch's."""
+    for user in node.users:
+        if user.op != "call_function" or user.target is not operator.add:
+            continue
+        for other in user.all_input_nodes:
+            if other.op == "call_module" and isinstance(
+                root.get_submodule(str(other.target)), CoordBranch
+            ):
+                return user, other
+    return None
+
+
+def has_exported_branch(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the model was patched before torch.export made a program of it."""
+    weight = conv_arguments(node).get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    holder = root.get_submodule(str(weight.target).rpartition(".")[0])
+    return isinstance(getattr(holder, "coord_weight", None), Tensor)
+
+
+def join_names(prefix: str, name: Any) -> str:
+    """Qualified name of a part of ``prefix``; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else f"{prefix}{name}"

@@ -1,0 +1,69 @@
+"""Example inputs: a tensor, or a tuple of arguments with a dict of keywords last."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from coordconv_patch.errors import PatchError
+
+__all__ = [
+    "describe_inputs",
+    "in_signature_order",
+    "run_model",
+    "split_inputs",
+]
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments.
+
+    A tensor is one argument; a tuple is the positional arguments, where a dict at
+    its end is keyword arguments; anything else (a list of images) is one argument.
+    """
+    if not isinstance(example_inputs, tuple):
+        return (example_inputs,), {}
+    if example_inputs and isinstance(example_inputs[-1], dict):
+        return example_inputs[:-1], dict(example_inputs[-1])
+    return example_inputs, {}
+
+
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's output on example inputs, see :func:`split_inputs`.
+
+    Raises:
+        PatchError: If the model fails on them.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise PatchError(
+            f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def in_signature_order(model: nn.Module, example_inputs: Any) -> Any:
+    """Example inputs with their keyword arguments in the order of the forward's signature.
+
+    Graph inputs come in that order.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    if not kwargs:
+        return example_inputs
+    names = list(inspect.signature(model.forward).parameters)
+    position = {name: index for index, name in enumerate(names)}
+    ordered = sorted(kwargs, key=lambda name: position.get(name, len(position)))
+    return (*args, {name: kwargs[name] for name in ordered})
+
+
+def describe_inputs(example_inputs: Any) -> str:
+    """Example inputs in words, for messages: shapes and dtypes."""
+    if isinstance(example_inputs, Tensor):
+        return f"a tensor of shape {tuple(example_inputs.shape)}, {example_inputs.dtype}"
+    if isinstance(example_inputs, (tuple, list)):
+        return ", ".join(describe_inputs(part) for part in example_inputs)
+    return type(example_inputs).__name__

@@ -1,0 +1,104 @@
+"""Coordinate maps that a layer keeps between inference calls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MapCache",
+]
+
+
+class MapCache:
+    """Coordinate maps of one layer, kept between inference calls.
+
+    Every use compares the weight's values with those that the maps were made
+    from. A version counter would be cheaper, but it misses writes through
+    ``.data``, NumPy and DLPack views, and a stale map is a wrong answer. The
+    comparison costs microseconds on the CPU; on other devices it would force a
+    synchronisation, so maps are kept on the CPU only.
+
+    The cache is not part of the layer's state: copies and pickles start empty.
+    """
+
+    max_maps = 8
+    """Maps kept per layer: a detector's shared head sees five or six input sizes."""
+
+    __slots__ = ("_last_key", "_last_map", "_maps", "_weight")
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._last_key: tuple[Any, ...] = ()
+        self._last_map: Tensor | None = None
+
+    def get(
+        self,
+        weight: Tensor,
+        input: Tensor,
+        output: Tensor,
+        make: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The map to add to ``output``, made from the values that ``weight`` has now.
+
+        The output's dtype tells whether autocast is on; its shape, the output padding.
+
+        Args:
+            weight: The layer's coordinate weight.
+            input: The convolution's input.
+            output: What the plain convolution made of it.
+            make: Makes the map for an input and an output.
+        """
+        kept = self._weight
+        if kept is None or kept.dtype is not weight.dtype or not torch.equal(kept, weight):
+            self.clear()
+            self._weight = weight.detach().clone()
+        # Few memory accesses matter here: a convolution before has emptied the processor's
+        # caches, and each miss costs as much as a hundred instructions.
+        key = (input.shape, output.shape, output.dtype)
+        if key != self._last_key or self._last_map is None:
+            self._last_map = self._find(weight.dim() - 2, input, output, make)
+            self._last_key = key
+        return self._last_map
+
+    def _find(
+        self, ndim: int, input: Tensor, output: Tensor, make: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
+        key = (*sizes, output.dim(), output.dtype)
+        found = self._maps.get(key)
+        if found is None:
+            # Not an inference tensor, whatever mode this call runs in: a later one may train.
+            # And not from autocast's own copy of the weight, which may be older than the weight.
+            with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
+                found = self._maps[key] = make(input, output)
+            if len(self._maps) > self.max_maps:
+                self._maps.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        """Forget every map, and the memory that they take."""
+        self._weight = self._last_map = None
+        self._maps.clear()
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
+        return MapCache, ()
+
+
+@contextmanager
+def _autocast_cache_off() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -1,0 +1,82 @@
+"""Run a model for a look at it, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "evaluating",
+    "in_mode",
+    "state_restored",
+]
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every submodule in training or evaluation mode; each one's own flag is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are put back."""
+    devices = _cuda_devices(model)
+    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass leaves behind: attributes, buffers and random state.
+
+    A traced one would leave proxies, and counts one more batch in every batch norm
+    whose own code does the counting.
+    """
+    before = [_state_of(module) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(_cuda_devices(model)):
+            yield
+    finally:
+        for state in before:
+            for holder, contents in state:
+                _restore(holder, contents)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not buffer.is_meta and not _identical(buffer, value):
+                    buffer.copy_(value)
+
+
+def _state_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dicts that hold a module's attributes, each with a copy of its contents."""
+    holders = (vars(module), module._buffers, module._parameters, module._modules)
+    return [(holder, dict(holder)) for holder in cast("tuple[dict[str, Any], ...]", holders)]
+
+
+def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
+    for name in [name for name in holder if name not in contents]:
+        del holder[name]
+    for name, value in contents.items():
+        if name not in holder or holder[name] is not value:
+            holder[name] = value
+
+
+def _identical(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values, NaN included."""
+    return torch.equal(left, right) or torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
