@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "MapCache",
-]
+__all__ = ["MapCache"]
 
 
 class MapCache:
@@ -30,13 +28,14 @@ class MapCache:
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
-    __slots__ = ("_last_key", "_last_map", "_maps", "_weight")
+    __slots__ = ("_last", "_maps", "_weight")
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._last_key: tuple[Any, ...] = ()
-        self._last_map: Tensor | None = None
+        # One attribute, so that threads that share the layer never see the one's key with the
+        # other's map.
+        self._last: tuple[Any, Tensor | None] = (None, None)
 
     def get(
         self,
@@ -62,10 +61,11 @@ class MapCache:
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
         key = (input.shape, output.shape, output.dtype)
-        if key != self._last_key or self._last_map is None:
-            self._last_map = self._find(weight.dim() - 2, input, output, make)
-            self._last_key = key
-        return self._last_map
+        last_key, found = self._last
+        if found is None or key != last_key:
+            found = self._find(weight.dim() - 2, input, output, make)
+            self._last = (key, found)
+        return found
 
     def _find(
         self, ndim: int, input: Tensor, output: Tensor, make: Callable[[Tensor, Tensor], Tensor]
@@ -84,7 +84,8 @@ class MapCache:
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
-        self._weight = self._last_map = None
+        self._weight = None
+        self._last = (None, None)
         self._maps.clear()
 
     def __len__(self) -> int:
