@@ -25,9 +25,14 @@ class ConvTracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
+        # Only if the program has imported timm: nobody else has its modules. Older versions keep
+        # these lists elsewhere; their models are then traced by regions.
         timm_layers = sys.modules.get("timm.layers")
-        functions = timm_layers.get_notrace_functions() if timm_layers else []
-        self._leaf_classes = tuple(timm_layers.get_notrace_modules()) if timm_layers else ()
+        known = hasattr(timm_layers, "get_notrace_functions")
+        functions = timm_layers.get_notrace_functions() if timm_layers and known else []
+        self._leaf_classes = (
+            tuple(timm_layers.get_notrace_modules()) if timm_layers and known else ()
+        )
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
