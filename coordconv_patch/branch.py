@@ -34,12 +34,19 @@ __all__ = [
     "BRANCH_NAME",
     "CoordBranch",
     "coordinate_map",
+    "grid_for",
     "pad_grid",
     "zero_if_missing",
 ]
 
 BRANCH_NAME = "coord_branch"
 """Name of the submodule that a :class:`CoordBranch` is added under."""
+
+
+def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int]) -> Tensor:
+    """Coordinate channels on a weight's device and in its dtype, shape ``(1, K, *input_size)``."""
+    grid = coords.grid(input_size, device=coord_weight.device, dtype=coord_weight.dtype)
+    return grid.unsqueeze(0)
 
 
 def pad_grid(
@@ -157,6 +164,11 @@ class CoordBranch(nn.Module):
         shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
         self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Kernel size of the convolution, as a convolution module has it."""
+        return self.geometry.kernel_size
+
     def forward(self, input: Tensor) -> Tensor:
         geometry = self.geometry
         branch = self.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding)
@@ -168,13 +180,10 @@ class CoordBranch(nn.Module):
         output_padding: Sequence[int],
         grid: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`CoordConvNd.compute_branch`."""
+        """As :meth:`CoordConvNd.compute_branch`; ``grid`` may hold the channels already."""
         geometry, weight = self.geometry, self.coord_weight
-        if grid is None:
-            grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
-            grid = grid.unsqueeze(0)
         return coordinate_map(
-            grid,
+            grid_for(weight, self.coords, input_size) if grid is None else grid,
             weight,
             transposed=geometry.transposed,
             stride=geometry.stride,

@@ -20,7 +20,7 @@ from coordconv_patch.export.bench import bench_onnx
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.providers import working_providers
 from coordconv_patch.export.verify import torch_outputs, verify_onnx
-from coordconv_patch.inputs import split_inputs
+from coordconv_patch.inputs import split_inputs, takes_image_list
 from coordconv_patch.layers import coord_layers
 from coordconv_patch.patching import patch
 from coordconv_patch.plan import plan
@@ -167,14 +167,11 @@ def export_command(
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     loaded = _loaded(model, pretrained, input_shape)
     patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
-    image_list = isinstance(loaded.example_inputs, tuple) and isinstance(
-        loaded.example_inputs[0], list
-    )
     report = export_onnx(
         patched,
         out,
         loaded.example_inputs,
-        dynamic_batch=not (static_batch or image_list),
+        dynamic_batch=not (static_batch or takes_image_list(loaded.example_inputs)),
         dynamic_size=dynamic_size,
         lowering=lowering,  # type: ignore[arg-type]  # checked there
         opset=opset,

@@ -14,6 +14,7 @@ __all__ = [
     "in_signature_order",
     "run_model",
     "split_inputs",
+    "takes_image_list",
 ]
 
 
@@ -28,6 +29,12 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example_inputs and isinstance(example_inputs[-1], dict):
         return example_inputs[:-1], dict(example_inputs[-1])
     return example_inputs, {}
+
+
+def takes_image_list(example_inputs: Any) -> bool:
+    """Whether the first argument is a list of images (C, H, W), as detectors take them."""
+    args, _ = split_inputs(example_inputs)
+    return bool(args) and isinstance(args[0], (list, tuple))
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:

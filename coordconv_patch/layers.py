@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from coordconv_patch.branch import BRANCH_NAME, CoordBranch, coordinate_map, zero_if_missing
+from coordconv_patch.branch import (
+    BRANCH_NAME,
+    CoordBranch,
+    coordinate_map,
+    grid_for,
+    zero_if_missing,
+)
 from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
@@ -132,29 +138,19 @@ class CoordConvNd(_ConvNd):
         if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
             self._map_cache.clear()
 
-    def compute_branch(
-        self,
-        input_size: Sequence[int],
-        output_padding: Sequence[int],
-        grid: Tensor | None = None,
-    ) -> Tensor:
+    def compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
         """The coordinate map for one input size.
 
         Args:
             input_size: Spatial size of the input, such as ``(H, W)``.
             output_padding: Of a transposed convolution, in pixels per dimension.
-            grid: The coordinate channels of that size, shape ``(N or 1, K, *input_size)``;
-                ``None``: made from the convention.
 
         Returns:
-            Shape ``(N or 1, C_out, *output_size)``.
+            Shape ``(1, C_out, *output_size)``.
         """
         weight = self.coord_weight
-        if grid is None:
-            grid = self.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
-            grid = grid.unsqueeze(0)
         return coordinate_map(
-            grid,
+            grid_for(weight, self.coords, input_size),
             weight,
             transposed=self.transposed,
             stride=self.stride,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.inputs import takes_image_list
 
 __all__ = ["LoadedModel", "load_checkpoint_", "load_model", "parse_shape"]
 
@@ -69,7 +70,7 @@ def load_model(
     if input_shape is None:
         return loaded
     example: Any = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
-    if isinstance(loaded.example_inputs, tuple) and isinstance(loaded.example_inputs[0], list):
+    if takes_image_list(loaded.example_inputs):
         example = ([example],)
     return LoadedModel(loaded.model, example, loaded.trained)
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
 from coordconv_patch.export.verify import tensors_in
-from coordconv_patch.inputs import describe_inputs, run_model, split_inputs
+from coordconv_patch.inputs import describe_inputs, run_model, split_inputs, takes_image_list
 from coordconv_patch.modes import evaluating
 
 __all__ = [
@@ -62,7 +62,7 @@ def dynamic_axes(
     tensors = tensors_in((args, kwargs))
     if not tensors:
         raise ArgumentError(f"example_inputs hold no tensor ({describe_inputs(example_inputs)})")
-    image_list = bool(args) and isinstance(args[0], (list, tuple))
+    image_list = takes_image_list(example_inputs)
     if image_list and dynamic_batch:
         raise ArgumentError(
             "the model takes a list of images, whose number a graph fixes: pass dynamic_batch=False"

@@ -102,7 +102,7 @@ def export_onnx(
         progress.update()
         request.model = lowered_model
         used, notes = write_graph(request, temporary, exporter)
-        proto = onnx.load(temporary, load_external_data=False)
+        proto = onnx.load(temporary)
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -123,7 +123,7 @@ def export_onnx(
             file_size=sum(file.stat().st_size for file in temporary.parent.iterdir()),
             nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
             coord_constant_bytes=_constant_bytes(
-                temporary, lowered.constants, batch_size(tensors_in(example_inputs))
+                proto, lowered.constants, batch_size(tensors_in(example_inputs))
             ),
             lowerings=dict(lowered.lowerings),
             exporter=used,
@@ -190,7 +190,7 @@ def _evaluation_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _constant_bytes(path: Path, constants: Sequence[Tensor], batch: int) -> int:
+def _constant_bytes(proto: onnx.ModelProto, constants: Sequence[Tensor], batch: int) -> int:
     """Bytes of the initializers (and Constant nodes) that hold coordinate constants.
 
     Found by their values: exporters rename, merge and reshape initializers, and expand
@@ -201,7 +201,6 @@ def _constant_bytes(path: Path, constants: Sequence[Tensor], batch: int) -> int:
         for constant in constants
         for form in (constant, constant.expand(batch, *constant.shape[1:]))
     }
-    proto = onnx.load(path)
     stored = list(proto.graph.initializer)
     stored += [
         attribute.t

@@ -23,20 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coordconv_patch.branch import CoordBranch, pad_grid
+from coordconv_patch.branch import CoordBranch, coordinate_map, grid_for, pad_grid
 from coordconv_patch.errors import ExportError
 from coordconv_patch.geometry import CONV_FUNCTIONS
-from coordconv_patch.inputs import run_model
 from coordconv_patch.layers import CoordConvNd, coord_layers
-from coordconv_patch.modes import evaluating
+from coordconv_patch.recording import Call, record_calls
 
 __all__ = ["LOWERINGS", "Lowered", "Lowering", "lower_"]
 
 Lowering = Literal["channels", "map", "branch", "computed"]
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
-
-_Sizes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Input and output size of one call, spatial."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +67,15 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
     """
     layers = coord_layers(model)
     lowerings = {name: choose(name) for name in layers}
-    calls = _recorded_sizes(model, layers, example_inputs)
+    calls = record_calls(model, example_inputs, layers, ())
     shared: dict[Any, Tensor] = {}
     constants: dict[int, Tensor] = {}
     for name, layer in layers.items():
         if lowerings[name] == "computed" or name not in calls:
             continue
         made = {
-            sizes: _constant(layer, lowerings[name], sizes, shared)
-            for sizes in dict.fromkeys(calls[name])
+            call: _constant(layer, lowerings[name], call, shared)
+            for call in dict.fromkeys(calls[name])
         }
         for index, tensor in enumerate(made.values()):
             layer.register_buffer(f"coord_constant_{index}", tensor, persistent=False)
@@ -89,55 +85,27 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
     return Lowered(called, tuple(constants.values()))
 
 
-def _recorded_sizes(
-    model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Any
-) -> dict[str, list[_Sizes]]:
-    recorded: dict[str, list[_Sizes]] = {}
-
-    def note(name: str, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        source = args[0] if args else next(iter(kwargs.values()))
-        ndim = layer.coord_weight.dim() - 2
-        recorded.setdefault(name, []).append(
-            (tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
-        )
-
-    handles = [
-        layer.register_forward_hook(functools.partial(note, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            run_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorded
-
-
 @torch.no_grad()
 def _constant(
-    layer: CoordConvNd | CoordBranch, lowering: Lowering, sizes: _Sizes, shared: dict[Any, Tensor]
+    layer: CoordConvNd | CoordBranch, lowering: Lowering, call: Call, shared: dict[Any, Tensor]
 ) -> Tensor:
     """The map, or the padded coordinate channels, for one call; grids are shared by value."""
-    input_size, output_size = sizes
     if lowering == "map":
         output_padding = (
-            layer.output_padding_of(input_size, output_size)
+            layer.output_padding_of(call.input_size, call.output_size)
             if isinstance(layer, CoordConvNd)
             else layer.geometry.output_padding
         )
-        return layer.compute_branch(input_size, output_padding)
-    weight = layer.coord_weight
-    grid = layer.coords.grid(input_size, device=weight.device, dtype=weight.dtype).unsqueeze(0)
-    grid, _ = _padded(layer, grid)
-    key = (layer.coords, tuple(grid.shape), input_size, weight.dtype, _pad_key(layer))
+        return layer.compute_branch(call.input_size, output_padding)
+    grid = _padded(layer, grid_for(layer.coord_weight, layer.coords, call.input_size))
+    key = (layer.coords, tuple(grid.shape), call.input_size, grid.dtype, _pad_key(layer))
     return shared.setdefault(key, grid)
 
 
-def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> tuple[Tensor, str | Sequence[int]]:
+def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> Tensor:
     if isinstance(layer, CoordBranch) or layer.transposed:
-        return grid, ()
-    return pad_grid(
+        return grid
+    padded, _ = pad_grid(
         grid,
         kernel_size=layer.kernel_size,
         stride=layer.stride,
@@ -146,6 +114,7 @@ def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> tuple[Tensor, str
         padding_mode=layer.padding_mode,
         rule=layer.coord_padding,
     )
+    return padded
 
 
 def _pad_key(layer: CoordConvNd | CoordBranch) -> Any:
@@ -158,19 +127,20 @@ def _replace_forward(
     name: str,
     layer: CoordConvNd | CoordBranch,
     lowering: Lowering,
-    constants: Mapping[_Sizes, Tensor],
+    constants: Mapping[Call, Tensor],
 ) -> None:
     def constant_for(source: Tensor, output: Sequence[int] | None = None) -> Tensor:
         ndim = layer.coord_weight.dim() - 2
         wanted = [int(length) for length in source.shape[-ndim:]]
-        for (input_size, output_size), tensor in constants.items():
-            if list(input_size) == wanted and (
-                output is None or list(output_size) == [int(length) for length in output[-ndim:]]
+        for call, tensor in constants.items():
+            if list(call.input_size) == wanted and (
+                output is None
+                or list(call.output_size) == [int(length) for length in output[-ndim:]]
             ):
                 return tensor
         raise ExportError(
             f"{name} is called at size {tuple(wanted)}, but was at "
-            f"{[sizes[0] for sizes in constants]} on the example inputs"
+            f"{[call.input_size for call in constants]} on the example inputs"
         )
 
     if isinstance(layer, CoordBranch):
@@ -232,16 +202,16 @@ def _expanded(constant: Tensor, input: Tensor) -> Tensor:
 def _convolve_padded(layer: CoordConvNd, grid: Tensor, input: Tensor, output: Tensor) -> Tensor:
     """The branch on coordinate channels that are padded already where the layer pads by itself."""
     ndim = len(layer.kernel_size)
-    convolve = CONV_FUNCTIONS[ndim, layer.transposed]
-    if layer.transposed:
-        output_padding = layer.output_padding_of(input.shape[-ndim:], output.shape)
-        return convolve(
-            *(grid, layer.coord_weight, None, layer.stride, layer.padding),
-            *(output_padding, 1, layer.dilation),
-        )
     padded_here = layer.coord_padding.rule != "declared" or layer.padding_mode != "zeros"
-    padding = (0,) * ndim if padded_here else layer.padding
-    return convolve(grid, layer.coord_weight, None, layer.stride, padding, layer.dilation)
+    return coordinate_map(
+        grid,
+        layer.coord_weight,
+        transposed=layer.transposed,
+        stride=layer.stride,
+        padding=(0,) * ndim if padded_here else layer.padding,
+        dilation=layer.dilation,
+        output_padding=layer.output_padding_of(input.shape[-ndim:], output.shape),
+    )
 
 
 def _channels_forward(
