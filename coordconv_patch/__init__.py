@@ -7,6 +7,7 @@
 
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.export import Check, ExportReport, export_onnx, verify_onnx
+from coordconv_patch.folding import fold_with
 from coordconv_patch.layers import (
     CoordConv1d,
     CoordConv2d,
@@ -44,6 +45,7 @@ __all__ = [
     "add_to_optimizer_",
     "coord_parameters",
     "export_onnx",
+    "fold_with",
     "load_coords",
     "load_coords_",
     "param_groups",

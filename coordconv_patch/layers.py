@@ -73,6 +73,8 @@ class CoordConvNd(_ConvNd):
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
+    _is_loading: bool = False
+    """Whether a state_dict is being loaded, which may assign a new weight."""
     _output_is_fresh: bool = True
     """Whether the plain forward returns a tensor that nobody else holds."""
 
@@ -134,9 +136,31 @@ class CoordConvNd(_ConvNd):
         return branch if output.dim() == ndim + 2 else branch.squeeze(0)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and type(value) is nn.Parameter:
+            self._check_new_weight(value)
         super().__setattr__(name, value)
         if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
             self._map_cache.clear()
+
+    def _check_new_weight(self, new: nn.Parameter) -> None:
+        """Refuse another weight Parameter where it would leave trained coordinates behind.
+
+        Code that folds batch norm into a convolution puts a new Parameter in the weight's
+        place, and knows nothing of the coordinate weight.
+        """
+        old, coord_weight = self._parameters.get("weight"), self._parameters.get("coord_weight")
+        if type(old) is not nn.Parameter or coord_weight is None or self._is_loading:
+            return
+        if any(tensor.is_meta for tensor in (old, new, coord_weight)) or not coord_weight.any():
+            return
+        if old.shape == new.shape and torch.equal(old.to(new), new):
+            return
+        raise PatchError(
+            "the weight of a coordinate convolution is about to be replaced, while its coordinate "
+            "weight is not zero. Is this code that folds batch norm into convolutions? It would "
+            "leave the coordinates behind: let coordconv_patch.fold_with(model, function) call "
+            "it. If the new weight is meant: with torch.no_grad(): conv.weight.copy_(new)"
+        )
 
     def compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
         """The coordinate map for one input size.
@@ -249,9 +273,19 @@ class CoordConvNd(_ConvNd):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self.__dict__["_is_loading"] = True
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        finally:
+            del self.__dict__["_is_loading"]
         zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -26,6 +26,7 @@ from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.conversion import convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
+from coordconv_patch.folding import guard_folding_, release_folding_
 from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.modes import in_mode
@@ -129,6 +130,7 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
             ``discard`` is false.
     """
     _check_unpatchable(model, discard)
+    release_folding_(model)
     for layer in coord_layers(model).values():
         if isinstance(layer, CoordConvNd):
             revert_(layer)
@@ -200,6 +202,7 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
         raise
     for edit in edits:
         model = edit.commit()
+    guard_folding_(model)
     return model
 
 

@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
     {"branch", "map_cache"},
     {"layers"},
     {"conversion", "functional"},
+    {"folding"},
     {"tracing", "recording"},
     {"sites"},
     {"select"},

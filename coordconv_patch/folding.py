@@ -1,0 +1,358 @@
+"""Other libraries' folding of batch norms and branches, with the coordinates carried along.
+
+Many models come with code that rewrites them for inference: batch norm goes into the
+convolution before it (``model.fuse()``, timm's ``reparameterize_model``), parallel branches
+are summed into one kernel (RepVGG, MobileOne, FastViT). Such code knows ``weight`` and
+``bias`` and nothing of ``coord_weight``.
+
+It need not. Coordinates are further input channels of the convolution, and what folding does
+to the weights of one input channel does not depend on what that channel holds. So the code is
+run on copies of the plain model in which each convolution's coordinate weights stand where the
+weights of its first input channel were:
+
+    coord_weight_folded[:, k] = fold(W[:, 0] = coord_weight[:, k])[:, 0] - fold(W[:, 0] = 0)[:, 0]
+
+The difference removes what does not come from the weights, such as the identity branch of a
+RepVGG block. This holds for every folding that is affine in the weights; others are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from coordconv_patch.branch import CoordBranch
+from coordconv_patch.conversion import check_convertible, convert_, revert_
+from coordconv_patch.coords import Coordinates
+from coordconv_patch.errors import PatchError
+from coordconv_patch.geometry import Padding
+from coordconv_patch.layers import CoordConvNd, coord_layers
+
+__all__ = ["FoldingMethod", "fold_with", "guard_folding_", "release_folding_"]
+
+FOLDING_METHODS = (
+    "fuse",
+    "fuse_convs",
+    "fuse_conv_bn",
+    "fuse_model",
+    "merge_bn",
+    "merge_dilated_branches",
+    "merge_kernel",
+    "reparameterize",
+    "reparametrize",
+    "convert_to_deploy",
+    "switch_to_deploy",
+)
+"""Names that libraries give to methods which fold a module for inference."""
+
+
+class FoldingMethod:
+    """Stands in front of a module's own folding method, and carries the coordinates through it.
+
+    ``patch`` puts it on each module instance that holds a patched convolution and whose class
+    has such a method, ``unpatch`` takes it away. It copies and pickles with its module.
+
+    Args:
+        module: The module whose method it is.
+        name: The method's name in the module's class.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, coordinates included; returns what it returns."""
+        method = getattr(type(self.module), self.name)
+        if any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in pytree.tree_leaves((args, kwargs))):
+            # A forward pass that calls its step of feature fusion "fuse", perhaps.
+            return method(self.module, *args, **kwargs)
+        return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
+
+    def __repr__(self) -> str:
+        return f"{type(self.module).__name__}.{self.name}, carrying coordinates"
+
+
+def guard_folding_(model: nn.Module) -> None:
+    """Put a :class:`FoldingMethod` before every folding method that would lose coordinates."""
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            continue
+        names = [n for n in FOLDING_METHODS if callable(getattr(type(module), n, None))]
+        if names and coord_layers(module):
+            for name in names:
+                if name not in vars(module):  # a user's own replacement stays
+                    module.__dict__[name] = FoldingMethod(module, name)
+
+
+def release_folding_(model: nn.Module) -> None:
+    """Inverse of :func:`guard_folding_`."""
+    for module in model.modules():
+        for name in FOLDING_METHODS:
+            if isinstance(vars(module).get(name), FoldingMethod):
+                del module.__dict__[name]
+
+
+def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
+    """What another library's folding function makes of a patched model, coordinates included.
+
+    For functions that fold batch norms into convolutions or sum parallel convolutions, and
+    that would leave the coordinates behind::
+
+        folded = fold_with(model, torch.fx.experimental.optimization.fuse)
+        conv = fold_with(nn.Sequential(conv, bn), lambda pair: fuse_conv_bn_eval(*pair))
+
+    The function is called several times, on plain copies: it must not depend on chance.
+    Methods of the patched model itself (``model.fuse()``, ``block.reparameterize()``) need no
+    such call, nor does ``timm.utils.reparameterize_model``, which calls them.
+
+    Args:
+        model: A patched model; it is not changed.
+        function: Takes the plain model and returns the folded one, or folds in place.
+
+    Returns:
+        The folded model, with a coordinate convolution wherever coordinates went.
+
+    Raises:
+        PatchError: If the model is not patched, or the function does something with the
+            weights that coordinates cannot follow.
+    """
+    if not coord_layers(model):
+        raise PatchError("the model is not patched: call the function itself")
+    folded = copy.deepcopy(model)
+    returned = _fold(folded, function)
+    return returned if isinstance(returned, nn.Module) else folded
+
+
+@dataclass(frozen=True)
+class _Carrier:
+    """A convolution of the folded model that has to carry coordinates."""
+
+    coords: Coordinates
+    padding: Padding
+    coord_weight: Tensor
+
+
+def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
+    """Fold a patched module in place; returns what the function returns."""
+    layers = coord_layers(model)
+    _check_foldable(layers)
+    carriers, is_pure = _Probes(model, function).carriers()
+    if is_pure:  # it returns a new module and leaves this one alone, so we do too
+        model = copy.deepcopy(model)
+    _make_plain_(model)
+    returned = function(model)
+    folded = returned if isinstance(returned, nn.Module) else model
+    for name, carrier in carriers.items():
+        conv = folded.get_submodule(name)
+        assert isinstance(conv, _ConvNd)
+        convert_(conv, carrier.coords, carrier.padding)
+        assert isinstance(conv, CoordConvNd)
+        assert conv.coord_weight.shape == carrier.coord_weight.shape  # copy_ would broadcast
+        with torch.no_grad():
+            conv.coord_weight.copy_(carrier.coord_weight)
+        conv.coord_weight.requires_grad_(conv.weight.requires_grad)
+    guard_folding_(folded)
+    return returned
+
+
+def _check_foldable(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
+    weights: dict[int, str] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, CoordBranch):
+            reason = "is a functional convolution with coordinates"
+        elif parametrize.is_parametrized(layer):
+            reason = "is parametrized (remove_parametrizations(...) first)"
+        elif id(layer.weight) in weights:
+            reason = f"shares its weight with {weights[id(layer.weight)]}"
+        else:
+            weights[id(layer.weight)] = name
+            continue
+        raise PatchError(
+            f"{name} {reason}, so coordinates cannot follow a folding: fold before you patch, or "
+            "export with export_onnx(...), which needs none"
+        )
+
+
+def _make_plain_(model: nn.Module) -> None:
+    release_folding_(model)
+    for layer in coord_layers(model).values():
+        assert isinstance(layer, CoordConvNd)
+        revert_(layer)
+
+
+class _Probes:
+    """Runs of a folding function on plain copies with chosen weights."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        layers = coord_layers(model)
+        self.coords = {name: layer.coords for name, layer in layers.items()}
+        self.coord_weights = {
+            name: layer.coord_weight.detach().cpu().double() for name, layer in layers.items()
+        }
+        self.plain = copy.deepcopy(model)
+        _make_plain_(self.plain)
+        self.plain = self.plain.cpu().double()
+
+    def run(self, first_channels: dict[str, Tensor]) -> tuple[nn.Module, bool]:
+        """The folded model if the convolutions' first input channels had these weights.
+
+        Args:
+            first_channels: By site, of shape ``(C_out, *kernel_size)``; zero where not named.
+
+        Returns:
+            The folded model, and whether it is another object than the one that was folded.
+        """
+        probe = copy.deepcopy(self.plain)
+        with torch.no_grad(), _in_float64(), _quiet():
+            for name in self.coords:
+                conv = probe.get_submodule(name)
+                assert isinstance(conv, _ConvNd)
+                conv.weight.zero_()
+                if name in first_channels:
+                    first = _first_channels(conv, conv.weight)
+                    first.copy_(first_channels[name].reshape(first.shape))
+            returned = self.function(probe)
+        folded = returned if isinstance(returned, nn.Module) else probe
+        return folded, folded is not probe
+
+    def carriers(self) -> tuple[dict[str, _Carrier], bool]:
+        """The convolutions of the folded model that carry coordinates, by name.
+
+        Also whether the function returns a new module.
+        """
+        zero, is_pure = self.run({})
+        found: dict[str, _Carrier] = {}
+        for coords in dict.fromkeys(self.coords.values()):
+            for name, padding in self._reached(coords, zero).items():
+                if name in found:
+                    raise PatchError(
+                        f"folding would merge convolutions with different coordinates ({coords} "
+                        f"and {found[name].coords}) into {name or 'one'}: patch them alike"
+                    )
+                found[name] = _Carrier(coords, padding, torch.empty(0))
+            for name, weight in self._coord_weights(coords, zero).items():
+                if name in found and found[name].coords == coords:
+                    found[name] = replace(found[name], coord_weight=weight)
+        return found, is_pure
+
+    def _reached(self, coords: Coordinates, zero: nn.Module) -> dict[str, Padding]:
+        """Where the coordinates of a convention go; checks that folding is affine."""
+        generator = torch.Generator().manual_seed(0)
+        noise = {
+            name: torch.randn(_first_channels(conv, conv.weight).shape, generator=generator)
+            for name, conv in self._convs(coords).items()
+        }
+        once, _ = self.run(noise)
+        twice, _ = self.run({name: values * 2 for name, values in noise.items()})
+        reached: dict[str, Padding] = {}
+        before, after, doubled = (dict(_tensors(folded)) for folded in (zero, once, twice))
+        for name, tensor in before.items():
+            change = after[name] - tensor
+            if not change.any():
+                continue
+            if not torch.allclose(doubled[name] - tensor, 2 * change, rtol=1e-9, atol=1e-12):
+                raise PatchError(f"folding is not linear in the weights that end up in {name}")
+            owner, _, own_name = name.rpartition(".")
+            conv = zero.get_submodule(owner)
+            if not isinstance(conv, _ConvNd) or own_name != "weight":
+                raise PatchError(
+                    f"folding puts convolution weights into {name}, which is no convolution's "
+                    "weight and cannot carry coordinates: export with export_onnx(...) instead"
+                )
+            elsewhere = change.clone()
+            _first_channels(conv, elsewhere).zero_()
+            if elsewhere.any():
+                raise PatchError(f"folding mixes input channels in {name}: that is not supported")
+            reached[owner] = check_convertible(conv)
+        return reached
+
+    def _coord_weights(self, coords: Coordinates, zero: nn.Module) -> dict[str, Tensor]:
+        """The folded coordinate weight of every convolution of the folded model."""
+        channels: dict[str, list[Tensor]] = {}
+        transposed: dict[str, bool] = {}
+        convs = self._convs(coords)
+        for k in range(max(coords.num_channels(len(conv.kernel_size)) for conv in convs.values())):
+            first_channels = {}
+            for name, conv in convs.items():
+                if k < coords.num_channels(len(conv.kernel_size)):  # a Conv1d has fewer
+                    dim = 0 if conv.transposed else 1
+                    first_channels[name] = self.coord_weights[name].select(dim, k)
+            folded, _ = self.run(first_channels)
+            for name, conv in folded.named_modules():
+                if isinstance(conv, _ConvNd) and k < coords.num_channels(len(conv.kernel_size)):
+                    before = zero.get_parameter(f"{name}.weight".lstrip("."))
+                    change = _first_channels(conv, conv.weight.detach() - before.detach())
+                    channel = change.reshape(conv.out_channels, *conv.kernel_size)
+                    channels.setdefault(name, []).append(channel)
+                    transposed[name] = conv.transposed
+        return {
+            name: torch.stack(values, 0 if transposed[name] else 1)
+            for name, values in channels.items()
+        }
+
+    def _convs(self, coords: Coordinates) -> dict[str, _ConvNd]:
+        found: dict[str, _ConvNd] = {}
+        for name, of in self.coords.items():
+            conv = self.plain.get_submodule(name)
+            assert isinstance(conv, _ConvNd)
+            if of == coords:
+                found[name] = conv
+        return found
+
+
+def _first_channels(conv: _ConvNd, weight: Tensor) -> Tensor:
+    """A view of the weights with which each output channel sees its group's first input channel.
+
+    Args:
+        conv: The convolution.
+        weight: A tensor of its weight's shape.
+
+    Returns:
+        Shape ``(C_out, *kernel_size)``, for transposed convolutions
+        ``(groups, C_out / groups, *kernel_size)``.
+    """
+    if conv.transposed:
+        return weight[:: conv.in_channels // conv.groups]
+    return weight[:, 0]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            yield name, tensor.detach()
+
+
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    """New modules get float64 weights: a difference of float32 weights would lose digits."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the function prints and logs: it is to say it once, when it folds the model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
