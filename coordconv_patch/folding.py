@@ -5,15 +5,16 @@ convolution before it (``model.fuse()``, timm's ``reparameterize_model``), paral
 are summed into one kernel (RepVGG, MobileOne, FastViT). Such code knows ``weight`` and
 ``bias`` and nothing of ``coord_weight``.
 
-It need not. Coordinates are further input channels of the convolution, and what folding does
-to the weights of one input channel does not depend on what that channel holds. So the code is
-run on copies of the plain model in which each convolution's coordinate weights stand where the
-weights of its first input channel were:
+It need not. Coordinates are further input channels of the convolution, and folding does the
+same to the weights of every input channel. So the code is run on copies of the plain model in
+which each convolution's coordinate weights stand where the weights of its first input channel
+were:
 
     coord_weight_folded[:, k] = fold(W[:, 0] = coord_weight[:, k])[:, 0] - fold(W[:, 0] = 0)[:, 0]
 
 The difference removes what does not come from the weights, such as the identity branch of a
-RepVGG block. This holds for every folding that is affine in the weights; others are refused.
+RepVGG block. This holds for every folding that is affine in the weights and treats input
+channels alike; others (a batch norm *before* the convolution, say) are refused.
 """
 
 from __future__ import annotations
@@ -206,11 +207,13 @@ class _Probes:
         _make_plain_(self.plain)
         self.plain = self.plain.cpu().double()
 
-    def run(self, first_channels: dict[str, Tensor]) -> tuple[nn.Module, bool]:
-        """The folded model if the convolutions' first input channels had these weights.
+    def run(self, channels: dict[str, Tensor], *, last: bool = False) -> tuple[nn.Module, bool]:
+        """The folded model if one input channel of the convolutions had these weights.
 
         Args:
-            first_channels: By site, of shape ``(C_out, *kernel_size)``; zero where not named.
+            channels: By site, of shape ``(C_out, *kernel_size)``; zero where not named, as
+                are the weights of all other input channels.
+            last: Take the last input channel of each group, not the first.
 
         Returns:
             The folded model, and whether it is another object than the one that was folded.
@@ -221,9 +224,9 @@ class _Probes:
                 conv = probe.get_submodule(name)
                 assert isinstance(conv, _ConvNd)
                 conv.weight.zero_()
-                if name in first_channels:
-                    first = _first_channels(conv, conv.weight)
-                    first.copy_(first_channels[name].reshape(first.shape))
+                if name in channels:
+                    place = _input_channel(conv, conv.weight, last=last)
+                    place.copy_(channels[name].reshape(place.shape))
             returned = self.function(probe)
         folded = returned if isinstance(returned, nn.Module) else probe
         return folded, folded is not probe
@@ -252,30 +255,39 @@ class _Probes:
         """Where the coordinates of a convention go; checks that folding is affine."""
         generator = torch.Generator().manual_seed(0)
         noise = {
-            name: torch.randn(_first_channels(conv, conv.weight).shape, generator=generator)
+            name: torch.randn(_input_channel(conv, conv.weight).shape, generator=generator)
             for name, conv in self._convs(coords).items()
         }
         once, _ = self.run(noise)
-        twice, _ = self.run({name: values * 2 for name, values in noise.items()})
+        # Twice the weights, in another input channel: both must make no difference.
+        twice, _ = self.run({name: values * 2 for name, values in noise.items()}, last=True)
         reached: dict[str, Padding] = {}
         before, after, doubled = (dict(_tensors(folded)) for folded in (zero, once, twice))
         for name, tensor in before.items():
             change = after[name] - tensor
             if not change.any():
                 continue
-            if not torch.allclose(doubled[name] - tensor, 2 * change, rtol=1e-9, atol=1e-12):
-                raise PatchError(f"folding is not linear in the weights that end up in {name}")
             owner, _, own_name = name.rpartition(".")
             conv = zero.get_submodule(owner)
             if not isinstance(conv, _ConvNd) or own_name != "weight":
                 raise PatchError(
-                    f"folding puts convolution weights into {name}, which is no convolution's "
-                    "weight and cannot carry coordinates: export with export_onnx(...) instead"
+                    f"folding makes {name} depend on a convolution's weight, which coordinates "
+                    "cannot follow: export with export_onnx(...), which needs no folding"
                 )
-            elsewhere = change.clone()
-            _first_channels(conv, elsewhere).zero_()
-            if elsewhere.any():
-                raise PatchError(f"folding mixes input channels in {name}: that is not supported")
+            in_first = _input_channel(conv, change).clone()
+            in_last = _input_channel(conv, doubled[name] - tensor, last=True)
+            if not torch.allclose(in_last, 2 * in_first, rtol=1e-9, atol=1e-12):
+                raise PatchError(
+                    f"folding is not linear in the weights that end up in {name}, or does not "
+                    "treat all input channels alike (a batch norm before the convolution, perhaps), "
+                    "so coordinates cannot follow it: export with export_onnx(...), which needs no "
+                    "folding"
+                )
+            if change.count_nonzero() != in_first.count_nonzero():
+                raise PatchError(
+                    f"folding mixes the input channels of {name}, so coordinates cannot follow "
+                    "it: export with export_onnx(...), which needs no folding"
+                )
             reached[owner] = check_convertible(conv)
         return reached
 
@@ -285,22 +297,22 @@ class _Probes:
         transposed: dict[str, bool] = {}
         convs = self._convs(coords)
         for k in range(max(coords.num_channels(len(conv.kernel_size)) for conv in convs.values())):
-            first_channels = {}
+            values = {}
             for name, conv in convs.items():
                 if k < coords.num_channels(len(conv.kernel_size)):  # a Conv1d has fewer
                     dim = 0 if conv.transposed else 1
-                    first_channels[name] = self.coord_weights[name].select(dim, k)
-            folded, _ = self.run(first_channels)
+                    values[name] = self.coord_weights[name].select(dim, k)
+            folded, _ = self.run(values)
             for name, conv in folded.named_modules():
                 if isinstance(conv, _ConvNd) and k < coords.num_channels(len(conv.kernel_size)):
                     before = zero.get_parameter(f"{name}.weight".lstrip("."))
-                    change = _first_channels(conv, conv.weight.detach() - before.detach())
+                    change = _input_channel(conv, conv.weight.detach() - before.detach())
                     channel = change.reshape(conv.out_channels, *conv.kernel_size)
                     channels.setdefault(name, []).append(channel)
                     transposed[name] = conv.transposed
         return {
-            name: torch.stack(values, 0 if transposed[name] else 1)
-            for name, values in channels.items()
+            name: torch.stack(parts, 0 if transposed[name] else 1)
+            for name, parts in channels.items()
         }
 
     def _convs(self, coords: Coordinates) -> dict[str, _ConvNd]:
@@ -313,20 +325,21 @@ class _Probes:
         return found
 
 
-def _first_channels(conv: _ConvNd, weight: Tensor) -> Tensor:
-    """A view of the weights with which each output channel sees its group's first input channel.
+def _input_channel(conv: _ConvNd, weight: Tensor, *, last: bool = False) -> Tensor:
+    """A view of the weights with which each output channel sees one input channel of its group.
 
     Args:
         conv: The convolution.
         weight: A tensor of its weight's shape.
+        last: The last input channel of the group, not the first.
 
     Returns:
         Shape ``(C_out, *kernel_size)``, for transposed convolutions
         ``(groups, C_out / groups, *kernel_size)``.
     """
-    if conv.transposed:
-        return weight[:: conv.in_channels // conv.groups]
-    return weight[:, 0]
+    per_group = conv.in_channels // conv.groups
+    index = per_group - 1 if last else 0
+    return weight[index::per_group] if conv.transposed else weight[:, index]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
