@@ -19,6 +19,7 @@ from coordconv_patch.layers import (
 from coordconv_patch.passes import CoordConvPass
 from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
 from coordconv_patch.plan import Plan, plan
+from coordconv_patch.programs import from_exported
 from coordconv_patch.training import (
     add_to_optimizer_,
     coord_parameters,
@@ -46,6 +47,7 @@ __all__ = [
     "coord_parameters",
     "export_onnx",
     "fold_with",
+    "from_exported",
     "load_coords",
     "load_coords_",
     "param_groups",

@@ -13,12 +13,14 @@ the last bit, in every dtype; that is what lets a trained model be patched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.traceback import annotate, preserve_node_meta
 
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.geometry import (
@@ -32,6 +34,7 @@ from coordconv_patch.geometry import (
 
 __all__ = [
     "BRANCH_NAME",
+    "CONVENTION_KEY",
     "CoordBranch",
     "coordinate_map",
     "grid_for",
@@ -43,10 +46,30 @@ BRANCH_NAME = "coord_branch"
 """Name of the submodule that a :class:`CoordBranch` is added under."""
 
 
+CONVENTION_KEY = "coordconv_patch"
+"""Under this key of ``meta["custom"]`` the nodes of an exported grid tell their convention."""
+
+
 def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int]) -> Tensor:
-    """Coordinate channels on a weight's device and in its dtype, shape ``(1, K, *input_size)``."""
-    grid = coords.grid(input_size, device=coord_weight.device, dtype=coord_weight.dtype)
-    return grid.unsqueeze(0)
+    """Coordinate channels on a weight's device and in its dtype, shape ``(1, K, *input_size)``.
+
+    In a program of torch.export their nodes carry the convention, and a saved program
+    keeps that: :func:`coordconv_patch.from_exported` makes a layer of them again.
+    """
+    device, dtype = coord_weight.device, coord_weight.dtype
+    if not torch.compiler.is_exporting():
+        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+    with _telling(coords):
+        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+
+
+@contextmanager
+def _telling(coords: Coordinates) -> Iterator[None]:
+    """While entered, nodes that torch.export records carry the convention."""
+    # Strict export lets dynamo see to it that annotations reach the graph; otherwise they
+    # are taken over only where that is asked for.
+    with preserve_node_meta(), annotate({CONVENTION_KEY: coords.to_dict()}):
+        yield
 
 
 def pad_grid(
@@ -140,6 +163,7 @@ class CoordBranch(nn.Module):
     Args:
         geometry: Geometry of the convolution whose output it is added to.
         coords: The convention of the coordinate channels.
+        padding: How the convolution pads its input, where its geometry does not say it.
         device: Where the coordinate weight lives.
         dtype: Its dtype.
 
@@ -154,12 +178,14 @@ class CoordBranch(nn.Module):
         geometry: ConvGeometry,
         coords: Coordinates,
         *,
+        padding: Padding = DECLARED,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.geometry = geometry
         self.coords = coords
+        self.coord_padding = padding
         self.__dict__["__module__"] = "torch.nn.modules.conv"  # an fx leaf, see CoordConvNd
         shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
         self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -190,6 +216,7 @@ class CoordBranch(nn.Module):
             padding=geometry.padding,
             dilation=geometry.dilation,
             padding_mode=geometry.padding_mode,
+            rule=self.coord_padding,
             output_padding=output_padding,
         )
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from coordconv_patch.branch import CoordBranch
+from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import ConvGeometry
 
 __all__ = [
+    "ADDITIONS",
     "CONV_SIGNATURES",
     "branch_of",
     "conv_arguments",
@@ -22,6 +23,7 @@ __all__ = [
     "function_nodes",
     "function_site_name",
     "has_exported_branch",
+    "is_coordinate_convolution",
     "is_function_site",
     "join_names",
 ]
@@ -60,6 +62,10 @@ CONV_SIGNATURES: dict[Any, tuple[str, ...]] = {
 """Functions that are convolutions, with the names of their positional arguments."""
 
 
+ADDITIONS = (operator.add, _aten.add.Tensor, _aten.add_.Tensor)
+"""Functions by which a graph adds a branch to a convolution."""
+
+
 def conv_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a functional convolution's node, by name."""
     names = CONV_SIGNATURES[node.target]
@@ -83,21 +89,33 @@ def function_nodes(prefix: str, module: nn.Module, graph: fx.Graph) -> dict[str,
 
 def is_function_site(node: fx.Node) -> bool:
     """Whether a node is a convolution, and not one of a coordinate branch that was exported."""
-    if node.op != "call_function" or node.target not in CONV_SIGNATURES:
+    return _is_convolution(node) and not is_coordinate_convolution(node)
+
+
+def is_coordinate_convolution(node: fx.Node) -> bool:
+    """Whether a node is the convolution of a coordinate branch that was exported."""
+    if not _is_convolution(node):
         return False
     weight = conv_arguments(node).get("weight")
-    return not (
+    return (
         isinstance(weight, fx.Node)
         and weight.op == "get_attr"
         and str(weight.target).rpartition(".")[2] == "coord_weight"
     )
 
 
+def _is_convolution(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in CONV_SIGNATURES
+
+
 def function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
-    """The site name of a functional convolution: after its weight, or after its node."""
+    """The site name of a functional convolution: after its weight, its branch or its node."""
     weight = conv_arguments(node).get("weight")
     if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
-        return join_names(prefix, node.name)
+        found = branch_of(module, node)
+        if found is None:
+            return join_names(prefix, node.name)
+        return join_names(prefix, str(found[1].target).removesuffix(BRANCH_NAME)[:-1])
     # "conv1.weight" names the site conv1, as if conv1 were a module site; where it is one,
     # the functional use of its weight is another site.
     full_name = join_names(prefix, weight.target)
@@ -174,7 +192,7 @@ def _shape_and_dtype(
 def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What a graph already adds to a functional convolution: the sum's node and the branch's."""
     for user in node.users:
-        if user.op != "call_function" or user.target is not operator.add:
+        if user.op != "call_function" or user.target not in ADDITIONS:
             continue
         for other in user.all_input_nodes:
             if other.op == "call_module" and isinstance(

@@ -31,6 +31,7 @@ from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.modes import in_mode
 from coordconv_patch.plan import Plan, plan
+from coordconv_patch.programs import from_exported, has_exported_branches
 from coordconv_patch.select import Where
 from coordconv_patch.sites import Site
 from coordconv_patch.tracing import trace
@@ -53,7 +54,7 @@ def patch(
 
     Args:
         model: Any module (the copy has its class), a GraphModule, or a torch.export
-            ExportedProgram (gives a GraphModule).
+            ExportedProgram (gives a GraphModule, see :func:`coordconv_patch.from_exported`).
         where: Which convolutions: ``"first"``, ``"all"``, a name, a glob, ``"re:..."``,
             a type, a callable on a :class:`Site`, ``"stem"``, ``"neck"``, ``"head"``, or a
             list of these.
@@ -71,11 +72,12 @@ def patch(
         SelectionError: If a selector matches nothing that can be patched.
         PatchError: If the model cannot be copied, or a chosen site cannot be patched.
     """
+    given = model
     if isinstance(model, ExportedProgram):
-        model = model.module()
+        model = from_exported(model)
     decided = plan(model, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    return apply_plan_(copied(model), decided)
+    return apply_plan_(copied(model) if model is given else model, decided)
 
 
 def patch_(
@@ -106,8 +108,13 @@ def patch_(
     return model
 
 
-def unpatch(model: nn.Module, *, discard: bool = False) -> nn.Module:
-    """A copy of the model without coordinates; see :func:`unpatch_`."""
+def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.Module:
+    """A copy of the model without coordinates; see :func:`unpatch_`.
+
+    An ExportedProgram gives a GraphModule, see :func:`coordconv_patch.from_exported`.
+    """
+    if isinstance(model, ExportedProgram):
+        return unpatch_(from_exported(model), discard=discard)
     _check_unpatchable(model, discard)
     return unpatch_(copied(model), discard=discard)
 
@@ -375,6 +382,11 @@ def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
     layers = coord_layers(model)
     if not layers:
+        if any(map(has_exported_branches, model.modules())):
+            raise PatchError(
+                "the model is the module of an exported program, whose coordinates are no layers: "
+                "use from_exported(program) in place of program.module()"
+            )
         raise PatchError("the model is not patched: it has no coordinate layers")
     if discard:
         return

@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from coordconv_patch.coords import Coordinates
+from coordconv_patch.programs import from_exported
 from coordconv_patch.recording import Call
 from coordconv_patch.select import Choice, Where, select
 from coordconv_patch.sites import Site, SiteMap, find_sites
@@ -173,7 +174,7 @@ def plan(
         SelectionError: If a selector matches nothing that can be patched.
         PatchError: If the forward pass fails on the example inputs.
     """
-    module = model.module() if isinstance(model, ExportedProgram) else model
+    module = from_exported(model) if isinstance(model, ExportedProgram) else model
     return plan_sites(find_sites(module, example_inputs), where, Coordinates.of(coords))
 
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from coordconv_patch.errors import ModelSourceError
 from coordconv_patch.inputs import takes_image_list
+from coordconv_patch.programs import from_exported
 
 __all__ = ["LoadedModel", "load_checkpoint_", "load_model", "parse_shape"]
 
@@ -32,7 +33,7 @@ class LoadedModel:
     """A model from the command line, in evaluation mode, and inputs that fit it.
 
     Attributes:
-        model: The module; of an exported program, its GraphModule.
+        model: The module; of an exported program, its GraphModule in the program's mode.
         example_inputs: Inputs to run it on, see :func:`coordconv_patch.plan`.
         trained: Whether it came with trained weights.
     """
@@ -197,7 +198,7 @@ def _from_program(path: Path) -> LoadedModel:
         ) from error
     args, kwargs = program.example_inputs or ((), {})
     example = (*args, dict(kwargs)) if kwargs else tuple(args)
-    return LoadedModel(program.module(), example, True)
+    return LoadedModel(from_exported(program), example, True)
 
 
 def load_checkpoint_(model: nn.Module, path: Path) -> None:

@@ -25,6 +25,7 @@ PUBLIC = {
     *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
+    "from_exported",
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
     "__version__",
 }
@@ -36,6 +37,7 @@ FLOORS: list[set[str]] = [
     {"branch", "map_cache"},
     {"layers"},
     {"conversion", "functional"},
+    {"programs"},
     {"folding"},
     {"tracing", "recording"},
     {"sites"},
