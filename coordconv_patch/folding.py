@@ -265,30 +265,16 @@ class _Probes:
         before, after, doubled = (dict(_tensors(folded)) for folded in (zero, once, twice))
         for name, tensor in before.items():
             change = after[name] - tensor
-            if not change.any():
-                continue
-            owner, _, own_name = name.rpartition(".")
-            conv = zero.get_submodule(owner)
-            if not isinstance(conv, _ConvNd) or own_name != "weight":
-                raise PatchError(
-                    f"folding makes {name} depend on a convolution's weight, which coordinates "
-                    "cannot follow: export with export_onnx(...), which needs no folding"
-                )
-            in_first = _input_channel(conv, change).clone()
-            in_last = _input_channel(conv, doubled[name] - tensor, last=True)
-            if not torch.allclose(in_last, 2 * in_first, rtol=1e-9, atol=1e-12):
-                raise PatchError(
-                    f"folding is not linear in the weights that end up in {name}, or does not "
-                    "treat all input channels alike (a batch norm before the convolution, perhaps), "
-                    "so coordinates cannot follow it: export with export_onnx(...), which needs no "
-                    "folding"
-                )
-            if change.count_nonzero() != in_first.count_nonzero():
-                raise PatchError(
-                    f"folding mixes the input channels of {name}, so coordinates cannot follow "
-                    "it: export with export_onnx(...), which needs no folding"
-                )
-            reached[owner] = check_convertible(conv)
+            if change.any():
+                owner, _, own_name = name.rpartition(".")
+                conv = zero.get_submodule(owner)
+                if not isinstance(conv, _ConvNd) or own_name != "weight":
+                    raise PatchError(
+                        f"folding makes {name} depend on a convolution's weight, which "
+                        f"coordinates cannot follow{_INSTEAD}"
+                    )
+                _check_followed(name, conv, change, doubled[name] - tensor)
+                reached[owner] = check_convertible(conv)
         return reached
 
     def _coord_weights(self, coords: Coordinates, zero: nn.Module) -> dict[str, Tensor]:
@@ -323,6 +309,32 @@ class _Probes:
             if of == coords:
                 found[name] = conv
         return found
+
+
+_INSTEAD = ": export with export_onnx(...), which needs no folding"
+
+
+def _check_followed(name: str, conv: _ConvNd, change: Tensor, doubled_in_last: Tensor) -> None:
+    """Check that a folded weight follows the unfolded ones as coordinates can.
+
+    Args:
+        name: The weight's name, for the message.
+        conv: The convolution whose weight it is.
+        change: How it changes with noise in the first input channels.
+        doubled_in_last: How it changes with twice that noise in the last ones.
+    """
+    in_first = _input_channel(conv, change)
+    in_last = _input_channel(conv, doubled_in_last, last=True)
+    if not torch.allclose(in_last, 2 * in_first, rtol=1e-9, atol=1e-12):
+        raise PatchError(
+            f"folding is not linear in the weights that end up in {name}, or does not treat all "
+            "input channels alike (a batch norm before the convolution, perhaps), so coordinates "
+            f"cannot follow it{_INSTEAD}"
+        )
+    if change.count_nonzero() != in_first.count_nonzero():
+        raise PatchError(
+            f"folding mixes the input channels of {name}, so coordinates cannot follow it{_INSTEAD}"
+        )
 
 
 def _input_channel(conv: _ConvNd, weight: Tensor, *, last: bool = False) -> Tensor:
