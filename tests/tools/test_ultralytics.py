@@ -187,3 +187,38 @@ def test_a_checkpoint_can_be_trained_on(checkpoint: Path, data: Path) -> None:
     names = [name for name in start if name.endswith("coord_weight")]
     assert names
     assert all(torch.equal(seen[0][name], start[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "yolov3-tiny",
+        "yolov5n",
+        "yolov6n",
+        "yolov8n-seg",  # transposed convolutions
+        "yolov9t",  # RepConv: two branches become one
+        "yolov10n",  # RepVGGDW: depthwise branches; half of the head is dropped
+        "yolo11n-pose",
+        "yolo12n",
+        "yolo26n-obb",
+    ],
+)
+def test_every_architecture_fuses_with_its_coordinates(name: str) -> None:
+    model = ccp.patch(YOLO(f"{name}.yaml").model, "all").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+        for weight in ccp.coord_parameters(model):
+            weight.normal_(0, 0.1, generator=generator)
+    images = torch.rand(1, 3, SIZE, SIZE)
+    before = boxes(model, images)
+    without = boxes(ccp.unpatch(model, discard=True), images)
+    before, without = (b[0] if isinstance(b, tuple) else b for b in (before, without))
+    assert float((before - without).abs().max()) > 1e-3 * float(before.abs().max())
+    after = boxes(model.fuse(verbose=False), images)
+    assert_close(before, after[0] if isinstance(after, tuple) else after)
