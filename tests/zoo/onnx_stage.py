@@ -1,0 +1,181 @@
+"""Whether a patched model's ONNX file agrees with torch as well as the plain model's does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import coordconv_patch as ccp
+from zoo.entry import Entry
+from zoo.running import build, fill_coords_, in_double, relative_difference, run, split, tensors
+
+__all__ = ["AGREES", "check_in_onnx"]
+
+AGREES = 1e-4
+"""A plain export agrees with torch up to this, relative to the largest output."""
+
+
+def check_in_onnx(entry: Entry) -> dict[str, Any]:
+    """Export the plain model; where it agrees with torch, export the patched one, too.
+
+    Both with a fixed batch, by the first of torch's exporters that can; the patched
+    model with non-zero coordinate weights.
+    """
+    try:
+        model = build(entry)
+        run(model, entry.example(training=False))
+    except Exception as error:
+        return {"plain": _line(error)}
+    with tempfile.TemporaryDirectory() as directory:
+        return _Comparison(entry, model, Path(directory)).row()
+
+
+class _Comparison:
+    def __init__(self, entry: Entry, model: nn.Module, directory: Path) -> None:
+        self.entry = entry
+        self.model = model
+        self.directory = directory
+        self.figures: dict[str, Any] = {}
+
+    def inputs(self) -> Any:
+        return self.entry.example(training=False)
+
+    def row(self) -> dict[str, Any]:
+        failure = self._plain()
+        if failure:
+            return self.figures | {"plain": failure}
+        try:
+            self._patched()
+        except Exception as error:
+            return self.figures | {"patched": _line(error, 1500)}
+        return self.figures
+
+    def _plain(self) -> str:
+        """Export the plain model and compare it; returns why it cannot be a yardstick."""
+        path = self.directory / "plain.onnx"
+        expected = run(self.model, self.inputs(), seed=1)
+        if relative_difference(expected, run(self.model, self.inputs(), seed=2)):
+            return "draws random numbers in evaluation"
+        self.figures["plain_noise"] = noise = _noise(self.model, self.inputs())
+        started = time.perf_counter()
+        try:
+            self.figures["plain_exporter"] = _export(self.model, self.inputs(), path)
+        except Exception as error:
+            return f"does not export: {error}"
+        self.figures["plain_seconds"] = round(time.perf_counter() - started, 1)
+        found = self._difference(expected, path)
+        if isinstance(found, str):
+            return found
+        if found > max(AGREES, 3 * noise):
+            self.figures["plain_difference_all_optimizers"] = found
+            found = self._difference(expected, path, ["Pad_Fusion"])
+            assert not isinstance(found, str)
+            self.figures["disabled_optimizers"] = ["Pad_Fusion"]
+        self.figures["plain_difference"] = found
+        if found > max(AGREES, 3 * noise):
+            return f"disagrees with ONNX Runtime by {found:.2g} of the largest output"
+        return ""
+
+    def _difference(
+        self, expected: list[Tensor], path: Path, disabled: list[str] | None = None
+    ) -> float | str:
+        try:
+            return relative_difference(expected, _run_file(path, self.inputs(), disabled or []))
+        except Exception as error:
+            return f"ONNX Runtime refuses the plain export: {_line(error)}"
+
+    def _patched(self) -> None:
+        patched = ccp.patch(self.model, "all", example_inputs=self.inputs())
+        fill_coords_(patched)
+        self.figures["noise"] = _noise(patched, self.inputs())
+        path = self.directory / "patched.onnx"
+        disabled = self.figures.get("disabled_optimizers", [])
+        started = time.perf_counter()
+        report = ccp.export_onnx(
+            patched,
+            path,
+            self.inputs(),
+            dynamic_batch=False,
+            providers=["CPUExecutionProvider"],
+            tolerance=1e9,  # the difference is wanted, whatever it is
+            disabled_optimizers=disabled,
+        )
+        self.figures["seconds"] = round(time.perf_counter() - started, 1)
+        self.figures["exporter"] = report.exporter
+        self.figures["size_mb"] = round(report.file_size / 1e6, 2)
+        expected = run(patched, self.inputs())
+        self.figures["difference"] = relative_difference(
+            expected, _run_file(path, self.inputs(), disabled)
+        )
+
+
+def _noise(model: nn.Module, inputs: Any) -> float:
+    """How far float64 is from float32; 0 where the model cannot be computed in float64."""
+    try:
+        exact = run(copy.deepcopy(model).double(), in_double(inputs))
+    except Exception:
+        return 0.0
+    found = relative_difference(exact, run(model, inputs))
+    return found if found < 1 else 0.0
+
+
+def _export(model: nn.Module, inputs: Any, path: Path) -> str:
+    """Export with torch.export, else with TorchScript; returns the one that did it.
+
+    Raises:
+        RuntimeError: If neither can, with both reasons.
+    """
+    args, kwargs = split(inputs)
+    reasons = []
+    for exporter, dynamo in (("dynamo", True), ("torchscript", False)):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+                if dynamo:
+                    program = torch.onnx.export(
+                        model, args, kwargs=kwargs, dynamo=True, verbose=False
+                    )
+                    assert program is not None
+                    program.save(str(path))
+                else:
+                    torch.onnx.export(
+                        model, (*args, kwargs) if kwargs else args, str(path), dynamo=False
+                    )
+            return exporter
+        except Exception as error:
+            reasons.append(f"{exporter}: {_line(_root(error))}")
+    raise RuntimeError("; ".join(reasons))
+
+
+def _run_file(path: Path, inputs: Any, disabled: list[str]) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )
+    args, kwargs = split(inputs)
+    feeds = [tensor.numpy() for tensor in tensors([list(args), kwargs])]
+    names = [value.name for value in session.get_inputs()]
+    outputs = session.run(None, dict(zip(names, feeds, strict=True)))
+    return [torch.as_tensor(output) for output in outputs]
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _line(error: BaseException, limit: int = 300) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:limit]

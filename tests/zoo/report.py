@@ -1,0 +1,243 @@
+"""Gather the rows of the sweep into docs/zoo_results.json, and render them to docs/zoo.md.
+
+    python tests/zoo/report.py
+
+Entries that were not run again keep the row that the file has.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from zoo.catalogue import CATALOGUE
+from zoo.causes import cause_of
+from zoo.results import (
+    RESULTS,
+    STAGES,
+    allowed_difference,
+    expected_failures,
+    judge,
+    load_all,
+)
+from zoo.torch_stage import FINDINGS
+
+__all__ = ["TABLE", "render"]
+
+TABLE = RESULTS.with_name("zoo.md")
+
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "transformers", "ultralytics", "onnxscript"),
+    *("segmentation_models_pytorch", "effdet", "stable_baselines3", "diffusers"),
+)
+
+_HEADER = """# The sweep over every model
+
+Every model is built with random weights and patched everywhere, `patch(model, "all")`. The
+commands that made this page:
+
+```bash
+pip install -e ".[zoo]"
+pytest -m zoo                   # or, with a progress bar and resumable: python tests/zoo/sweep.py
+python tests/zoo/report.py      # docs/zoo_results.json and this page
+```
+"""
+
+_LEGEND = """## Every model
+
+*convs*: convolutions (called more than once; never called). *traced*: convolutions that lie in a
+traced region. *bits*: outputs `torch.equal` to the plain model's at zero, in evaluation and in
+training, with the gradients of its own parameters and its buffers. *gradient*: every coordinate
+weight that a pass reaches has one. *kept*: class, `state_dict` names, deepcopy, pickle, and the
+plain bits after `unpatch`. *reference*: difference in float64 from concatenating coordinates, at
+non-zero weights. *ONNX*: ONNX Runtime's difference from torch, plain and patched at non-zero
+weights, relative to the largest output; `ts`: by the TorchScript exporter. A dash: the plain model
+cannot; see above.
+
+| model | convs | traced | bits | gradient | kept | reference | ONNX plain | patched |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+_BITS = ("eval_bits", "train_bits", "train_gradients", "buffers")
+_GRADIENT = ("coord_gradients", "coords_matter")
+_KEPT = ("class_kept", "state_dict", "deepcopy", "pickle", "unpatch")
+
+_SUMMARY = {
+    "Outputs in evaluation equal to the last bit": "eval_bits",
+    "Outputs in training equal to the last bit": "train_bits",
+    "Gradients of the model's own parameters equal to the last bit": "train_gradients",
+    "Buffers equal after the same runs": "buffers",
+    "Class kept": "class_kept",
+    "Names in the `state_dict` kept": "state_dict",
+    "A gradient for every coordinate weight reached": "coord_gradients",
+    "Non-zero coordinate weights change the output": "coords_matter",
+    "Equal to concatenated coordinates in float64": "reference",
+    "Deep copy": "deepcopy",
+    "Pickle, by `torch.save`": "pickle",
+    "`unpatch` gives the bits back": "unpatch",
+}
+assert set(_SUMMARY.values()) == set(FINDINGS)
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+
+
+def gather() -> dict[str, Any]:
+    """The checked-in results, with the rows kept since put in their places."""
+    rows: Rows = {}
+    if RESULTS.exists():
+        rows = json.loads(RESULTS.read_text())["rows"]
+    for name, found in load_all(list(CATALOGUE)).items():
+        rows.setdefault(name, {}).update(found)
+    return {
+        "versions": _versions(),
+        "rows": {name: rows[name] for name in CATALOGUE if name in rows},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    import onnxruntime
+
+    return found | {"onnxruntime": onnxruntime.__version__}
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page, from what :func:`gather` returns."""
+    rows: Rows = results["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = [_HEADER, f"Versions: {versions}.\n", _summary(rows), _failures(rows), _LEGEND]
+    return "\n".join(parts) + "".join(f"{line}\n" for line in _table(rows))
+
+
+def _summary(rows: Rows) -> str:
+    in_torch = [row["torch"] for row in rows.values() if "torch" in row]
+    patched = [row for row in in_torch if "eval_bits" in row]
+    lines = [
+        "## Summary\n",
+        f"{len(rows)} models of {len({name.partition('/')[0] for name in rows})} libraries, "
+        f"{sum(row['sites'] for row in patched)} convolutions.\n",
+        "| | models | of those whose plain form can |",
+        "|---|---|---|",
+        f"| Patched everywhere | {len(patched)} | {sum('plain' not in row for row in in_torch)} |",
+    ]
+    for label, finding in _SUMMARY.items():
+        counts = Counter(row[finding].partition(":")[0] for row in patched)
+        lines.append(f"| {label} | {counts['ok']} | {len(patched) - counts['plain']} |")
+    whole = sum(row["sites_in_regions"] == row["sites"] for row in patched)
+    lines.append(f"| Every convolution in a traced region | {whole} | {len(patched)} |")
+    agreeing, able = _onnx_counts(rows)
+    lines.append(f"| ONNX Runtime agrees with torch | {agreeing} | {able} |")
+    exported = [row["onnx"] for row in rows.values() if "difference" in row.get("onnx", {})]
+    without = sum("disabled_optimizers" in row for row in exported)
+    if without:
+        lines.append(
+            f"\nOf the exports, {without} were compared without ONNX Runtime's optimizer "
+            "Pad_Fusion, with which the plain model is wrong."
+        )
+    other = [row for row in exported if row["exporter"] != row["plain_exporter"]]
+    lines.append(f"\n{len(other)} patched models needed another exporter than the plain model.")
+    refused = {name: row["torch"]["refused"] for name, row in rows.items() if _refused(row)}
+    if refused:
+        lines.append("\nConvolutions that are refused, with the reason:\n")
+        for name, sites in refused.items():
+            lines.append(f"- {name}: {len(sites)}, {next(iter(sites.values()))}")
+    return "\n".join(lines) + "\n"
+
+
+def _refused(row: dict[str, dict[str, Any]]) -> bool:
+    return bool(row.get("torch", {}).get("refused"))
+
+
+def _onnx_counts(rows: Rows) -> tuple[int, int]:
+    """How many patched exports agree, and of how many plain ones that do."""
+    verdicts = [judge("onnx", row["onnx"])[0] for row in rows.values() if "onnx" in row]
+    return verdicts.count("passes"), len(verdicts) - verdicts.count("plain fails")
+
+
+def _failures(rows: Rows) -> str:
+    expected = expected_failures()
+    lines = [
+        "## What fails\n",
+        "| model | stage | the plain model too | what | cause |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        for stage in STAGES:
+            if stage not in row:
+                continue
+            verdict, problems = judge(stage, row[stage])
+            if verdict == "passes":
+                continue
+            what = "; ".join(problems).replace("|", "\\|")
+            reason = expected.get((name, stage)) or cause_of(what)
+            too = "yes" if verdict == "plain fails" else "no"
+            lines.append(f"| {name} | {stage} | {too} | {what[:160]} | {reason} |")
+    missing = [name for name, row in rows.items() if "onnx" not in row]
+    if missing:
+        lines.append(f"\nNot exported yet: {len(missing)} models.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Rows) -> Iterator[str]:
+    for name, row in rows.items():
+        found = row.get("torch", {})
+        if "eval_bits" not in found:
+            yield f"| {name} |" + " - |" * 8
+            continue
+        extra = [found["called_repeatedly"], found["never_called"]]
+        convs = f"{found['sites']} ({extra[0]}; {extra[1]})" if any(extra) else str(found["sites"])
+        traced = "all" if found["sites_in_regions"] == found["sites"] else found["sites_in_regions"]
+        cells = [
+            convs,
+            str(traced),
+            _mark(found, _BITS),
+            _mark(found, _GRADIENT),
+            _mark(found, _KEPT),
+            f"{found['reference_difference']:.0e}" if "reference_difference" in found else "-",
+            *_onnx_cells(row.get("onnx", {})),
+        ]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _mark(found: dict[str, Any], names: tuple[str, ...]) -> str:
+    wrong = [name for name in names if found[name] != "ok" and not found[name].startswith("plain")]
+    if wrong:
+        return "FAILS: " + ", ".join(wrong)
+    return "yes" if all(found[name] == "ok" for name in names) else "yes, as far as the plain one"
+
+
+def _onnx_cells(row: dict[str, Any]) -> tuple[str, str]:
+    plain = "-"
+    if "plain_difference" in row:
+        plain = f"{row['plain_difference']:.0e}"
+        plain += " ts" if row.get("plain_exporter") == "torchscript" else ""
+    patched = "-"
+    if "difference" in row:
+        patched = f"{row['difference']:.0e}"
+        patched += " ts" if row["exporter"] == "torchscript" else ""
+        patched += " FAILS" if row["difference"] > allowed_difference(row) else ""
+    elif "patched" in row:
+        patched = "FAILS"
+    return plain, patched
+
+
+def main() -> None:
+    """Write both files."""
+    results = gather()
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    TABLE.write_text(render(results))
+
+
+if __name__ == "__main__":
+    main()
