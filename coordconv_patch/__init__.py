@@ -16,7 +16,7 @@ from coordconv_patch.layers import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
 )
-from coordconv_patch.passes import CoordConvPass
+from coordconv_patch.passes import CoordConvPass, fold
 from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
 from coordconv_patch.plan import Plan, plan
 from coordconv_patch.programs import from_exported
@@ -46,6 +46,7 @@ __all__ = [
     "add_to_optimizer_",
     "coord_parameters",
     "export_onnx",
+    "fold",
     "fold_with",
     "from_exported",
     "load_coords",

@@ -109,7 +109,7 @@ class CoordConvNd(_ConvNd):
         if weight.requires_grad and torch.is_grad_enabled():
             self._map_cache.clear()
             branch = self.branch_for(input, output)
-        elif own_parameter and weight.is_cpu and not (is_capturing() or is_transforming()):
+        elif own_parameter and self._keeps_maps and not (is_capturing() or is_transforming()):
             branch = self._map_cache.get(weight, input, output, self.branch_for)
         else:
             branch = self.branch_for(input, output)
@@ -118,6 +118,10 @@ class CoordConvNd(_ConvNd):
         if own_parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
+
+    @property
+    def _keeps_maps(self) -> bool:
+        return self.coord_weight.is_cpu or self._map_cache.is_constant
 
     def branch_for(self, input: Tensor, output: Tensor) -> Tensor:
         """The coordinate map to add to the plain convolution's output, in its dtype.
@@ -141,6 +145,10 @@ class CoordConvNd(_ConvNd):
         super().__setattr__(name, value)
         if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
             self._map_cache.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._map_cache.clear()  # its maps are on the old device, in the old dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _check_new_weight(self, new: nn.Parameter) -> None:
         """Refuse another weight Parameter where it would leave trained coordinates behind.
@@ -198,6 +206,10 @@ class CoordConvNd(_ConvNd):
             - (self.dilation[dim] * (self.kernel_size[dim] - 1) + 1)
             for dim in range(len(input_size))
         )
+
+    def keep_maps_constant_(self) -> None:
+        """Keep coordinate maps from now on without looking whether the weight has changed."""
+        self._map_cache = MapCache(is_constant=True)
 
     def reset_parameters(self) -> None:
         """Reset the plain convolution as torch does, and the coordinate weight to zero.
@@ -286,6 +298,7 @@ class CoordConvNd(_ConvNd):
             )
         finally:
             del self.__dict__["_is_loading"]
+        self._map_cache.clear()
         zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

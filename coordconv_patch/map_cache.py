@@ -23,14 +23,19 @@ class MapCache:
     synchronisation, so maps are kept on the CPU only.
 
     The cache is not part of the layer's state: copies and pickles start empty.
+
+    Args:
+        is_constant: The weight is promised not to change any more (a folded model), so
+            nothing is compared, and maps are kept on every device.
     """
 
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
-    __slots__ = ("_last", "_maps", "_weight")
+    __slots__ = ("_last", "_maps", "_weight", "is_constant")
 
-    def __init__(self) -> None:
+    def __init__(self, is_constant: bool = False) -> None:
+        self.is_constant = is_constant
         self._weight: Tensor | None = None
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
         # One attribute, so that threads that share the layer never see the one's key with the
@@ -54,10 +59,11 @@ class MapCache:
             output: What the plain convolution made of it.
             make: Makes the map for an input and an output.
         """
-        kept = self._weight
-        if kept is None or kept.dtype is not weight.dtype or not torch.equal(kept, weight):
-            self.clear()
-            self._weight = weight.detach().clone()
+        if not self.is_constant:
+            kept = self._weight
+            if kept is None or kept.dtype is not weight.dtype or not torch.equal(kept, weight):
+                self.clear()
+                self._weight = weight.detach().clone()
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
         key = (input.shape, output.shape, output.dtype)
@@ -91,8 +97,8 @@ class MapCache:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
-        return MapCache, ()
+    def __reduce__(self) -> tuple[type[MapCache], tuple[bool]]:
+        return MapCache, (self.is_constant,)
 
 
 @contextmanager

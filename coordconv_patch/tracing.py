@@ -1,4 +1,4 @@
-"""Symbolic tracing with every convolution module as a leaf."""
+"""Symbolic tracing with every convolution and batch norm module as a leaf."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.modes import state_restored
+from coordconv_patch.norms import is_batch_norm
 
 __all__ = [
     "ConvTracer",
@@ -18,7 +19,7 @@ __all__ = [
 
 
 class ConvTracer(fx.Tracer):
-    """Traces with every convolution module as a leaf, subclasses included.
+    """Traces with every convolution and batch norm module as a leaf, subclasses included.
 
     Where timm is in use, the modules and functions that it declares untraceable
     are leaves too.
@@ -36,7 +37,7 @@ class ConvTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (_ConvNd, CoordBranch, *self._leaf_classes)):
+        if isinstance(m, (_ConvNd, CoordBranch, *self._leaf_classes)) or is_batch_norm(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

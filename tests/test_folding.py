@@ -51,8 +51,10 @@ def trained(model: nn.Module) -> nn.Module:
                 assert module.running_var is not None
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 2, generator=generator)
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.bias.normal_(0, 0.1, generator=generator)
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.1, generator=generator)
         for layer in coord_layers(model).values():
             layer.coord_weight.normal_(0, 0.1, generator=generator)
     return model.eval()
@@ -60,7 +62,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value of ``a``."""
-    return float((a - b).abs().max() / a.abs().max())
+    return float(((a - b).abs().max() / a.abs().max()).detach())
 
 
 @torch.no_grad()
