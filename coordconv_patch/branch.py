@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from coordconv_patch.geometry import (
 __all__ = [
     "BRANCH_NAME",
     "CONVENTION_KEY",
+    "ChosenCalls",
     "CoordBranch",
     "coordinate_map",
     "grid_for",
@@ -157,8 +159,38 @@ def coordinate_map(
     return convolve(grid, coord_weight, None, stride, padding, dilation)
 
 
+@dataclass(frozen=True)
+class ChosenCalls:
+    """Which calls of a convolution get coordinates, where not all of them do.
+
+    Attributes:
+        indices: The calls, counted from 0 in order of execution.
+        total: How many calls there were when they were chosen.
+        caller: Qualified name of the module during whose call they are counted, ``""``
+            for the model itself; in a graph they are the convolution's nodes.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+    caller: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready; see :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ChosenCalls:
+        """Inverse of :meth:`to_dict`, from parsed JSON."""
+        return cls(tuple(fields["indices"]), int(fields["total"]), str(fields["caller"]))
+
+    def __str__(self) -> str:
+        """Such as ``calls 0, 3 of 5``."""
+        plural = "s" if len(self.indices) > 1 else ""
+        return f"call{plural} {', '.join(map(str, self.indices))} of {self.total}"
+
+
 class CoordBranch(nn.Module):
-    """The branch alone: added to a functional convolution in a graph.
+    """The branch alone: added to a functional convolution in a graph, or to chosen calls.
 
     Args:
         geometry: Geometry of the convolution whose output it is added to.
@@ -166,6 +198,9 @@ class CoordBranch(nn.Module):
         padding: How the convolution pads its input, where its geometry does not say it.
         device: Where the coordinate weight lives.
         dtype: Its dtype.
+
+    Attributes:
+        chosen_calls: Which calls of the convolution it is added to; ``None``: every one.
 
     Shape:
         - input: the convolution's input, ``(N, C_in, *input_size)`` or unbatched.
@@ -186,6 +221,7 @@ class CoordBranch(nn.Module):
         self.geometry = geometry
         self.coords = coords
         self.coord_padding = padding
+        self.chosen_calls: ChosenCalls | None = None
         self.__dict__["__module__"] = "torch.nn.modules.conv"  # an fx leaf, see CoordConvNd
         shape = geometry.coord_weight_shape(coords.num_channels(geometry.ndim))
         self.coord_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))

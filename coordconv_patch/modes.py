@@ -44,7 +44,8 @@ def state_restored(model: nn.Module) -> Iterator[None]:
     A traced one would leave proxies, and counts one more batch in every batch norm
     whose own code does the counting.
     """
-    before = [_state_of(module) for module in model.modules()]
+    python_modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    before = [_state_of(module) for module in python_modules]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(_cuda_devices(model)):
@@ -56,7 +57,7 @@ def state_restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 if not buffer.is_meta and not _identical(buffer, value):
-                    buffer.copy_(value)
+                    buffer.resize_(value.shape).copy_(value)  # observers grow theirs in place
 
 
 def _state_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -75,6 +76,8 @@ def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
 
 def _identical(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape hold the same values, NaN included."""
+    if left.shape != right.shape:
+        return False
     return torch.equal(left, right) or torch.equal(left.nan_to_num(), right.nan_to_num())
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import fx, nn
@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
@@ -30,7 +31,7 @@ from coordconv_patch.folding import guard_folding_, release_folding_
 from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.modes import in_mode
-from coordconv_patch.plan import Plan, plan
+from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, has_exported_branches
 from coordconv_patch.select import Where
 from coordconv_patch.sites import Site
@@ -56,8 +57,8 @@ def patch(
         model: Any module (the copy has its class), a GraphModule, or a torch.export
             ExportedProgram (gives a GraphModule, see :func:`coordconv_patch.from_exported`).
         where: Which convolutions: ``"first"``, ``"all"``, a name, a glob, ``"re:..."``,
-            a type, a callable on a :class:`Site`, ``"stem"``, ``"neck"``, ``"head"``, or a
-            list of these.
+            a type, a callable on a :class:`Site`, ``"stem"``, ``"neck"``, ``"head"``,
+            chosen calls of a shared one (``"head.conv@0,3"``), or a list of these.
         coords: The convention of the coordinate channels, or the name of a preset;
             ``None``: the paper's.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
@@ -138,9 +139,8 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
     """
     _check_unpatchable(model, discard)
     release_folding_(model)
-    for layer in coord_layers(model).values():
-        if isinstance(layer, CoordConvNd):
-            revert_(layer)
+    for module in list(model.modules()):
+        _revert_(model, module)
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             _remove_branches(module)
@@ -185,27 +185,31 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     Raises:
         PatchError: If a chosen site cannot be patched. The model is unchanged then.
     """
-    modules = [site for site in decided.chosen if site.kind == "module"]
-    functions = [site for site in decided.chosen if site.kind == "function"]
+    modules = [row for row in decided.rows if row.chosen and row.site.kind == "module"]
+    functions = [row for row in decided.rows if row.chosen and row.site.kind == "function"]
     edits = [
-        _GraphEdit(model, owner, sites, decided.coords)
-        for owner, sites in _by_owner(functions).items()
+        _GraphEdit(model, owner, rows, decided.coords)
+        for owner, rows in _by_owner(functions).items()
     ]
-    planned = any(site.region and site.region.module is model for site in functions)
+    planned = any(row.site.region and row.site.region.module is model for row in functions)
     if planned and any(edit.replaces_root for edit in edits):
         raise PatchError(
             "the model's own forward calls a chosen functional convolution, so the model has to "
             "become a GraphModule: use patch(...), which returns one"
         )
-    converted: list[CoordConvNd] = []
+    _check_callers(modules, edits)
+    done: list[_ConvNd] = []
     try:
-        for site in modules:
-            module = cast(_ConvNd, model.get_submodule(site.name))
-            convert_(module, decided.coords, site.padding)
-            converted.append(cast(CoordConvNd, module))
+        for row in modules:
+            site, module = row.site, cast(_ConvNd, model.get_submodule(row.site.name))
+            if row.calls is None:
+                convert_(module, decided.coords, site.padding)
+            else:
+                add_to_calls_(model, site.name, row.calls, decided.coords, site.padding)
+            done.append(module)
     except BaseException:
-        for layer in converted:
-            revert_(layer)
+        for module in done:
+            _revert_(model, module)
         raise
     for edit in edits:
         model = edit.commit()
@@ -213,10 +217,31 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     return model
 
 
+def _revert_(model: nn.Module, module: nn.Module) -> None:
+    if isinstance(module, CoordConvNd):
+        revert_(module)
+    elif chosen_calls_of(module) is not None:
+        remove_from_calls_(model, module)
+
+
+def _check_callers(modules: Sequence[PlanRow], edits: Sequence[_GraphEdit]) -> None:
+    """Refuse to count calls in a module that becomes a graph, which would not run the hooks."""
+    for row in modules:
+        for edit in edits if row.calls is not None else ():
+            assert row.calls is not None
+            caller = row.calls.caller
+            if edit.replaces_module and (caller == edit.owner or _is_inside(caller, edit.owner)):
+                raise PatchError(
+                    f"{row.site.name}: its calls cannot be chosen while "
+                    f"{edit.owner or 'the model'} becomes a GraphModule for its functional "
+                    "convolutions: choose all its calls, or leave those functions out"
+                )
+
+
 def _warn_of_obstacles(decided: Plan) -> None:
-    skipped = [row.site for row in decided.rows if row.site.obstacle]
+    skipped = [row.site for row in decided.rows if row.skipped]
     if skipped:
-        shown = "; ".join(f"{site.name}: {site.obstacle}" for site in skipped[:3])
+        shown = "; ".join(f"{site.name or 'the model'}: {site.obstacle}" for site in skipped[:3])
         more = f"; and {len(skipped) - 3} more, see plan(...)" if len(skipped) > 3 else ""
         warnings.warn(
             f"convolutions without coordinates, because they cannot carry them: {shown}{more}",
@@ -238,16 +263,17 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _by_owner(sites: Iterable[Site]) -> dict[str, list[Site]]:
+def _by_owner(rows: Iterable[PlanRow]) -> dict[str, list[PlanRow]]:
     """Functional sites by the qualified name of the module whose graph is to be edited.
 
     The graph of a plain module holds those of its submodules, so where both a module and one
     inside it call functional convolutions, the outer one's graph is edited for both.
     """
-    owners: dict[str, list[Site]] = {}
-    for site in sorted(sites, key=_owner):
-        enclosing = (o for o in owners if o == _owner(site) or _is_inside(_owner(site), o))
-        owners.setdefault(next(enclosing, _owner(site)), []).append(site)
+    owners: dict[str, list[PlanRow]] = {}
+    for row in sorted(rows, key=lambda row: _owner(row.site)):
+        owner = _owner(row.site)
+        enclosing = (other for other in owners if other == owner or _is_inside(owner, other))
+        owners.setdefault(next(enclosing, owner), []).append(row)
     return owners
 
 
@@ -265,7 +291,7 @@ class _GraphEdit:
     """Branches added to the functional convolutions of one module; prepared, then committed."""
 
     def __init__(
-        self, model: nn.Module, owner: str, sites: list[Site], coords: Coordinates
+        self, model: nn.Module, owner: str, rows: list[PlanRow], coords: Coordinates
     ) -> None:
         self.model = model
         self.owner = owner
@@ -278,13 +304,15 @@ class _GraphEdit:
         self.graph = copy.deepcopy(self.target.graph)
         self.branches: dict[str, CoordBranch] = {}
         nodes_by_site = function_nodes(owner, self.module, self.graph)
-        for site in sites:
-            if site.name not in nodes_by_site:
-                raise PatchError(f"{site.name}: not found when {owner or 'the model'} is traced")
-            self._add_branch(site, nodes_by_site[site.name], coords)
+        for row in rows:
+            name = row.site.name
+            if name not in nodes_by_site:
+                raise PatchError(f"{name}: not found when {owner or 'the model'} is traced")
+            self._add_branch(row, nodes_by_site[name], coords)
         self.graph.lint()
 
-    def _add_branch(self, site: Site, nodes: list[fx.Node], coords: Coordinates) -> None:
+    def _add_branch(self, row: PlanRow, nodes: list[fx.Node], coords: Coordinates) -> None:
+        site = row.site
         assert site.geometry is not None
         holder = site.name[len(self.owner) :].lstrip(".")
         name = BRANCH_NAME
@@ -299,6 +327,9 @@ class _GraphEdit:
         self.branches[name] = CoordBranch(
             site.geometry, coords, device=tensor.device, dtype=tensor.dtype
         )
+        if row.calls is not None:
+            self.branches[name].chosen_calls = row.calls
+            nodes = [nodes[index] for index in row.calls.indices]
         for node in nodes:
             with self.graph.inserting_after(node):
                 branch = self.graph.call_module(name, (conv_arguments(node)["input"],))

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.branch import ChosenCalls
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.programs import from_exported
 from coordconv_patch.recording import Call
@@ -35,7 +36,9 @@ class PlanRow:
         note: What else to know about it; often empty.
         parameters: Coordinate weights that it would get; 0 if not chosen.
         multiply_adds: Multiply-adds that its branch adds to one forward pass, whatever
-            the batch size, over all its calls; ``None`` if the sizes are unknown.
+            the batch size, over all chosen calls; ``None`` if the sizes are unknown.
+        calls: Which of its calls would get coordinates; ``None``: every one.
+        skipped: Whether a selector describes it, but it cannot be patched.
     """
 
     site: Site
@@ -44,6 +47,8 @@ class PlanRow:
     note: str
     parameters: int
     multiply_adds: int | None
+    calls: ChosenCalls | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Plan:
                     "calls": row.site.calls
                     and [[call.input_size, call.output_size] for call in row.site.calls],
                     "chosen": row.chosen,
+                    "chosen_calls": row.calls and list(row.calls.indices),
                     "reason": row.reason,
                     "note": row.note,
                     "parameters": row.parameters,
@@ -186,14 +192,29 @@ def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:
     site = choice.site
-    parameters, multiply_adds = 0, None
+    parameters, multiply_adds, chosen_calls = 0, None, None
+    if choice.calls is not None and site.calls is not None:
+        chosen_calls = ChosenCalls(choice.calls, len(site.calls), site.caller or "")
     if choice.chosen and site.geometry is not None:
         names = coords.channel_names(site.geometry.ndim)  # checks that the window fits, too
         parameters = math.prod(site.geometry.coord_weight_shape(len(names)))
         if site.calls is not None:
-            multiply_adds = sum(_multiply_adds(parameters, site, call) for call in site.calls)
+            indices = range(len(site.calls)) if choice.calls is None else choice.calls
+            calls = [site.calls[index] for index in indices]
+            multiply_adds = sum(_multiply_adds(parameters, site, call) for call in calls)
     note = _note(site, choice.chosen)
-    return PlanRow(site, choice.chosen, choice.reason, note, parameters, multiply_adds)
+    if chosen_calls is not None:
+        note = f"{chosen_calls}; {note}" if note else str(chosen_calls)
+    return PlanRow(
+        site=site,
+        chosen=choice.chosen,
+        reason=choice.reason,
+        note=note,
+        parameters=parameters,
+        multiply_adds=multiply_adds,
+        calls=chosen_calls,
+        skipped=choice.skipped,
+    )
 
 
 def _multiply_adds(parameters: int, site: Site, call: Call) -> int:

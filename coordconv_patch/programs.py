@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from coordconv_patch.branch import BRANCH_NAME, CONVENTION_KEY, CoordBranch
+from coordconv_patch.branch import BRANCH_NAME, CONVENTION_KEY, ChosenCalls, CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError
 from coordconv_patch.functional import (
@@ -29,6 +29,7 @@ from coordconv_patch.functional import (
     conv_arguments,
     function_geometry,
     is_coordinate_convolution,
+    is_function_site,
     join_names,
 )
 from coordconv_patch.geometry import (
@@ -188,7 +189,8 @@ class _Branch:
     """A coordinate branch, read from a graph.
 
     Attributes:
-        input: The node of the plain convolution's input.
+        plain: The node of the plain convolution.
+        input: The node of its input.
         geometry: Geometry of the plain convolution.
         padding: How it pads, where the geometry does not say it.
         coords: The convention.
@@ -200,7 +202,7 @@ class _Branch:
 
     def __init__(self, root: fx.GraphModule, convolution: fx.Node) -> None:
         self.end, addition = _addition(convolution)
-        plain = next(node for node in addition.all_input_nodes if node is not self.end)
+        self.plain = plain = next(node for node in addition.all_input_nodes if node is not self.end)
         if plain.target not in CONV_SIGNATURES:
             raise PatchError(f"it is added to {plain.name}, which is no convolution")
         branch_geometry = function_geometry(root, convolution)
@@ -337,6 +339,7 @@ def _restore_layer_(
         first.geometry, first.coords, padding=first.padding, device=torch.device("meta")
     )
     layer.coord_weight = weight
+    layer.chosen_calls = _chosen_calls(branches)
     layer.training = module.training
     holder, _, _ = weight_name.rpartition(".")
     name = _layer_name(holder)
@@ -351,6 +354,20 @@ def _restore_layer_(
         call.meta = {k: branch.end.meta[k] for k in ("val", "tensor_meta") if k in branch.end.meta}
         branch.end.replace_all_uses_with(call, delete_user_cb=lambda user: not _is_assertion(user))
         _erase(branch.end)
+
+
+def _chosen_calls(branches: Sequence[tuple[fx.Node, _Branch]]) -> ChosenCalls | None:
+    """Which of the convolutions by one weight have the branch; ``None`` if all of them."""
+    plain = [branch.plain for _, branch in branches]
+    weight = conv_arguments(plain[0])["weight"]
+    same = [
+        node
+        for node in plain[0].graph.nodes
+        if is_function_site(node) and conv_arguments(node)["weight"] is weight
+    ]
+    if len(same) == len(plain):
+        return None
+    return ChosenCalls(tuple(same.index(node) for node in plain), len(same), "")
 
 
 def _layer_name(holder: str) -> str:

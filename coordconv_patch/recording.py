@@ -1,25 +1,30 @@
-"""Record a forward pass: which convolutions run, in which order, at which sizes."""
+"""Record a forward pass: which convolutions run, in which order, at what sizes, called by whom."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.functional import conv_arguments
+from coordconv_patch.branch import CoordBranch
+from coordconv_patch.functional import CONV_SIGNATURES, conv_arguments
 from coordconv_patch.inputs import run_model
 from coordconv_patch.modes import evaluating, state_restored
 
 __all__ = [
     "Call",
     "GraphFunctions",
+    "Recording",
     "record_calls",
+    "record_run",
 ]
 
 
@@ -49,6 +54,23 @@ class GraphFunctions:
     names: dict[fx.Node, str]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What one forward pass did.
+
+    Attributes:
+        calls: The calls of each site, in order of execution.
+        callers: For each site the innermost module of whose single call all of them
+            were part; ``None`` where there is none that hooks can be put on.
+        functions: Convolution functions that modules call outside the sites, by module
+            name: the function's name and its calls.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    callers: dict[str, str | None] = field(default_factory=dict)
+    functions: dict[str, dict[str, list[Call]]] = field(default_factory=dict)
+
+
 def record_calls(
     model: nn.Module,
     example_inputs: Any,
@@ -66,13 +88,23 @@ def record_calls(
     Raises:
         PatchError: If the forward pass fails.
     """
-    recorder = _CallRecorder(modules, functions)
+    return record_run(model, example_inputs, modules, functions).calls
+
+
+def record_run(
+    model: nn.Module,
+    example_inputs: Any,
+    modules: Mapping[str, nn.Module],
+    functions: Sequence[GraphFunctions],
+) -> Recording:
+    """As :func:`record_calls`, with who called each site, and functions that are no sites."""
+    recorder = _CallRecorder(model, modules, functions)
     with evaluating(model), state_restored(model), recorder:
         run_model(model, example_inputs)
-    return recorder.calls
+    return recorder.recording()
 
 
-class _CallRecorder:
+class _CallRecorder(TorchFunctionMode):
     """While entered, notes every execution of the sites.
 
     A region with functional sites is interpreted node by node on the inputs that it
@@ -80,15 +112,30 @@ class _CallRecorder:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], functions: Sequence[GraphFunctions]
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        functions: Sequence[GraphFunctions],
     ) -> None:
-        self.calls: dict[str, list[Call]] = {}
+        super().__init__()
+        self._model = model
         self._modules = modules
         self._functions = functions
+        self._calls: dict[str, list[Call]] = {}
+        self._around: dict[str, list[tuple[str, int]]] = {}
+        self._loose: dict[str, dict[str, list[Call]]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._regions_noted = 0
+        self._running: list[tuple[str, int]] = []
+        self._run_numbers = itertools.count()
 
     def __enter__(self) -> _CallRecorder:
+        for name, module in self._model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._handles += [
+                    module.register_forward_pre_hook(functools.partial(self._before, name)),
+                    module.register_forward_hook(self._after, always_call=True),
+                ]
         for name, module in self._modules.items():
             hook = functools.partial(self._after_module, name)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -98,16 +145,57 @@ class _CallRecorder:
                 traced.module.register_forward_pre_hook(pre_hook, with_kwargs=True),
                 traced.module.register_forward_hook(self._after_region, always_call=True),
             ]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
+    def recording(self) -> Recording:
+        """What was noted."""
+        callers = {name: self._caller(around) for name, around in self._around.items()}
+        return Recording(self._calls, callers, self._loose)
+
+    def _caller(self, around: Sequence[tuple[str, int]]) -> str | None:
+        for name, _ in reversed(around):
+            # A GraphModule loses its hooks when it is copied.
+            if not isinstance(self._model.get_submodule(name), fx.GraphModule):
+                return name
+        return None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in CONV_SIGNATURES and self._running and not self._regions_noted:
+            name = self._running[-1][0]
+            if not isinstance(self._model.get_submodule(name), (_ConvNd, CoordBranch)):
+                given = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs or {})
+                calls = self._loose.setdefault(name, {}).setdefault(func.__name__, [])
+                calls.append(_call(given["input"], output, given["weight"].dim() - 2))
+        return output
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._running.append((name, next(self._run_numbers)))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._running.pop()
+
     def _note(self, name: str, source: Tensor, output: Tensor, ndim: int) -> None:
-        if not self._regions_noted:
-            call = Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
-            self.calls.setdefault(name, []).append(call)
+        if self._regions_noted:
+            return
+        self._calls.setdefault(name, []).append(_call(source, output, ndim))
+        around = self._around.setdefault(name, list(self._running))
+        shared = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(around, self._running, strict=False)
+        )
+        self._around[name] = [one for one, _ in shared]
 
     def _after_module(
         self,
@@ -148,6 +236,10 @@ class _CallRecorder:
 
     def _after_region(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._regions_noted -= 1
+
+
+def _call(source: Tensor, output: Tensor, ndim: int) -> Call:
+    return Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
 
 
 def _placeholder_values(

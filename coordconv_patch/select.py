@@ -14,11 +14,12 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from coordconv_patch.errors import SelectionError, listing
+from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.sites import Site, SiteMap
 
 __all__ = ["PRESETS", "Choice", "Where", "select"]
@@ -30,11 +31,21 @@ Where: TypeAlias = "Selector | Sequence[Selector]"
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether a site was chosen, and why (not)."""
+    """Whether a site was chosen, and why (not).
+
+    Attributes:
+        site: The site.
+        chosen: Whether it was chosen.
+        reason: Why, or why not.
+        calls: Which of its calls were chosen, from 0; ``None``: every one.
+        skipped: Whether a selector describes it, but it cannot be patched.
+    """
 
     site: Site
     chosen: bool
     reason: str
+    calls: tuple[int, ...] | None = None
+    skipped: bool = False
 
 
 def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
@@ -49,7 +60,10 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
             - an exact qualified name, or a glob (``"layer1.*.conv1"``; ``*`` crosses dots);
             - ``"re:..."``: a regular expression that matches the whole name;
             - ``"stem"``, ``"neck"``, ``"head"``: see :data:`PRESETS`;
-            - a module type, or a callable that takes a :class:`Site` and returns a bool.
+            - a module type, or a callable that takes a :class:`Site` and returns a bool;
+            - a name, glob or regular expression and ``@`` and numbers, ``"head.conv@0,3"``:
+              of its calls, counted from 0 in order of execution, those alone. Needs sites
+              found with example inputs.
 
     Returns:
         One choice per site, in the map's order. At least one is chosen.
@@ -63,26 +77,108 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
     selectors = list(where) if isinstance(where, (list, tuple)) else [where]
     if not selectors:
         raise SelectionError("where=[] selects nothing; write 'first', 'all' or names of sites")
-    reasons: dict[str, str] = {}
+    found: dict[str, Choice] = {}
+    skipped: set[str] = set()
     for selector in selectors:
-        matched = _match(site_map, selector)
+        plain, calls = _split_calls(site_map, selector)
+        matched = _match(site_map, plain)
         usable = [site for site in matched if not site.obstacle and not site.patched]
-        insists = isinstance(selector, str) and (
-            selector == "first" or any(selector in _names(site) for site in matched)
+        insists = isinstance(plain, str) and (
+            plain == "first" or any(plain in _names(site) for site in matched)
         )
         if not usable or (insists and len(usable) < len(matched)):
             raise SelectionError(_unusable(selector, matched))
+        skipped |= {site.name for site in matched if site.obstacle}
         for site in usable:
-            reasons.setdefault(site.name, f"matches {_show(selector)}")
-    return tuple(_choice(site, reasons) for site in site_map.sites)
+            if calls is not None:
+                _check_calls(site, calls, selector)
+            choice = Choice(site, True, f"matches {_show(selector)}", calls)
+            found[site.name] = _union(found[site.name], choice) if site.name in found else choice
+    return tuple(
+        found.get(site.name) or _not_chosen(site, site.name in skipped) for site in site_map.sites
+    )
 
 
-def _choice(site: Site, reasons: dict[str, str]) -> Choice:
-    if site.name in reasons:
-        return Choice(site, True, reasons[site.name])
+def _union(first: Choice, second: Choice) -> Choice:
+    if first.calls is None or second.calls is None:
+        return first if first.calls is None else second
+    calls = tuple(sorted({*first.calls, *second.calls}))
+    return Choice(first.site, True, f"{first.reason}, {second.reason}", calls)
+
+
+def _not_chosen(site: Site, skipped: bool) -> Choice:
     if site.patched:
         return Choice(site, False, "already patched")
-    return Choice(site, False, site.obstacle or "not selected")
+    return Choice(site, False, site.obstacle or "not selected", skipped=skipped)
+
+
+_CALLS = re.compile(r"(?P<sites>.+)@(?P<calls>\d+(?:\s*,\s*\d+)*)", re.DOTALL)
+
+
+def _split_calls(site_map: SiteMap, selector: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """``"conv@0,3"`` as ``"conv"`` and (0, 3); other selectors as they are."""
+    split = _CALLS.fullmatch(selector) if isinstance(selector, str) else None
+    if split is None or any(selector in _names(site) for site in site_map.sites):
+        return selector, None
+    return split["sites"], tuple(sorted({int(number) for number in split["calls"].split(",")}))
+
+
+def _default_output_size(geometry: ConvGeometry, input_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Output size of a transposed convolution that is asked for none."""
+    padding = geometry.padding
+    assert not isinstance(padding, str)
+    return tuple(
+        (length - 1) * stride - 2 * pad + dilation * (kernel - 1) + extra + 1
+        for length, stride, pad, dilation, kernel, extra in zip(
+            input_size,
+            geometry.stride,
+            padding,
+            geometry.dilation,
+            geometry.kernel_size,
+            geometry.output_padding,
+            strict=True,
+        )
+    )
+
+
+def _check_calls(site: Site, calls: tuple[int, ...], selector: object) -> None:
+    if site.calls is None:
+        raise SelectionError(
+            f"where={_show(selector)}: the calls of {site.name} are not known: pass "
+            "example_inputs=..., on which they are counted"
+        )
+    beyond = [index for index in calls if index >= len(site.calls)]
+    if beyond:
+        sizes = [
+            f"@{index} at " + "\u00d7".join(map(str, call.input_size))
+            for index, call in enumerate(site.calls)
+        ]
+        raise SelectionError(
+            f"where={_show(selector)}: {site.name} has no call {beyond[0]}; on the example inputs "
+            f"it is called {len(site.calls)} times: {listing(sizes, 8)}"
+        )
+    if site.geometry is not None and site.geometry.transposed:
+        for index in calls:
+            if site.calls[index].output_size != _default_output_size(
+                site.geometry, site.calls[index].input_size
+            ):
+                raise SelectionError(
+                    f"where={_show(selector)}: call {index} of {site.name} asks for an output_size "
+                    "of its own, which chosen calls do not follow: choose all calls"
+                )
+    if site.kind == "function":
+        if len(site.nodes) != len(site.calls):
+            raise SelectionError(
+                f"where={_show(selector)}: {site.name} is called at {len(site.nodes)} places of a "
+                f"graph that runs several times ({len(site.calls)} calls in all), whose runs "
+                "cannot be told apart: choose all calls"
+            )
+    elif site.caller is None:
+        raise SelectionError(
+            f"where={_show(selector)}: the calls of {site.name} cannot be counted, because only "
+            "GraphModules call it, which lose their hooks when they are copied: choose all calls, "
+            "or patch the model before it is traced"
+        )
 
 
 def _match(site_map: SiteMap, selector: object) -> list[Site]:
@@ -138,6 +234,8 @@ def _names(site: Site) -> tuple[str, ...]:
 
 
 def _first(site_map: SiteMap) -> Site:
+    if all(site.obstacle for site in site_map.sites):
+        raise SelectionError(_unusable("first", site_map.sites))
     if not site_map.order_known:
         raise SelectionError(
             "cannot tell which convolution runs first: the model cannot be traced whole "
@@ -207,7 +305,7 @@ def _unusable(selector: object, matched: Sequence[Site]) -> str:
             "the model first"
         )
     lines = [
-        f"  {site.name}: {'already patched' if site.patched else site.obstacle}"
+        f"  {site.name or 'the model'}: {'already patched' if site.patched else site.obstacle}"
         for site in matched
         if site.patched or site.obstacle
     ]

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from coordconv_patch.branch import CoordBranch
+from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
 from coordconv_patch.errors import PatchError
+from coordconv_patch.foreign import foreign_convolutions, quantization_obstacle
 from coordconv_patch.functional import (
     branch_of,
     conv_arguments,
@@ -32,7 +35,7 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.geometry import DECLARED, ConvGeometry, Padding
 from coordconv_patch.layers import CoordConvNd
-from coordconv_patch.recording import Call, GraphFunctions, record_calls
+from coordconv_patch.recording import Call, GraphFunctions, Recording, record_run
 from coordconv_patch.tracing import trace
 
 __all__ = [
@@ -73,6 +76,8 @@ class Site:
         order: Position of its first execution, from 0; ``None`` if it is never
             executed, or if the order cannot be known.
         calls: Its executions on the example inputs; ``None`` without example inputs.
+        caller: The innermost module during whose single call all of them happened, ``""``
+            for the model; ``None`` if that is unknown or no hook can be put on it.
         obstacle: Why it cannot be patched; empty if it can.
         patched: Whether it already carries coordinates.
         module: The convolution module; ``None`` for a functional site.
@@ -90,6 +95,7 @@ class Site:
     padding: Padding = DECLARED
     order: int | None = None
     calls: tuple[Call, ...] | None = None
+    caller: str | None = None
     obstacle: str = ""
     patched: bool = False
     module: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -140,14 +146,24 @@ def find_sites(
     Raises:
         PatchError: If the forward pass fails on the example inputs.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        return SiteMap(tuple(_foreign_sites(model)), (), False, "it is a TorchScript module")
     finder = _Finder(model, probe_padding)
     finder.trace("", model)
-    sites = [*finder.module_sites(), *finder.function_sites()]
+    sites = [*finder.module_sites(), *_foreign_sites(model), *finder.function_sites()]
     order: list[str] | None = finder.execution_order("")
     if example_inputs is not None:
         recorded = _recorded(model, sites, example_inputs)
-        order = list(recorded)
-        sites = [replace(site, calls=tuple(recorded.get(site.name, ()))) for site in sites]
+        sites += finder.loose_functions(recorded)
+        order = list(recorded.calls)
+        sites = [
+            replace(
+                site,
+                calls=_calls_of(site, recorded),
+                caller=recorded.callers.get(site.name),
+            )
+            for site in sites
+        ]
     if order is not None:
         position = {name: index for index, name in reversed(list(enumerate(order)))}
         sites = [replace(site, order=position.get(site.name)) for site in sites]
@@ -155,9 +171,7 @@ def find_sites(
     return SiteMap(tuple(sites), tuple(finder.regions), order is not None, finder.untraced)
 
 
-def _recorded(
-    model: nn.Module, sites: Sequence[Site], example_inputs: Any
-) -> dict[str, list[Call]]:
+def _recorded(model: nn.Module, sites: Sequence[Site], example_inputs: Any) -> Recording:
     modules = {site.name: site.module for site in sites if site.module is not None}
     by_region: dict[Region, GraphFunctions] = {}
     for site in sites:
@@ -167,7 +181,14 @@ def _recorded(
             by_region.setdefault(region, functions).names.update(
                 dict.fromkeys(site.nodes, site.name)
             )
-    return record_calls(model, example_inputs, modules, list(by_region.values()))
+    return record_run(model, example_inputs, modules, list(by_region.values()))
+
+
+def _calls_of(site: Site, recorded: Recording) -> tuple[Call, ...] | None:
+    """A site's calls; unknown for convolutions that cannot be watched."""
+    if site.module is None and site.region is None:
+        return site.calls
+    return tuple(recorded.calls.get(site.name, ()))
 
 
 class _Finder:
@@ -178,6 +199,7 @@ class _Finder:
         self.probe_padding = probe_padding
         self.regions: list[Region] = []
         self.region_of: dict[str, Region] = {}
+        self.leaves: set[str] = set()
         self.untraced = ""
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -203,6 +225,7 @@ class _Finder:
             if node.op == "call_module":
                 target = join_names(name, node.target)
                 leaf = self.model.get_submodule(target)
+                self.leaves.add(target)
                 if target not in self.region_of and _may_hold_sites(leaf):
                     self.trace(target, leaf)
 
@@ -240,11 +263,13 @@ class _Finder:
         for module, names in self.names.items():
             if not isinstance(module, _ConvNd):
                 continue
-            obstacle, padding = "", DECLARED
-            patched = isinstance(module, CoordConvNd)
+            obstacle, padding = quantization_obstacle(module), DECLARED
+            patched = isinstance(module, CoordConvNd) or chosen_calls_of(module) is not None
             lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
             if patched:
-                padding = cast(CoordConvNd, module).coord_padding
+                padding = getattr(module, "coord_padding", DECLARED)
+            elif obstacle:
+                pass
             elif self.probe_padding:
                 try:
                     padding = check_convertible(module)
@@ -277,16 +302,51 @@ class _Finder:
             for name, nodes in function_nodes(region.name, region.module, region.graph).items():
                 yield _function_site(region, name, nodes)
 
+    def loose_functions(self, recorded: Recording) -> Iterator[Site]:
+        """Convolution functions that were seen running, in modules of no traced region."""
+        for name, functions in recorded.functions.items():
+            if self._is_traced(name):
+                continue
+            module = self.model.get_submodule(name)
+            for function, calls in functions.items():
+                yield Site(
+                    name=join_names(name, function),
+                    kind="function",
+                    class_name=function,
+                    geometry=None,
+                    calls=tuple(calls),
+                    obstacle=(
+                        f"{name or 'the model'} ({type(module).__name__}) calls it in a forward "
+                        "that torch.fx cannot trace: make it a torch.nn convolution module"
+                    ),
+                )
+
+    def _is_traced(self, name: str) -> bool:
+        """Whether the code of a module's forward is part of a region's graph."""
+        while name not in self.region_of:
+            if not name or name in self.leaves:
+                return False
+            name = name.rpartition(".")[0]
+        return True
+
 
 def _may_hold_sites(module: nn.Module) -> bool:
     """Whether tracing into a module can bring sites: torch.nn's own layers hold none."""
-    if isinstance(module, (_ConvNd, CoordBranch)):
+    if isinstance(module, (_ConvNd, CoordBranch, torch.jit.ScriptModule)):
         return False
     return any(
         isinstance(inner, _ConvNd)
         or not type(inner).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
         for inner in module.modules()
     )
+
+
+def _foreign_sites(model: nn.Module) -> Iterator[Site]:
+    """Convolutions that are no torch.nn modules: TorchScript's and quantized ones."""
+    for name, class_name, obstacle in foreign_convolutions(model):
+        yield Site(
+            name=name, kind="module", class_name=class_name, geometry=None, obstacle=obstacle
+        )
 
 
 def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:

@@ -8,6 +8,7 @@ fingerprint of the base weights. It is never a pickle.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
-from coordconv_patch.branch import CoordBranch
+from coordconv_patch.branch import ChosenCalls, CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
@@ -37,7 +38,8 @@ from coordconv_patch.version import __version__
 __all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
 
 FORMAT = "coordconv_patch"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added chosen calls; files without them are written as version 1."""
 _COORD_SUFFIX = ".coord_weight"
 _WRAPPER_NAMES = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -49,6 +51,7 @@ _WRAPPER_NAMES = frozenset(
 class _SiteRecord:
     geometry: ConvGeometry
     coords: Coordinates
+    chosen_calls: ChosenCalls | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -102,13 +105,14 @@ def save_coords(
         tensors |= _norm_statistics(model)
     header = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if any(map(_chosen_calls_of, layers.values())) else 1,
         "package_version": __version__,
         "fingerprint": fingerprint(model),
         "sites": {
             name: {
                 "geometry": _geometry_of(layer).to_dict(),
                 "coords": layer.coords.to_dict(),
+                **_calls_to_dict(_chosen_calls_of(layer)),
             }
             for name, layer in layers.items()
         },
@@ -188,8 +192,22 @@ def _plans(file: _CoordsFile, site_map: SiteMap, sites: dict[str, Site]) -> list
             if record.coords == coords and not sites[name].patched
         ]
         if names:
-            plans.append(plan_sites(site_map, names, coords))
+            plans.append(_with_chosen_calls(plan_sites(site_map, names, coords), file))
     return plans
+
+
+def _with_chosen_calls(plan: Plan, file: _CoordsFile) -> Plan:
+    """The plan for the calls that the file names: a site's other calls stay plain."""
+    records = file.sites
+    return dataclasses.replace(
+        plan,
+        rows=tuple(
+            dataclasses.replace(row, calls=records[clean_name(row.site.name)].chosen_calls)
+            if row.chosen
+            else row
+            for row in plan.rows
+        ),
+    )
 
 
 def _apply(model: nn.Module, plans: list[Plan]) -> nn.Module:
@@ -224,7 +242,9 @@ def _read(path: Path) -> _CoordsFile:
             )
         sites = {
             name: _SiteRecord(
-                ConvGeometry.from_dict(record["geometry"]), Coordinates.from_dict(record["coords"])
+                ConvGeometry.from_dict(record["geometry"]),
+                Coordinates.from_dict(record["coords"]),
+                ChosenCalls.from_dict(record["calls"]) if "calls" in record else None,
             )
             for name, record in header["sites"].items()
         }
@@ -266,6 +286,7 @@ def _check_sites(
                 f"{name}: the file uses coordinates {record.coords}, the model is patched with "
                 f"{layer.coords}"
             )
+        _check_chosen_calls(file, name, site, layer)
         if layer is None and site.obstacle:
             raise WeightsError(f"{name} cannot be patched: {site.obstacle}")
         if tuple(file.weights[name].shape) != record.weight_shape:
@@ -273,6 +294,23 @@ def _check_sites(
                 f"{file.path}: the weight of {name} has shape {tuple(file.weights[name].shape)}, "
                 f"its header says {record.weight_shape}"
             )
+
+
+def _check_chosen_calls(
+    file: _CoordsFile, name: str, site: Site, layer: CoordConvNd | CoordBranch | None
+) -> None:
+    wanted = file.sites[name].chosen_calls
+    found = None if layer is None else _chosen_calls_of(layer)
+    if layer is not None and (wanted and wanted.indices) != (found and found.indices):
+        raise WeightsError(
+            f"{name}: the file has coordinates at {wanted or 'all calls'}, the model is patched at "
+            f"{found or 'all calls'}: load onto the unpatched model"
+        )
+    if wanted is not None and site.kind == "function" and len(site.nodes) != wanted.total:
+        raise WeightsError(
+            f"{name}: the file has coordinates at {wanted}, this model's graph has "
+            f"{len(site.nodes)} calls"
+        )
 
 
 def _check_fingerprint(file: _CoordsFile, model: nn.Module) -> None:
@@ -347,6 +385,14 @@ def clean_name(name: str) -> str:
 
 def _geometry_of(layer: CoordConvNd | CoordBranch) -> ConvGeometry:
     return layer.geometry if isinstance(layer, CoordBranch) else ConvGeometry.of(layer)
+
+
+def _chosen_calls_of(layer: CoordConvNd | CoordBranch) -> ChosenCalls | None:
+    return layer.chosen_calls if isinstance(layer, CoordBranch) else None
+
+
+def _calls_to_dict(chosen: ChosenCalls | None) -> dict[str, dict[str, object]]:
+    return {} if chosen is None else {"calls": chosen.to_dict()}
 
 
 def _norm_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -603,9 +603,9 @@ def test_a_safetensors_file_of_something_else_is_refused(
 
 
 def test_a_newer_format_names_the_remedy(saved: Path) -> None:
-    header = header_of(saved) | {"format_version": 2, "package_version": "9.9"}
+    header = header_of(saved) | {"format_version": 3, "package_version": "9.9"}
     other = rewritten(saved, header | {"sites": "of another kind"})
-    assert_refused(other, r"format version 2, .* up to 1: update coordconv-patch .*9\.9")
+    assert_refused(other, r"format version 3, .* up to 2: update coordconv-patch .*9\.9")
 
 
 def without(header: dict[str, Any], key: str) -> dict[str, Any]:
