@@ -27,6 +27,7 @@ REPRESENTATIVE = [
     "timm/test_nfnet",  # ScaledStdConv2d
     "timm/vit_tiny_r_s16_p8_224",  # StdConv2dSame
     "timm/tf_mixnet_s",  # MixedConv2d, Conv2dSame
+    "timm/tf_efficientnet_cc_b0_4e",  # CondConv2d, refused
     "timm/lambda_resnet26t",  # Conv3d in an attention layer
     "timm/sebotnet33ts_256",  # bottleneck attention
     "timm/coat_tiny",  # one convolution under several names
@@ -225,6 +226,42 @@ def test_a_failing_copy_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     row = check_in_torch(SMALL, patch=patch)
     assert row["deepcopy"] not in ("ok", "")
     assert judge("torch", row)[0] == "fails"
+
+
+def test_a_changed_original_is_caught() -> None:
+    def patch(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        patched = ccp.patch(model, *args, **kwargs)
+        for either in (model, patched):
+            either.norm.running_mean += 1e-3
+        return patched
+
+    row = check_in_torch(SMALL, patch=patch)
+    assert row["eval_bits"] == "ok"
+    assert "running_mean" in row["left_alone"]
+    assert judge("torch", row)[0] == "fails"
+
+
+class OwnNorm(nn.Conv2d):
+    """Refused: its output is not the convolution's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class WithOwnNorm(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = OwnNorm(4, 4, 3, padding=1)
+
+
+def test_a_refused_convolution_is_a_failure_unless_the_catalogue_says_so() -> None:
+    row = check_in_torch(Entry("small", WithOwnNorm, SMALL.inputs))
+    assert row["refusals"].startswith("1 convolutions, such as ('twice'")
+    assert judge("torch", row)[0] == "fails"
+    known = Entry("small", WithOwnNorm, SMALL.inputs, refused="changes the convolution's output")
+    assert judge("torch", check_in_torch(known)) == ("passes", [])
+    gone = Entry("small", Small, SMALL.inputs, refused="changes the convolution's output")
+    assert check_in_torch(gone)["refusals"] == "no convolution is refused any more"
 
 
 def test_a_refused_patch_is_a_failure() -> None:

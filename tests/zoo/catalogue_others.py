@@ -13,18 +13,11 @@ from zoo.entry import Entry, image, names_in
 __all__ = ["ENTRIES"]
 
 _YOLO = names_in("""
-    yolov3-tiny yolov3 yolov3-spp yolov5n yolov5n-p6 yolov6n yolov8n yolov8n-p2 yolov8n-p6
-    yolov8n-ghost yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-cls yolov8n-world yolov8n-worldv2
-    yolov8n-rtdetr yolov9t yolov9s yolov9c yolov9c-seg yolov10n yolov10s yolo11n yolo11n-seg
-    yolo11n-pose yolo11n-obb yolo11n-cls yolo12n yolo12n-seg yolo12n-pose yolo12n-obb
-    yolo12n-cls yolo26n yolo26n-p2 yolo26n-p6 yolo26n-seg yolo26n-pose yolo26n-obb yolo26n-cls
-    yolo26n-depth yolo26n-sem yoloe-v8n yoloe-11n-seg yoloe-26n-seg rtdetr-l rtdetr-resnet50
+    yolov3-tiny yolov3 yolov5n yolov6n yolov8n yolov8n-ghost yolov8n-seg yolov8n-pose
+    yolov8n-obb yolov8n-cls yolov8n-world yolov8n-rtdetr yolov9t yolov10n yolo11n yolo11n-seg
+    yolo11n-pose yolo11n-obb yolo11n-cls yolo12n yolo26n yolo26n-seg yolo26n-pose yolo26n-obb
+    yolo26n-cls yolo26n-depth yolo26n-sem yoloe-v8n yoloe-11n-seg yoloe-26n-seg rtdetr-l
 """)
-
-
-def _width(name: str) -> int:
-    """Pixels; the P6 models downsample by 64."""
-    return 128 if name.endswith("-p6") else 96
 
 
 def _yolo(name: str) -> nn.Module:
@@ -65,10 +58,8 @@ _SMP_SIZES = {"DPT": (64, 64), "PAN": (128, 160)}
 """Pixels, height and width, where 64 x 96 will not do."""
 
 _SMP_ENCODERS = names_in("""
-    efficientnet-b0 mobilenet_v2 mobileone_s0 densenet121 vgg11 xception inceptionv4
-    inceptionresnetv2 dpn68 se_resnet50 timm-regnetx_002 timm-res2net50_26w_4s timm-resnest14d
-    timm-skresnet18 timm-gernet_s timm-mobilenetv3_small_075 tu-efficientnet_lite0
-    tu-convnext_atto
+    efficientnet-b0 mobilenet_v2 mobileone_s0 xception inceptionv4 se_resnet50 timm-gernet_s
+    timm-mobilenetv3_small_075 tu-convnext_atto
 """)
 
 
@@ -255,7 +246,7 @@ _DIFFUSERS = [
 
 ENTRIES = [
     *(
-        Entry(f"ultralytics/{name}", functools.partial(_yolo, name), image(2, 3, 64, _width(name)))
+        Entry(f"ultralytics/{name}", functools.partial(_yolo, name), image(2, 3, 64, 96))
         for name in _YOLO
     ),
     *(

@@ -14,9 +14,9 @@ from zoo.entry import Entry, image, names_in
 __all__ = ["ENTRIES"]
 
 _CLASSIFICATION = names_in("""
-    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3
-    mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50
-    resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11_bn wide_resnet50_2
+    alexnet convnext_tiny efficientnet_b0 googlenet inception_v3
+    mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18
+    resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11_bn
 """)
 
 _SEGMENTATION = names_in("""

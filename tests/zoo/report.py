@@ -67,11 +67,13 @@ cannot; see above.
 |---|---|---|---|---|---|---|---|---|
 """
 
-_BITS = ("eval_bits", "train_bits", "train_gradients", "buffers")
+_BITS = ("left_alone", "eval_bits", "train_bits", "train_gradients", "buffers")
 _GRADIENT = ("coord_gradients", "coords_matter")
 _KEPT = ("class_kept", "state_dict", "deepcopy", "pickle", "unpatch")
 
 _SUMMARY = {
+    "No convolution refused but those listed below": "refusals",
+    "The model itself left as it was": "left_alone",
     "Outputs in evaluation equal to the last bit": "eval_bits",
     "Outputs in training equal to the last bit": "train_bits",
     "Gradients of the model's own parameters equal to the last bit": "train_gradients",

@@ -91,9 +91,6 @@ def _judge_torch(row: dict[str, Any]) -> tuple[Verdict, list[str]]:
         return "fails", [f"patch: {row['patch']}"]
     problems = [f"{name}: {row[name]}" for name in FINDINGS if row[name] != "ok"]
     ours = [name for name in FINDINGS if row[name] != "ok" and not row[name].startswith("plain: ")]
-    if row["refused"]:
-        problems.append(f"refused: {next(iter(row['refused'].items()))}")
-        ours.append("refused")
     if ours:
         return "fails", problems
     return ("plain fails" if problems else "passes"), problems

@@ -39,8 +39,9 @@ from zoo.running import (
 __all__ = ["FINDINGS", "check_in_torch"]
 
 FINDINGS = (
-    *("eval_bits", "train_bits", "train_gradients", "buffers", "class_kept", "state_dict"),
-    *("coord_gradients", "coords_matter", "reference", "deepcopy", "pickle", "unpatch"),
+    *("refusals", "left_alone", "eval_bits", "train_bits", "train_gradients", "buffers"),
+    *("class_kept", "state_dict", "coord_gradients", "coords_matter", "reference"),
+    *("deepcopy", "pickle", "unpatch"),
 )
 """What is checked, in order."""
 
@@ -60,7 +61,8 @@ def check_in_torch(entry: Entry, patch: Patch = ccp.patch) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         model = build(entry)
-        run(model, entry.example(training=False))
+        before = run(model, entry.example(training=False))
+        state = copy.deepcopy(model.state_dict())
     except Exception as error:
         return {"plain": _reason(error)}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -72,7 +74,7 @@ def check_in_torch(entry: Entry, patch: Patch = ccp.patch) -> dict[str, Any]:
             patched = patch(model, "all", example_inputs=entry.example(training=False))
     except Exception as error:
         return row | {"patch": _reason(error)}
-    check = _Check(entry, model, patched)
+    check = _Check(entry, model, patched, before, state, row["refused"])
     for name in FINDINGS:
         try:
             row[name] = getattr(check, name)() or "ok"
@@ -120,14 +122,49 @@ class _Check:
     The plain and the patched model always run alike, so that their buffers stay alike.
     """
 
-    def __init__(self, entry: Entry, model: nn.Module, patched: nn.Module) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        model: nn.Module,
+        patched: nn.Module,
+        before: list[Tensor],
+        state: dict[str, Any],
+        refused: dict[str, str],
+    ) -> None:
         self.entry = entry
+        self.refused = refused
+        self.before = before
+        self.state = state
         self.model = model
         self.patched = patched
         self.figures: dict[str, Any] = {"coord_weights": len(ccp.coord_parameters(patched))}
 
     def inputs(self, training: bool = False) -> Any:
         return self.entry.example(training=training)
+
+    def refusals(self) -> str:
+        """Only the convolutions that the catalogue names are refused, for its reason."""
+        expected = self.entry.refused
+        other = {n: why for n, why in self.refused.items() if not expected or expected not in why}
+        if other:
+            return f"{len(other)} convolutions, such as {next(iter(other.items()))}"
+        return "no convolution is refused any more" if expected and not self.refused else ""
+
+    def left_alone(self) -> str:
+        """Planning and patching a copy leave the model itself as it was."""
+        now = self.model.state_dict()
+        changed = [
+            name
+            for name, value in self.state.items()
+            if isinstance(value, Tensor) and first_difference([value], [now[name]])
+        ]
+        if changed or list(self.state) != list(now):
+            return f"the model's own {changed[:3] or 'names'} changed"
+        again = run(self.model, self.inputs())
+        difference = first_difference(self.before, again)
+        if difference and first_difference(again, run(self.model, self.inputs())):
+            raise _PlainModelError(f"differs from run to run: {difference}")
+        return difference
 
     def eval_bits(self) -> str:
         for grad in (False, False, True):  # makes the maps, uses them, goes without them
