@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -19,6 +20,7 @@ from coordconv_patch.layers import CoordConvNd, coord_class, new_coord_weight
 
 __all__ = [
     "check_convertible",
+    "check_not_wrapped",
     "convert_",
     "revert_",
 ]
@@ -41,9 +43,38 @@ def check_convertible(module: _ConvNd) -> Padding:
             "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
             "bypass the coordinates: patch the model before"
         )
+    if hasattr(module.weight, "device_mesh"):  # a DTensor
+        raise PatchError(
+            "its weight is sharded over processes (FSDP, tensor parallel): patch the model before "
+            "sharding it"
+        )
     if not module.weight.dtype.is_floating_point:
         raise PatchError(f"its weight has dtype {module.weight.dtype}; coordinates need floats")
     return padding_of(module)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Check that no wrapper around or in a model has made a list of its parameters already.
+
+    Raises:
+        PatchError: If one has: it would not synchronise the coordinate weights between
+            processes, which then drift apart without a word.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _parallel_wrappers()):
+            raise PatchError(
+                f"{name or 'the model'} is wrapped for several processes or devices (as "
+                f"{type(module).__name__}), and what wraps it knows the parameters that it had "
+                "then: patch or unpatch the model before wrapping it"
+            )
+
+
+def _parallel_wrappers() -> tuple[type, ...]:
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return (nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
 
 def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:

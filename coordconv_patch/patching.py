@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
-from coordconv_patch.conversion import convert_, revert_
+from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import guard_folding_, release_folding_
@@ -185,6 +185,7 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     Raises:
         PatchError: If a chosen site cannot be patched. The model is unchanged then.
     """
+    check_not_wrapped(model)
     modules = [row for row in decided.rows if row.chosen and row.site.kind == "module"]
     functions = [row for row in decided.rows if row.chosen and row.site.kind == "function"]
     edits = [
@@ -411,6 +412,7 @@ def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
+    check_not_wrapped(model)
     layers = coord_layers(model)
     if not layers:
         if any(map(has_exported_branches, model.modules())):
