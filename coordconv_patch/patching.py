@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,13 +28,12 @@ from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import guard_folding_, release_folding_
 from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
+from coordconv_patch.graph_modules import as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
-from coordconv_patch.modes import in_mode
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, has_exported_branches
 from coordconv_patch.select import Where
 from coordconv_patch.sites import Site
-from coordconv_patch.tracing import trace
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
 
@@ -299,7 +297,7 @@ class _GraphEdit:
         self.module = model.get_submodule(owner)
         self.replaces_module = not isinstance(self.module, fx.GraphModule)
         if self.replaces_module:
-            self.target = _as_graph_module(owner, self.module)
+            self.target = as_graph_module(owner, self.module)
         else:
             self.target = cast(fx.GraphModule, self.module)
         self.graph = copy.deepcopy(self.target.graph)
@@ -358,57 +356,6 @@ class _GraphEdit:
                 if child is self.module:
                     parent._modules[child_name] = self.target
         return self.model
-
-
-_KEPT_STATE = (
-    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-"""What a GraphModule takes over from the module that it stands for, used by the graph or not."""
-
-
-def _as_graph_module(owner: str, module: nn.Module) -> fx.GraphModule:
-    """A GraphModule that computes what a plain module computes, on the same parameters."""
-    graph = _mode_independent_graph(owner, module)
-    made = fx.GraphModule(module, graph, type(module).__name__)
-    for name in _KEPT_STATE:
-        made.__dict__[name] = copy.copy(module.__dict__[name])
-    return made
-
-
-def _mode_independent_graph(owner: str, module: nn.Module) -> fx.Graph:
-    """The graph of a plain module, if neither its mode nor an optional argument changes it."""
-    place = owner or "the model"
-    try:
-        with in_mode(module, training=True):
-            trained = trace(module)
-        with in_mode(module, training=False):
-            evaluated = trace(module)
-    except Exception as error:
-        raise PatchError(
-            f"{place} calls a functional convolution, but torch.fx cannot trace it: {error}"
-        ) from error
-    if str(trained) != str(evaluated):
-        raise PatchError(
-            f"{place} calls a functional convolution and behaves differently in training and "
-            "evaluation, which one graph cannot express: use torch.nn.Conv2d modules there"
-        )
-    optional = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    ]
-    if optional and owner:
-        raise PatchError(
-            f"{owner} calls a functional convolution and its forward has optional arguments "
-            f"({', '.join(optional)}), which one graph cannot express: use torch.nn.Conv2d "
-            "modules there"
-        )
-    return evaluated
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:

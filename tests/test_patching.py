@@ -454,17 +454,17 @@ def test_failure_at_a_later_site_undoes_the_earlier_ones(
 
 
 def test_failure_in_a_graph_changes_no_module() -> None:
-    class Dropping(Functional):
+    class Doubling(Functional):
         def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(super().forward(x), training=self.training)
+            return super().forward(x) * 2 if self.training else super().forward(x)
 
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), Dropping())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Doubling())
     with pytest.raises(
         PatchError,
         match="1 calls a functional convolution and behaves differently in training and eval",
     ):
         ccp.patch_(model, "all")
-    assert [type(part) for part in model] == [nn.Conv2d, Dropping]
+    assert [type(part) for part in model] == [nn.Conv2d, Doubling]
 
 
 def test_model_that_cannot_be_copied_says_what_to_use(x: Tensor) -> None:

@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"programs"},
     {"folding"},
     {"tracing", "recording"},
-    {"sites"},
+    {"graph_modules", "sites"},
     {"select"},
     {"plan"},
     {"patching"},
