@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -46,6 +47,9 @@ def state_restored(model: nn.Module) -> Iterator[None]:
     """
     python_modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [_state_of(module) for module in python_modules]
+    containers = _Containers()
+    for module in python_modules:
+        containers.note(value for name, value in vars(module).items() if name not in _TORCH_OWN)
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(_cuda_devices(model)):
@@ -54,6 +58,7 @@ def state_restored(model: nn.Module) -> Iterator[None]:
         for state in before:
             for holder, contents in state:
                 _restore(holder, contents)
+        containers.restore()
         with torch.no_grad():
             for buffer, value in buffers:
                 if not buffer.is_meta and not _identical(buffer, value):
@@ -72,6 +77,49 @@ def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
     for name, value in contents.items():
         if name not in holder or holder[name] is not value:
             holder[name] = value
+
+
+_TORCH_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has: parameters, hooks and so on."""
+
+
+class _Containers:
+    """Lists, dicts and the like that modules hold: a forward pass may keep things in them.
+
+    LeViT's attention, for one, keeps its biases in a dict by device, and so would keep a
+    tracer's proxies.
+    """
+
+    def __init__(self) -> None:
+        self.noted: dict[int, tuple[Any, Any]] = {}
+
+    def note(self, values: Iterable[Any]) -> None:
+        """Remember the contents of every container among some values, and of those in it."""
+        for value in values:
+            if isinstance(value, (dict, list, set, deque)) and id(value) not in self.noted:
+                # Not copy.copy: a subclass may copy in its own way.
+                contents = list(value.items()) if isinstance(value, dict) else list(value)
+                self.noted[id(value)] = (value, contents)
+                self.note(value.values() if isinstance(value, dict) else contents)
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for container, contents in self.noted.values():
+            now = list(container.items()) if isinstance(container, dict) else list(container)
+            if len(now) == len(contents) and all(map(_is_same, now, contents)):
+                continue
+            container.clear()
+            if isinstance(container, (dict, set)):
+                container.update(contents)
+            else:
+                container.extend(contents)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Identity, of both parts for a dict's item; comparing tensors or proxies would compute."""
+    if isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right) == 2:
+        return left[0] is right[0] and left[1] is right[1]
+    return left is right
 
 
 def _identical(left: Tensor, right: Tensor) -> bool:

@@ -621,3 +621,41 @@ def test_failed_forward_pass_leaves_the_model_as_it_was() -> None:
     after = snapshot(model)
     for key in ("modes", "attributes", "hooks", "random"):
         assert after[key] == before[key], key
+
+
+@pytest.mark.parametrize("kept_in", ["dict", "list", "nested"])
+def test_what_a_forward_pass_keeps_in_containers_is_taken_out_again(kept_in: str) -> None:
+    """LeViT keeps its attention biases by device; a trace would leave proxies there."""
+
+    class Keeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.by_device: dict[str, Tensor] = {"before": torch.zeros(1)}
+            self.seen: list[Tensor] = []
+            self.nested = {"lists": [set[int]()]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            if kept_in == "dict":
+                self.by_device["now"] = y
+            elif kept_in == "list":
+                self.seen.append(y)
+            else:
+                self.nested["lists"].append({1})
+            return y
+
+    model = Keeper()
+    before, seen, nested = model.by_device["before"], model.seen, model.nested["lists"]
+    find_sites(model, torch.randn(1, 3, 8, 8))
+    assert model.by_device == {"before": before}
+    assert model.seen is seen
+    assert seen == []
+    assert model.nested["lists"] is nested
+    assert nested == [set()]
+
+
+def test_levit_is_unharmed_by_planning_in_evaluation() -> None:
+    model = timm.create_model("levit_128s").eval()
+    find_sites(model)
+    assert not any(getattr(module, "attention_bias_cache", None) for module in model.modules())
