@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
-from coordconv_patch.export.verify import tensors_in
-from coordconv_patch.inputs import describe_inputs, run_model, split_inputs, takes_image_list
-from coordconv_patch.modes import evaluating
+from coordconv_patch.export.verify import TorchRun, run_torch, tensors_in
+from coordconv_patch.inputs import describe_inputs, split_inputs, takes_image_list
 
 __all__ = [
     "ExportRequest",
@@ -159,36 +158,61 @@ def _map_inputs(request: ExportRequest, change: Callable[[Tensor, dict[int, str]
     )
 
 
-def inputs_to_check(request: ExportRequest, model: nn.Module) -> list[Any]:
-    """The example, and with dynamic axes other batch sizes and image sizes."""
-    inputs = [request.example_inputs]
+def inputs_to_check(
+    request: ExportRequest, model: nn.Module, *, traced: bool
+) -> list[tuple[Any, TorchRun]]:
+    """The example and others of other contents and sizes, each with what torch gives on it.
+
+    Args:
+        request: The export.
+        model: The torch model.
+        traced: The graph is a trace, which knows the example's way through the code only;
+            so it is tried on another content even if no axis is dynamic.
+    """
+    checks = [(request.example_inputs, run_torch(model, request.example_inputs))]
     if request.dynamic_batch:
         own = batch_size(tensors_in(request.example_inputs))
-        others = [_with_batch(request, batch) for batch in (1, 3) if batch != own]
-        refused = [other for other in others if not _runs(model, other)]
-        if refused:
-            raise ExportError(
-                "dynamic_batch=True, but the torch model itself does not run on "
-                f"{describe_inputs(refused[0])}: pass dynamic_batch=False"
-            )
-        inputs += others
+        for batch in (1, 3):
+            if batch == own:
+                continue
+            other = _with_batch(request, batch)
+            run = _run_or_none(model, other)
+            if run is None:
+                raise ExportError(
+                    "dynamic_batch=True, but the torch model itself does not run on "
+                    f"{describe_inputs(other)}: pass dynamic_batch=False"
+                )
+            checks.append((other, run))
     if request.dynamic_size:
-        other_sizes = [_with_size(request, steps) for steps in ((1, 1, 2), (2, 2, 1))]
-        runnable = [other for other in other_sizes if _runs(model, other)]
-        if not runnable:
+        sizes = [_with_size(request, steps) for steps in ((1, 1, 2), (2, 2, 1))]
+        runs = [(other, run) for other in sizes if (run := _run_or_none(model, other)) is not None]
+        if not runs:
             raise ExportError(
                 "dynamic_size=True, but the torch model itself runs at no other size "
-                f"(tried {', '.join(describe_inputs(other) for other in other_sizes)}): pass "
+                f"(tried {', '.join(describe_inputs(other) for other in sizes)}): pass "
                 "dynamic_size=False"
             )
-        inputs += runnable
-    return inputs
+        checks += runs
+    if traced and len(checks) == 1:
+        other = _mirrored(request.example_inputs)
+        run = _run_or_none(model, other)
+        checks += [(other, run)] if run is not None else []
+    return checks
 
 
-def _runs(model: nn.Module, inputs: Any) -> bool:
+def _mirrored(example_inputs: Any) -> Any:
+    """The example with its images turned left to right."""
+    return pytree.tree_map_only(
+        Tensor,
+        lambda tensor: (
+            tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
+        ),
+        example_inputs,
+    )
+
+
+def _run_or_none(model: nn.Module, inputs: Any) -> TorchRun | None:
     try:
-        with evaluating(model):
-            run_model(model, inputs)
+        return run_torch(model, inputs)
     except PatchError:
-        return False
-    return True
+        return None

@@ -21,13 +21,12 @@ from coordconv_patch.export.axes import (
     ExportRequest,
     batch_size,
     check_axes,
-    inputs_for_tracing,
     inputs_to_check,
 )
 from coordconv_patch.export.exporters import write_graph
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.report import ExportReport
-from coordconv_patch.export.verify import tensors_in, verify_onnx
+from coordconv_patch.export.verify import Check, Verifier, tensors_in
 from coordconv_patch.inputs import in_signature_order
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
 
@@ -97,7 +96,7 @@ def export_onnx(
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
     with replacing(path) as temporary, progress:
         lowered_model = _evaluation_copy(model)
-        lowered = lower_(lowered_model, inputs_for_tracing(request), choose)
+        lowered = lower_(lowered_model, example_inputs, choose)
         progress.set_description("exporting")
         progress.update()
         request.model = lowered_model
@@ -106,17 +105,16 @@ def export_onnx(
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
-        checks = tuple(
-            verify_onnx(
-                temporary,
-                model,
-                inputs,
-                providers=working,
-                tolerance=tolerance,
-                disabled_optimizers=disabled_optimizers,
-            )
-            for inputs in inputs_to_check(request, model)
+        verifier = Verifier(
+            temporary,
+            model,
+            providers=working,
+            tolerance=tolerance,
+            disabled_optimizers=disabled_optimizers,
         )
+        inputs = inputs_to_check(request, model, traced=used == "torchscript")
+        checks = tuple(verifier.check(*pair) for pair in inputs)
+        notes += _notes_on(checks)
         progress.update()
         return ExportReport(
             path=path,
@@ -133,6 +131,15 @@ def export_onnx(
             checks=checks,
             notes=tuple(notes),
         )
+
+
+def _notes_on(checks: Sequence[Check]) -> list[str]:
+    if any(check.detections is None or check.detections for check in checks):
+        return []
+    return [
+        "the model detects nothing on the example inputs, so no detection was compared: pass a "
+        "picture on which it does"
+    ]
 
 
 def _check_path(path: Path) -> None:
@@ -196,11 +203,13 @@ def _constant_bytes(proto: onnx.ModelProto, constants: Sequence[Tensor], batch: 
     Found by their values: exporters rename, merge and reshape initializers, and expand
     them to a fixed batch.
     """
-    wanted = {
-        _digest(form.detach().cpu().numpy())
+    forms = [
+        form.detach().cpu().numpy()
         for constant in constants
         for form in (constant, constant.expand(batch, *constant.shape[1:]))
-    }
+    ]
+    wanted = {_digest(form) for form in forms}
+    lengths = {form.nbytes for form in forms}
     stored = list(proto.graph.initializer)
     stored += [
         attribute.t
@@ -210,7 +219,9 @@ def _constant_bytes(proto: onnx.ModelProto, constants: Sequence[Tensor], batch: 
         if attribute.name == "value"
     ]
     arrays = [onnx.numpy_helper.to_array(tensor) for tensor in stored]
-    return sum(array.nbytes for array in arrays if _digest(array) in wanted)
+    return sum(
+        array.nbytes for array in arrays if array.nbytes in lengths and _digest(array) in wanted
+    )
 
 
 def _digest(array: np.ndarray[Any, Any]) -> str:

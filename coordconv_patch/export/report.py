@@ -72,7 +72,7 @@ class ExportReport:
         )
         table.add_row("checked on", self.provider)
         for check in self.checks:
-            table.add_row(f"  {check.inputs}", f"differs by {check.difference:.2g}")
+            table.add_row(f"  {check.inputs}", _outcome(check))
         for note in self.notes:
             table.add_row("note", note)
         return table
@@ -82,3 +82,12 @@ class ExportReport:
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _outcome(check: Check) -> str:
+    text = f"differs by {check.difference:.2g}"
+    if check.detections is not None:
+        text += f", {check.detections} detections"
+    if check.unstable:
+        text += f", and {check.unstable} that rounding decides in torch too"
+    return text

@@ -1,15 +1,16 @@
 """Compare an ONNX file, as ONNX Runtime runs it, with the torch model.
 
 Differences are relative to the largest magnitude in the output compared, so
-that one number suits logits, boxes and masks.
+that one number suits logits, boxes and masks. What a detector finds is compared
+as a set, see :mod:`coordconv_patch.export.detections`.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,27 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ExportError
+from coordconv_patch.export.detections import (
+    Detections,
+    Fields,
+    compare_detections,
+    find_fields,
+)
 from coordconv_patch.export.providers import make_session, working_providers
+from coordconv_patch.export.rounding import in_float64, other_roundings
 from coordconv_patch.inputs import describe_inputs, in_signature_order, run_model
 from coordconv_patch.modes import evaluating
 
-__all__ = ["Check", "compare", "tensors_in", "verify_onnx"]
+__all__ = [
+    "Check",
+    "TorchRun",
+    "Verifier",
+    "compare",
+    "run_torch",
+    "tensors_in",
+    "torch_outputs",
+    "verify_onnx",
+]
 
 
 @dataclass(frozen=True)
@@ -33,16 +50,23 @@ class Check:
     Attributes:
         inputs: What it was run on.
         difference: Largest absolute difference over all outputs, each relative to the
-            largest magnitude of that output in torch.
+            largest magnitude of that output in torch; between matched detections, where
+            the outputs are such.
         tolerance: What was allowed.
         noise: The float32 torch model's own difference from float64; only measured when
             ``difference`` is above the tolerance asked for.
+        detections: Detections that the file and torch share; ``None`` if the model is no
+            detector. With 0 of them nothing was compared.
+        unstable: Further detections that rounding makes appear, vanish or jump in torch
+            itself.
     """
 
     inputs: str
     difference: float
     tolerance: float
     noise: float | None = None
+    detections: int | None = None
+    unstable: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -56,6 +80,19 @@ class Check:
         return max(self.tolerance, 3 * noise) if math.isfinite(noise) else self.tolerance
 
 
+@dataclass(frozen=True)
+class TorchRun:
+    """What the torch model gave on one input.
+
+    Attributes:
+        tensors: The output tensors, in pytree order.
+        fields: Which of them are detections, one entry a picture.
+    """
+
+    tensors: list[Tensor]
+    fields: tuple[Fields, ...]
+
+
 def verify_onnx(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -67,10 +104,15 @@ def verify_onnx(
 ) -> Check:
     """Run an ONNX file and the torch model on the same inputs and compare every output.
 
+    Detections (``boxes``, ``scores`` and what goes with them) are matched one to one; one
+    that only the file or only torch has is accepted if torch itself finds or loses it when
+    it is computed with other rounding, and reported in ``Check.unstable``.
+
     Args:
         path: The ONNX file.
         model: The torch model; it is run in evaluation mode.
-        example_inputs: As for :func:`coordconv_patch.plan`.
+        example_inputs: As for :func:`coordconv_patch.plan`; a detector of torchvision takes
+            a list of images: ``[image]``, each (C, H, W).
         providers: Execution providers; ``None``: those that work here.
         tolerance: Largest difference allowed, relative to the largest output.
         disabled_optimizers: ONNX Runtime graph optimizers to leave out.
@@ -79,41 +121,165 @@ def verify_onnx(
         The comparison.
 
     Raises:
-        ExportError: If the outputs differ by more, with the figures and, where it can
-            be found, the cause; or if the file cannot be loaded, or run on these inputs.
+        ExportError: If the outputs differ by more, with the figures (or the detections)
+            and, where it can be found, the cause; or if the file cannot be loaded, or run
+            on these inputs.
         PatchError: If the torch model fails on these inputs.
     """
-    working = working_providers(providers)
-    expected = torch_outputs(model, example_inputs)
-    feeds = tensors_in(in_signature_order(model, example_inputs))
-
-    def difference(**options: Any) -> float:
-        session = make_session(path, working, **options)
-        return compare(expected, run_session(session, feeds))
-
-    found = difference(disabled_optimizers=disabled_optimizers)
-    check = Check(describe_inputs(example_inputs), found, tolerance)
-    if not check.agrees:
-        noise = rounding_noise(model, example_inputs)
-        check = Check(check.inputs, found, tolerance, noise)
-    if check.agrees:
-        return check
-    cause = _cause(difference, check, disabled_optimizers)
-    raise ExportError(
-        f"ONNX Runtime ({working[0]}) and torch differ on {check.inputs} by {found:.3g} of the "
-        f"largest output; allowed are {tolerance:g}, float32 rounding accounts for "
-        f"{check.noise:.2g}. {cause}"
+    verifier = Verifier(
+        path,
+        model,
+        providers=providers,
+        tolerance=tolerance,
+        disabled_optimizers=disabled_optimizers,
     )
+    return verifier.check(example_inputs)
 
 
-def _cause(difference: Any, check: Check, disabled: Sequence[str]) -> str:
+class Verifier:
+    """An ONNX file beside its torch model: one session, for any number of inputs.
+
+    The arguments are those of :func:`verify_onnx`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        providers: Sequence[str] | None = None,
+        tolerance: float = 1e-4,
+        disabled_optimizers: Sequence[str] = (),
+    ) -> None:
+        self._path = path
+        self._model = model
+        self._providers = working_providers(providers)
+        self._tolerance = tolerance
+        self._disabled = list(disabled_optimizers)
+
+    @functools.cached_property
+    def _session(self) -> Any:
+        return make_session(self._path, self._providers, disabled_optimizers=self._disabled)
+
+    def check(self, example_inputs: Any, expected: TorchRun | None = None) -> Check:
+        """Compare on one input, see :func:`verify_onnx`.
+
+        Args:
+            example_inputs: The input.
+            expected: What torch gives on it, if that is known already.
+        """
+        run = expected or run_torch(self._model, example_inputs)
+        comparison = _Comparison(self._model, example_inputs, run, self._tolerance)
+        feeds = tensors_in(in_signature_order(self._model, example_inputs))
+        check, problems = comparison.compare(run_session(self._session, feeds))
+        if check.agrees and not problems:
+            return check
+
+        def agrees(**options: Any) -> bool:
+            session = make_session(self._path, self._providers, **options)
+            other, other_problems = comparison.compare(run_session(session, feeds))
+            return other.agrees and not other_problems
+
+        found = (
+            f"in what they detect: {'; '.join(problems)}"
+            if problems
+            else f"by {check.difference:.3g} of the largest output"
+        )
+        raise ExportError(
+            f"ONNX Runtime ({self._providers[0]}) and torch differ on {check.inputs} {found}; "
+            f"allowed are {check.tolerance:g}, float32 rounding accounts for "
+            f"{check.noise or 0.0:.2g}. {_cause(agrees, self._disabled)}"
+        )
+
+
+class _Comparison:
+    """Compares what a session gives on one input with torch; keeps torch's other roundings."""
+
+    def __init__(self, model: nn.Module, inputs: Any, run: TorchRun, tolerance: float) -> None:
+        self._model, self._inputs, self._run, self._tolerance = model, inputs, run, tolerance
+        self._expected = [_array(tensor) for tensor in run.tensors]
+        self._drawn: list[list[np.ndarray[Any, Any]]] = []
+        self._source = other_roundings(torch_outputs, model, inputs)
+        detected = {index for fields in run.fields for index, _ in fields.values()}
+        self._others = [index for index in range(len(run.tensors)) if index not in detected]
+
+    @functools.cached_property
+    def _noise(self) -> float:
+        return rounding_noise(self._model, self._inputs, outputs=self._others)
+
+    def compare(self, actual: Sequence[np.ndarray[Any, Any]]) -> tuple[Check, list[str]]:
+        """The check, and what is wrong with the detections."""
+        inputs = describe_inputs(self._inputs)
+        if len(actual) != len(self._expected):
+            return Check(inputs, math.inf, self._tolerance, 0.0), []
+        expected = [self._run.tensors[index] for index in self._others]
+        difference = compare(expected, [actual[index] for index in self._others])
+        noise = None if difference <= self._tolerance else self._noise
+        check = Check(inputs, difference, self._tolerance, noise)
+        if not check.agrees or not self._run.fields:
+            return check, []
+        return self._with_detections(check, actual)
+
+    def _with_detections(
+        self, check: Check, actual: Sequence[np.ndarray[Any, Any]]
+    ) -> tuple[Check, list[str]]:
+        differences, noises = [check.difference], [check.noise]
+        matched = unstable = 0
+        problems: list[str] = []
+        for picture, fields in enumerate(self._run.fields):
+            expected = Detections.take(fields, self._expected)
+            found = Detections.take(fields, actual)
+            assert expected is not None
+            if found is None:
+                shapes = ", ".join(
+                    f"{name} {actual[index][part].shape}" for name, (index, part) in fields.items()
+                )
+                problems.append(f"picture {picture}: the file gives no detections, but {shapes}")
+                continue
+            agreement = compare_detections(
+                expected, found, self._roundings(fields), self._tolerance
+            )
+            differences.append(agreement.difference)
+            noises.append(agreement.noise)
+            matched += agreement.matched
+            unstable += agreement.unstable
+            problems += [f"picture {picture}: {problem}" for problem in agreement.problems]
+        measured = [noise for noise in noises if noise is not None]
+        return (
+            Check(
+                check.inputs,
+                max(differences),
+                check.tolerance,
+                max(measured) if measured else None,
+                matched,
+                unstable,
+            ),
+            problems,
+        )
+
+    def _roundings(self, fields: Fields) -> Iterator[Detections]:
+        """Torch's detections in one picture with other rounding; computed once for all."""
+        number = 0
+        while True:
+            if number == len(self._drawn):
+                outputs = next(self._source, None)
+                if outputs is None:
+                    return
+                self._drawn.append([_array(tensor) for tensor in outputs])
+            found = Detections.take(fields, self._drawn[number])
+            number += 1
+            if found is not None:
+                yield found
+
+
+def _cause(agrees: Callable[..., bool], disabled: Sequence[str]) -> str:
     """A sentence about what is to blame, found by leaving optimizers out."""
-    if difference(disabled_optimizers=[*disabled, "Pad_Fusion"]) <= check.allowed:
+    if agrees(disabled_optimizers=[*disabled, "Pad_Fusion"]):
         return (
             "The cause is ONNX Runtime's own optimizer Pad_Fusion, not the file: pass "
             'disabled_optimizers=["Pad_Fusion"] here and to onnxruntime.InferenceSession'
         )
-    if difference(graph_optimization=False) <= check.allowed:
+    if agrees(graph_optimization=False):
         return (
             "Without graph optimisation ONNX Runtime agrees, so one of its optimizers is to "
             "blame, not the file: lower graph_optimization_level in its SessionOptions"
@@ -121,17 +287,40 @@ def _cause(difference: Any, check: Check, disabled: Sequence[str]) -> str:
     return "The graph itself is different: try another lowering= or exporter="
 
 
+def run_torch(model: nn.Module, example_inputs: Any) -> TorchRun:
+    """The model's outputs in evaluation mode.
+
+    Raises:
+        PatchError: If the model fails on these inputs.
+    """
+    with evaluating(model):
+        outputs = _plain(run_model(model, example_inputs))
+    return TorchRun(tensors_in(outputs), find_fields(outputs))
+
+
 def torch_outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The model's output tensors in evaluation mode, in pytree order."""
-    with evaluating(model):
-        return tensors_in(run_model(model, example_inputs))
+    return run_torch(model, example_inputs).tensors
 
 
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and output classes, in pytree order."""
+    return [leaf for leaf in pytree.tree_leaves(_plain(values)) if isinstance(leaf, Tensor)]
+
+
+def _plain(values: Any) -> Any:
+    """A mapping of a class that pytree does not know, as a dict."""
     if isinstance(values, Mapping) and type(values) not in pytree.SUPPORTED_NODES:
-        values = dict(values)
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        return dict(values)
+    return values
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu()
+    array: np.ndarray[Any, Any] = (
+        tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+    ).numpy()
+    return array
 
 
 def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
@@ -143,7 +332,8 @@ def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, A
     names = [value.name for value in session.get_inputs()]
     if len(names) != len(feeds):
         raise ExportError(
-            f"the ONNX graph has inputs {names}, but the example has {len(feeds)} tensors"
+            f"the ONNX graph has inputs {names}, but the example has {len(feeds)} tensors; a model "
+            "of a list of images is exported for the number of images in its example"
         )
     arrays = {
         name: tensor.detach().cpu().numpy() for name, tensor in zip(names, feeds, strict=True)
@@ -179,20 +369,18 @@ def compare(expected: Sequence[Tensor], actual: Sequence[np.ndarray[Any, Any]]) 
     return worst
 
 
-def rounding_noise(model: nn.Module, example_inputs: Any) -> float:
+def rounding_noise(
+    model: nn.Module, example_inputs: Any, outputs: Sequence[int] | None = None
+) -> float:
     """How far the model's outputs move when it is computed in float64 instead.
 
-    0 if it cannot be computed in float64.
+    0 if it cannot be computed in float64. ``outputs`` are the numbers of those to
+    look at; ``None``: all.
     """
     try:
-        double = copy.deepcopy(model).double()
-        exact = torch_outputs(double, _map_floats(example_inputs, torch.float64))
-        return compare(exact, [tensor.numpy() for tensor in torch_outputs(model, example_inputs)])
+        exact = in_float64(torch_outputs, model, example_inputs)
+        own = torch_outputs(model, example_inputs)
+        chosen = range(len(own)) if outputs is None else outputs
+        return compare([exact[i] for i in chosen], [own[i].numpy() for i in chosen])
     except Exception:
         return 0.0
-
-
-def _map_floats(values: Any, dtype: torch.dtype) -> Any:
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values
-    )
