@@ -15,8 +15,15 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError, ExportError
 from coordconv_patch.export import verify as verify_module
+from coordconv_patch.export.detections import (
+    DetectionAgreement,
+    Detections,
+    compare_detections,
+    find_fields,
+)
 from coordconv_patch.export.verify import (
     Check,
+    Verifier,
     compare,
     rounding_noise,
     run_session,
@@ -125,6 +132,204 @@ def test_an_output_of_zeros_has_no_room_for_noise() -> None:
 def test_half_precision_outputs_are_compared_in_double() -> None:
     assert difference([1.0, 1.0], np.array([1.0, 1.5], np.float16), torch.float16) == 0.5
     assert difference([1.0, 1.0], [1.0, 1.5], torch.bfloat16) == 0.5
+
+
+# --- detections ---------------------------------------------------------------------------------
+
+ROWS = [  # x1, y1, x2, y2, score, label
+    (10, 10, 50, 60, 0.9, 1),
+    (100, 20, 180, 90, 0.8, 2),
+    (30, 80, 70, 120, 0.7, 1),
+    (12, 11, 49, 62, 0.6, 2),
+    (150, 100, 200, 160, 0.5, 3),
+]
+
+
+def detections(rows: Any = ROWS, **extras: Any) -> Detections:
+    table = np.array(rows, dtype=np.float64).reshape(-1, 6)
+    made = {name: np.array(field) for name, field in extras.items()}
+    return Detections(table[:, :4], table[:, 4], table[:, 5], made)
+
+
+def changed(row: int, column: int, by: float) -> Any:
+    rows = [list(each) for each in ROWS]
+    rows[row][column] += by
+    return rows
+
+
+def judged(actual: Any, *roundings: Any, expected: Any = ROWS) -> DetectionAgreement:
+    sets = [each if isinstance(each, Detections) else detections(each) for each in roundings]
+    expected = expected if isinstance(expected, Detections) else detections(expected)
+    actual = actual if isinstance(actual, Detections) else detections(actual)
+    return compare_detections(expected, actual, sets, 1e-4)
+
+
+def test_the_same_detections_agree_without_another_run() -> None:
+    def never() -> Any:
+        raise AssertionError("asked for another rounding")
+        yield
+
+    agreement = compare_detections(detections(), detections(), never(), 1e-4)
+    assert agreement == DetectionAgreement(0.0, None, 5, 0, ())
+
+
+def test_nothing_found_on_both_sides_agrees() -> None:
+    assert judged([], expected=[]) == DetectionAgreement(0.0, None, 0, 0, ())
+
+
+def test_the_difference_is_that_of_the_worst_matched_detection() -> None:
+    assert judged(changed(2, 0, 0.01)).difference == pytest.approx(0.01 / 200)
+    assert judged(changed(4, 4, 4e-5)).difference == pytest.approx(4e-5 / 0.9)
+
+
+def test_nearly_equal_scores_may_be_in_another_order() -> None:
+    rows = changed(1, 4, 0.1 - 1e-6)
+    swapped = [rows[1], rows[0], *rows[2:]]
+    agreement = judged(swapped, expected=rows)
+    assert (agreement.matched, agreement.problems) == (5, ())
+    assert agreement.difference == 0
+
+
+def test_detections_that_are_not_sorted_are_told() -> None:
+    (problem,) = judged(ROWS[::-1]).problems
+    assert "not sorted by score" in problem
+    assert not judged(ROWS[::-1], expected=[ROWS[1], ROWS[0], *ROWS[2:]]).problems
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_a_missing_detection_is_told_unless_torch_wavers(row: int) -> None:
+    without = [each for index, each in enumerate(ROWS) if index != row]
+    (problem,) = judged(without, ROWS, ROWS).problems
+    assert problem.startswith("torch finds box (" + ", ".join(map(str, ROWS[row][:4])))
+    assert f"score {ROWS[row][4]}, the file does not" in problem
+    agreement = judged(without, ROWS, without)
+    assert (agreement.problems, agreement.matched, agreement.unstable) == ((), 4, 1)
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_a_detection_of_the_file_alone_is_told_unless_torch_wavers(row: int) -> None:
+    without = [each for index, each in enumerate(ROWS) if index != row]
+    (problem,) = judged(ROWS, without, without, expected=without).problems
+    assert problem.startswith("the file finds box (" + ", ".join(map(str, ROWS[row][:4])))
+    agreement = judged(ROWS, without, ROWS, expected=without)
+    assert (agreement.problems, agreement.matched, agreement.unstable) == ((), 4, 1)
+
+
+@pytest.mark.parametrize(("column", "by"), [(0, 1.0), (3, -0.5), (4, 0.01), (5, 1)])
+def test_a_moved_box_a_score_and_a_label_are_told(column: int, by: float) -> None:
+    problems = judged(changed(1, column, by), ROWS, ROWS).problems
+    assert len(problems) == 2
+    assert problems[0].startswith("torch finds box (100, 20, 180, 90), label 2, score 0.8")
+    assert "its nearest: box (" in problems[0]
+    assert problems[1].startswith("the file finds box (")
+
+
+def test_a_detection_given_twice_is_told_even_if_torch_wavers_elsewhere() -> None:
+    double = [ROWS[0], *ROWS]
+    for roundings in ((ROWS, ROWS), (changed(0, 0, 1e-3),), (ROWS[:4], changed(0, 4, 1e-6))):
+        (problem,) = judged(double, *roundings).problems
+        assert problem.startswith("the file finds box (10, 10, 50, 60)")
+
+
+def test_rounding_excuses_what_it_moves_but_no_more_than_threefold() -> None:
+    moved = changed(0, 0, 0.04)
+    agreement = judged(changed(0, 0, 0.1), moved)
+    assert agreement.problems == ()
+    assert agreement.noise == pytest.approx(0.04 / 200)
+    assert agreement.difference == pytest.approx(0.1 / 200)
+    assert judged(changed(0, 0, 0.2), moved).problems
+
+
+def test_rounding_that_moves_boxes_far_excuses_no_large_move() -> None:
+    assert judged(changed(0, 0, 3.0), changed(0, 0, 1.9)).problems
+    assert judged(changed(0, 0, 30.0), changed(0, 0, -30.0)).problems
+
+
+def test_a_file_that_shares_less_than_half_with_torch_is_not_accepted() -> None:
+    (problem,) = judged(ROWS[:2], ROWS[:1], ROWS[:2]).problems
+    assert "only 2 of 5 detections can be compared" in problem
+    assert "check on a picture" in problem
+
+
+def test_roundings_are_drawn_only_as_long_as_something_is_unexplained() -> None:
+    drawn = []
+
+    def roundings() -> Any:
+        for rows in (ROWS, ROWS[:4], ROWS, ROWS):
+            drawn.append(rows)
+            yield detections(rows)
+
+    assert compare_detections(detections(), detections(ROWS[:4]), roundings(), 1e-4).unstable == 1
+    assert len(drawn) == 2
+
+
+def test_a_long_list_of_problems_is_cut() -> None:
+    problems = judged([], ROWS).problems
+    assert len(problems) == 5
+    assert problems[0].endswith("the file does not, which finds nothing")
+    assert problems[-1] == "and 1 more"
+
+
+MASKS = np.linspace(0, 1, 5 * 12).reshape(5, 3, 4)
+
+
+def with_masks(row: int = 0, pixel: float = 0.0) -> Detections:
+    masks = MASKS.copy()
+    masks[row, 1, 2] += pixel
+    return detections(masks=masks)
+
+
+def test_a_mask_that_differs_is_told_unless_torch_wavers_on_it() -> None:
+    assert judged(with_masks(3, 5e-5), expected=with_masks()).difference == pytest.approx(5e-5)
+    (problem,) = judged(with_masks(3, 0.5), with_masks(), expected=with_masks()).problems
+    assert problem == "the masks of box (12, 11, 49, 62), label 2, score 0.6 differ"
+    agreement = judged(with_masks(3, 0.5), with_masks(3, 0.5), expected=with_masks())
+    assert (agreement.problems, agreement.unstable) == ((), 1)
+    assert judged(with_masks(3, 0.5), with_masks(2, 0.5), expected=with_masks()).problems
+    assert judged(with_masks(3, 0.25), with_masks(3, 0.5), expected=with_masks()).problems
+
+
+def test_masks_follow_their_boxes_into_another_order() -> None:
+    rows = changed(1, 4, 0.1 - 1e-6)
+    order = [1, 0, 2, 3, 4]
+    swapped = detections([rows[i] for i in order], masks=MASKS[order])
+    assert not judged(swapped, expected=detections(rows, masks=MASKS)).problems
+    mixed_up = detections([rows[i] for i in order], masks=MASKS)
+    assert len(judged(mixed_up, expected=detections(rows, masks=MASKS)).problems) == 2
+
+
+def test_masks_of_another_shape_are_told() -> None:
+    problems = judged(detections(masks=MASKS[:, :2]), expected=with_masks()).problems
+    assert "masks (of another shape)" in problems[0]
+
+
+def test_detections_are_found_in_what_models_return() -> None:
+    boxes, scores, labels = torch.rand(7, 4), torch.rand(7), torch.ones(7)
+    one = {"boxes": boxes, "labels": labels, "scores": scores, "size": torch.ones(2)}
+    wanted = {"boxes": (1, ()), "labels": (2, ()), "scores": (3, ())}
+    assert find_fields((torch.ones(3), [one])) == (wanted,)
+    assert len(find_fields([one, one])) == 2
+    assert find_fields({"boxes": boxes, "logits": scores}) == ()
+    assert find_fields({"boxes": torch.rand(2, 7, 4), "scores": torch.rand(2, 7)}) == ()
+    assert find_fields(torch.rand(2, 3, 6)) == ()
+
+
+def test_a_table_of_sorted_boxes_scores_and_classes_is_found() -> None:
+    table = torch.tensor(ROWS)[None].repeat(2, 1, 1)
+    fields = find_fields((torch.ones(1), table))
+    assert [each["scores"] for each in fields] == [(1, (n, slice(None), 4)) for n in (0, 1)]
+    taken = Detections.take(fields[1], [np.ones(1), table.numpy()])
+    assert taken is not None
+    assert np.allclose(taken.boxes, detections().boxes)
+    assert (taken.labels == detections().labels).all()
+    assert find_fields(table.flip(1)) == ()
+
+
+def test_outputs_of_other_shapes_are_no_detections() -> None:
+    fields = {"boxes": (0, ()), "scores": (1, ())}
+    assert Detections.take(fields, [np.ones((2, 4)), np.ones(2)]) is not None
+    for boxes, scores in (((2, 4), (3,)), ((2, 5), (2,)), ((2, 4), (2, 1)), ((), (2,))):
+        assert Detections.take(fields, [np.ones(boxes), np.ones(scores)]) is None
 
 
 # --- tensors_in ---------------------------------------------------------------------------------
@@ -336,6 +541,42 @@ def test_optimizers_asked_to_be_left_out_are_left_out(
     monkeypatch.setattr(verify_module, "make_session", make_session)
     verify_onnx(file, made(), X, providers=CPU, disabled_optimizers=["Pad_Fusion"])
     assert seen == [{"disabled_optimizers": ["Pad_Fusion"]}]
+
+
+def test_one_session_does_for_all_inputs_of_a_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_sessions = []
+    make = verify_module.make_session
+    monkeypatch.setattr(
+        verify_module, "make_session", lambda *a, **k: made_sessions.append(a) or make(*a, **k)
+    )
+    verifier = Verifier(file, made(), providers=CPU)
+    assert verifier.check(X).agrees
+    assert verifier.check(-X).agrees
+    with pytest.raises(ExportError, match="cannot run the graph"):
+        verifier.check(torch.zeros(2, 3, 7, 9))
+    assert len(made_sessions) == 1
+
+
+def test_an_output_beside_the_detections_is_still_compared(tmp_path: Path) -> None:
+    class WithFeatures(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            scores = y.flatten()[:3].sigmoid()
+            return {"boxes": y.flatten()[:12].view(3, 4), "scores": scores}, y
+
+    model = made(WithFeatures)
+    path = exported(tmp_path / "two.onnx", model)
+    assert verify_onnx(path, model, X, providers=CPU).detections == 3
+
+    class Wrong(WithFeatures):
+        def forward(self, x: Tensor) -> Any:
+            found, y = super().forward(x)
+            return found, torch.cat((y[:1], y[1:] * 1.1))
+
+    with pytest.raises(ExportError, match="of the largest output"):
+        verify_onnx(path, made(Wrong), X, providers=CPU)
 
 
 def test_a_missing_file_is_an_export_error(tmp_path: Path) -> None:
