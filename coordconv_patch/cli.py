@@ -14,6 +14,7 @@ from rich.markup import escape
 from torch import nn
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.branch import CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.bench import bench_onnx
@@ -23,7 +24,7 @@ from coordconv_patch.export.verify import torch_outputs, verify_onnx
 from coordconv_patch.inputs import split_inputs, takes_image_list
 from coordconv_patch.layers import coord_layers
 from coordconv_patch.patching import patch
-from coordconv_patch.plan import plan
+from coordconv_patch.plan import plan, survey
 from coordconv_patch.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
 from coordconv_patch.version import __version__
 from coordconv_patch.weights import load_coords, save_coords
@@ -34,7 +35,8 @@ _EPILOG = """
 Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:function, model.pt2.
 
 Sites (--where, repeatable): first, all, stem, neck, head, a name, a glob such as 'layer1.*.conv1',
-or re:REGEX.
+re:REGEX, or NAME@0,3: of a convolution that is called several times, those calls alone. A model.pt2
+that is patched already keeps its sites if there is no --where.
 
 Exit codes: 0 done; 1 the work failed or the outputs differ; 2 the command or its input was wrong.
 """
@@ -87,12 +89,16 @@ def plan_command(
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
     loaded = _loaded(model, False, input_shape)
-    decided = plan(
-        loaded.model,
-        where or "first",
-        coords=Coordinates.preset(coords, radius=radius),
-        example_inputs=loaded.example_inputs,
-    )
+    convention = Coordinates.preset(coords, radius=radius)
+    if coord_layers(loaded.model) and not where:
+        decided = survey(loaded.model, convention, loaded.example_inputs)
+    else:
+        decided = plan(
+            loaded.model,
+            where or "first",
+            coords=convention,
+            example_inputs=loaded.example_inputs,
+        )
     if as_json:
         print(json.dumps(decided.to_dict(), indent=1))
         return
@@ -113,11 +119,15 @@ def patch_command(
     input_shape: Shape = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
+    coord_weights: CoordWeights = None,
 ) -> None:
     """Patch a model, check that its outputs stay bit for bit, and write the result.
 
     A .safetensors file gets the coordinate weights (zero still), for load_coords on
-    the same model; a .pt2 file the whole patched model as a torch.export program.
+    the same model; a .pt2 file the whole patched model as a torch.export program, in
+    the mode and with the dynamic axes of the .pt2 file that it was made from. Of a
+    .pt2 file that is patched already, or with --coord-weights, the weights are trained
+    ones, and outputs are not compared.
     """
     if out.suffix not in (".safetensors", ".pt2"):
         raise ArgumentError(f"--out {out}: write a name that ends in .safetensors or .pt2")
@@ -125,22 +135,19 @@ def patch_command(
     if obstacle:
         raise ArgumentError(obstacle)
     loaded = _loaded(model, pretrained, input_shape)
-    if checkpoint is not None:
+    if checkpoint is not None and coord_weights is None:
         load_checkpoint_(loaded.model, checkpoint)
-    patched = _patched(loaded, where, coords, radius)
-    before = torch_outputs(loaded.model, loaded.example_inputs)
-    after = torch_outputs(patched, loaded.example_inputs)
-    equal = len(before) == len(after) and all(map(torch.equal, before, after))
-    if not equal:
-        raise PatchError("the patched model's outputs are not those of the plain model")
+    if coord_weights is not None or (coord_layers(loaded.model) and not where):
+        patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+        result = f"{len(coord_layers(patched))} convolutions with their coordinate weights"
+    else:
+        patched = _patched(loaded, where, coords, radius)
+        result = f"patched {len(coord_layers(patched))} convolutions; {_compared(loaded, patched)}"
     if out.suffix == ".pt2":
-        _save_program(patched, loaded.example_inputs, out)
+        _save_program(patched, loaded, out)
     else:
         save_coords(patched, out)
-    _console.print(
-        f"patched {len(coord_layers(patched))} convolutions; {len(after)} outputs "
-        f"({sum(tensor.numel() for tensor in after):,} numbers) are bit-equal; wrote {out}"
-    )
+    _console.print(f"{result}; wrote {out}")
 
 
 @app.command(
@@ -171,7 +178,9 @@ def export_command(
         patched,
         out,
         loaded.example_inputs,
-        dynamic_batch=not (static_batch or takes_image_list(loaded.example_inputs)),
+        dynamic_batch=not (
+            static_batch or loaded.batch_is_fixed or takes_image_list(loaded.example_inputs)
+        ),
         dynamic_size=dynamic_size,
         lowering=lowering,  # type: ignore[arg-type]  # checked there
         opset=opset,
@@ -224,15 +233,21 @@ def bench_command(
 ) -> None:
     """Time the plain model and the patched one in each lowering, in ONNX Runtime."""
     loaded = _loaded(model, False, input_shape)
-    example = loaded.example_inputs
-    if isinstance(example, torch.Tensor):
-        example = example[:1].repeat(batch, *[1] * (example.dim() - 1))
-    patched = patch(loaded.model, where or "first", example_inputs=loaded.example_inputs)
+    example = _batch_of(loaded, batch)
+    patched = _patched(loaded, where, "paper", False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in coord_layers(patched).values():
             layer.coord_weight.normal_(std=0.01, generator=generator)
-    report = bench_onnx(patched, example, providers=provider, threads=threads, repeats=repeats)
+    functional = any(isinstance(layer, CoordBranch) for layer in coord_layers(patched).values())
+    report = bench_onnx(
+        patched,
+        example,
+        lowerings=("map", "branch") if functional else ("channels", "map", "branch"),
+        providers=provider,
+        threads=threads,
+        repeats=repeats,
+    )
     _console.print(report.table())
 
 
@@ -254,7 +269,26 @@ def _loaded(source: str, pretrained: bool, input_shape: str | None) -> LoadedMod
     return load_model(source, pretrained=pretrained, input_shape=shape)
 
 
+def _batch_of(loaded: LoadedModel, batch: int) -> Any:
+    """Example inputs of a batch size; a tuple where the model runs at one batch size only."""
+    example = loaded.example_inputs
+    image = example[0] if isinstance(example, tuple) and len(example) == 1 else example
+    if not isinstance(image, torch.Tensor):
+        if batch > 1:
+            raise ArgumentError(f"--batch {batch}: the model takes more than one tensor")
+        return example
+    if not loaded.batch_is_fixed:
+        return image[:1].repeat(batch, *[1] * (image.dim() - 1))
+    if len(image) != batch:
+        raise ArgumentError(
+            f"--batch {batch}: the program was exported for batches of {len(image)} alone"
+        )
+    return (image,)
+
+
 def _patched(loaded: LoadedModel, where: list[str] | None, coords: str, radius: bool) -> nn.Module:
+    if coord_layers(loaded.model) and not where:
+        return loaded.model
     return patch(
         loaded.model,
         where or "first",
@@ -288,10 +322,21 @@ def _with_weights(
     return patched
 
 
-def _save_program(model: nn.Module, example_inputs: Any, path: Path) -> None:
-    args, kwargs = split_inputs(example_inputs)
+def _compared(loaded: LoadedModel, patched: nn.Module) -> str:
+    """What was found equal between the plain and the patched model; raises if they differ."""
+    before = torch_outputs(loaded.model, loaded.example_inputs)
+    after = torch_outputs(patched, loaded.example_inputs)
+    equal = len(before) == len(after) and all(map(torch.equal, before, after))
+    if not equal:
+        raise PatchError("the patched model's outputs are not those of the plain model")
+    numbers = sum(tensor.numel() for tensor in after)
+    return f"{len(after)} outputs ({numbers:,} numbers) are bit-equal"
+
+
+def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
+    args, kwargs = split_inputs(loaded.example_inputs)
     try:
-        program = torch.export.export(model, args, kwargs)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot export this model ({type(error).__name__}: "

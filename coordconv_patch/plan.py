@@ -19,10 +19,10 @@ from coordconv_patch.branch import ChosenCalls
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.programs import from_exported
 from coordconv_patch.recording import Call
-from coordconv_patch.select import Choice, Where, select
+from coordconv_patch.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites import Site, SiteMap, find_sites
 
-__all__ = ["Plan", "PlanRow", "plan"]
+__all__ = ["Plan", "PlanRow", "plan", "plan_sites", "survey"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,13 @@ def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
     """The plan for sites that were found already."""
     rows = tuple(_row(choice, coords) for choice in select(site_map, where))
     return Plan(coords, rows, site_map)
+
+
+def survey(model: nn.Module, coords: Coordinates, example_inputs: Any = None) -> Plan:
+    """A plan that chooses nothing: the sites of a model, and which of them are patched."""
+    site_map = find_sites(model, example_inputs)
+    choices = [not_chosen(site) for site in site_map.sites]
+    return Plan(coords, tuple(_row(choice, coords) for choice in choices), site_map)
 
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:

@@ -22,7 +22,7 @@ from coordconv_patch.errors import SelectionError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.sites import Site, SiteMap
 
-__all__ = ["PRESETS", "Choice", "Where", "select"]
+__all__ = ["PRESETS", "Choice", "Where", "not_chosen", "select"]
 
 Selector: TypeAlias = "str | type[nn.Module] | Callable[[Site], bool]"
 Where: TypeAlias = "Selector | Sequence[Selector]"
@@ -95,7 +95,8 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
             choice = Choice(site, True, f"matches {_show(selector)}", calls)
             found[site.name] = _union(found[site.name], choice) if site.name in found else choice
     return tuple(
-        found.get(site.name) or _not_chosen(site, site.name in skipped) for site in site_map.sites
+        found.get(site.name) or not_chosen(site, skipped=site.name in skipped)
+        for site in site_map.sites
     )
 
 
@@ -106,7 +107,8 @@ def _union(first: Choice, second: Choice) -> Choice:
     return Choice(first.site, True, f"{first.reason}, {second.reason}", calls)
 
 
-def _not_chosen(site: Site, skipped: bool) -> Choice:
+def not_chosen(site: Site, *, skipped: bool = False) -> Choice:
+    """The choice of a site that no selector chose, with the reason."""
     if site.patched:
         return Choice(site, False, "already patched")
     return Choice(site, False, site.obstacle or "not selected", skipped=skipped)

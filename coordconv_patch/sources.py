@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from coordconv_patch.errors import ModelSourceError
 from coordconv_patch.inputs import takes_image_list
@@ -36,11 +40,16 @@ class LoadedModel:
         model: The module; of an exported program, its GraphModule in the program's mode.
         example_inputs: Inputs to run it on, see :func:`coordconv_patch.plan`.
         trained: Whether it came with trained weights.
+        dynamic_shapes: Of an exported program, its dynamic axes as ``torch.export.export``
+            takes them; ``None`` if it has none.
+        batch_is_fixed: Whether the model runs at one batch size only.
     """
 
     model: nn.Module
     example_inputs: Any
     trained: bool
+    dynamic_shapes: dict[str, Any] | None = None
+    batch_is_fixed: bool = False
 
 
 def load_model(
@@ -73,7 +82,7 @@ def load_model(
     example: Any = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
     if takes_image_list(loaded.example_inputs):
         example = ([example],)
-    return LoadedModel(loaded.model, example, loaded.trained)
+    return dataclasses.replace(loaded, example_inputs=example)
 
 
 def _random_image(size: tuple[int, ...]) -> Tensor:
@@ -198,7 +207,54 @@ def _from_program(path: Path) -> LoadedModel:
         ) from error
     args, kwargs = program.example_inputs or ((), {})
     example = (*args, dict(kwargs)) if kwargs else tuple(args)
-    return LoadedModel(from_exported(program), example, True)
+    model = from_exported(program)
+    axes = _dynamic_axes(program)
+    return LoadedModel(
+        model,
+        example,
+        trained=True,
+        dynamic_shapes=_by_argument(model, axes, args, kwargs) if any(axes) else None,
+        batch_is_fixed=not any(0 in found for found in axes),
+    )
+
+
+def _dynamic_axes(program: ExportedProgram) -> list[dict[int, Any]]:
+    """For each input of a program, which of its axes are dynamic."""
+    inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    values = [
+        inputs[str(name)].meta.get("val")
+        for name in program.graph_signature.user_inputs
+        if str(name) in inputs
+    ]
+    return [
+        {
+            dim: _axis(program, length)
+            for dim, length in enumerate(getattr(value, "shape", ()))
+            if isinstance(length, torch.SymInt)
+        }
+        for value in values
+    ]
+
+
+def _axis(program: ExportedProgram, length: torch.SymInt) -> Any:
+    """A dynamic axis as it was when the program was exported, its range included."""
+    symbol = length.node.expr
+    if symbol not in program.range_constraints:
+        return Dim.AUTO  # a multiple of another axis, say
+    values = program.range_constraints[symbol]
+    largest = None if values.upper == int_oo else int(values.upper)
+    return Dim(str(symbol), min=int(values.lower), max=largest)
+
+
+def _by_argument(
+    model: nn.Module, axes: list[dict[int, Any]], args: Any, kwargs: Any
+) -> dict[str, Any]:
+    """Axes of a program's inputs in the structure of its forward's arguments."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    leaves, spec = pytree.tree_flatten(dict(bound))
+    found = iter(axes)
+    each = [(next(found) or None) for _ in leaves]
+    return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))
 
 
 def load_checkpoint_(model: nn.Module, path: Path) -> None:
