@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,14 +13,25 @@ from coordconv_patch.layers import coord_layers
 
 __all__ = ["add_to_optimizer_", "coord_parameters", "param_groups", "train_only_coords_"]
 
+_BEHIND_COORD_WEIGHT = re.compile(r"coord_weight(_\w+)?|parametrizations\.coord_weight\..+")
+"""A layer's own names: torch.nn.utils.prune makes ``coord_weight_orig`` of ``coord_weight``."""
+
 
 def coord_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The coordinate weights of a patched model, in order of registration, each once.
 
+    Of a coordinate weight that is computed from others (pruned, parametrized), the
+    parameters that it is computed from.
+
     Raises:
         PatchError: If the model is not patched.
     """
-    weights = {id(w): w for w in (layer.coord_weight for layer in coord_layers(model).values())}
+    weights = {
+        id(parameter): parameter
+        for layer in coord_layers(model).values()
+        for name, parameter in layer.named_parameters()
+        if _BEHIND_COORD_WEIGHT.fullmatch(name)
+    }
     if not weights:
         raise PatchError("the model has no coordinate weights: patch it first")
     return list(weights.values())

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
@@ -33,6 +34,7 @@ from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.sites import Site, SiteMap, find_sites
+from coordconv_patch.training import coord_parameters
 from coordconv_patch.version import __version__
 
 __all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
@@ -45,6 +47,12 @@ _WRAPPER_NAMES = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
 """Name components that wrappers put into qualified names, wherever they stand."""
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+"""They hold the model as ``module``."""
+_WRAPPERS_ELSEWHERE = frozenset(
+    {"timm.utils.model_ema.ModelEmaV2", "timm.utils.model_ema.ModelEmaV3"}
+)
+"""Likewise, of libraries that this package does without."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def save_coords(
     """Write the coordinate weights of a patched model to a safetensors file.
 
     Wrappers (DistributedDataParallel, torch.compile, AveragedModel, ...) are seen
-    through: the names in the file are those of the bare model.
+    through: the names in the file are those of the bare model. Weights that
+    ``fully_shard`` spread over processes are gathered: call it on every process then.
 
     Args:
         model: A patched model.
@@ -88,12 +97,14 @@ def save_coords(
         The path written.
 
     Raises:
-        WeightsError: If the model is not patched, or the folder does not exist.
+        WeightsError: If the model is not patched, if a wrapper has taken its coordinate
+            weights apart, or if the folder does not exist.
     """
     model = unwrapped(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     if not layers:
         raise WeightsError("the model has no coordinate weights to save: patch it first")
+    _check_whole(layers)
     path = Path(path)
     obstacle = obstacle_to_writing(path)
     if obstacle:
@@ -117,7 +128,7 @@ def save_coords(
             for name, layer in layers.items()
         },
     }
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    stored = {name: _gathered(tensor).contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata={FORMAT: json.dumps(header)})
     return path
@@ -281,6 +292,11 @@ def _check_sites(
                 f"{name}: the file was saved for a convolution {record.geometry}, this model "
                 f"has {site.geometry} there"
             )
+        if layer is not None and "coord_weight" not in layer._parameters:
+            raise WeightsError(
+                f"the coordinate weight of {name} is computed from other parameters (it is pruned "
+                "or parametrized): load the file first, then prune or parametrize"
+            )
         if layer is not None and layer.coords != record.coords:
             raise WeightsError(
                 f"{name}: the file uses coordinates {record.coords}, the model is patched with "
@@ -339,7 +355,12 @@ def _check_norms(file: _CoordsFile, model: nn.Module) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module, file: _CoordsFile) -> None:
     for name, layer in coord_layers(model).items():
-        layer.coord_weight.copy_(file.weights[clean_name(name)])
+        weight, saved = layer.coord_weight, file.weights[clean_name(name)]
+        if isinstance(weight, DTensor):
+            saved = distribute_tensor(
+                saved.to(weight), weight.device_mesh, weight.placements, src_data_rank=None
+            )
+        weight.copy_(saved)
     buffers = _norm_statistics(model)
     for name, tensor in file.batch_norm.items():
         buffers[name].copy_(tensor)
@@ -354,15 +375,43 @@ def fingerprint(model: nn.Module) -> str:
         64 hexadecimal digits; equal for a model and its patched copy.
     """
     digest = hashlib.sha256()
-    for name, parameter in unwrapped(model).named_parameters():
-        if name.rpartition(".")[2] == "coord_weight":
+    model = unwrapped(model)
+    coords = {id(weight) for weight in coord_parameters(model)} if coord_layers(model) else set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in coords:
             continue
         header = f"{clean_name(name)} {parameter.dtype} {tuple(parameter.shape)}\n"
         digest.update(header.encode())
         if not parameter.is_meta:
-            values = parameter.detach().cpu().contiguous()
+            values = _gathered(parameter).contiguous()
             digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A whole tensor in the processor's memory, also of one that is sharded over processes."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
+    """Refuse what wrappers that flatten or offload parameters leave in their place."""
+    for name, layer in layers.items():
+        geometry = _geometry_of(layer)
+        shape = geometry.coord_weight_shape(layer.coords.num_channels(geometry.ndim))
+        if layer.coord_weight.is_meta:
+            raise WeightsError(
+                f"the coordinate weight of {name} has no values here, it is on the meta device. "
+                "If a library has moved the weights away, let it bring them back first "
+                "(accelerate.hooks.remove_hook_from_submodules)"
+            )
+        if tuple(layer.coord_weight.shape) != shape:
+            raise WeightsError(
+                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} "
+                f"instead of {shape}: a wrapper holds its values elsewhere. Gather the parameters "
+                "first (FullyShardedDataParallel.summon_full_params, "
+                "deepspeed.zero.GatheredParameters), or shard with fully_shard"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -370,12 +419,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, OptimizedModule):
             model = model._orig_mod
-        elif isinstance(
-            model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-        ):
-            model = model.module
+        elif isinstance(model, _WRAPPERS) or _qualified_class(model) in _WRAPPERS_ELSEWHERE:
+            model = model.get_submodule("module")
         else:
             return model
+
+
+def _qualified_class(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def clean_name(name: str) -> str:
