@@ -1,0 +1,122 @@
+"""Order the additions of coordinate branches as ONNX Runtime's CPU kernels like them.
+
+Where a convolution, its branch and a residual are added up, the order is free::
+
+    (conv(x) + branch) + residual   ->   branch + (conv(x) + residual)
+
+ONNX Runtime fuses a sum into one of the convolutions that it adds up: into the first operand
+that is one and has no sum yet. With the branch first, the main convolution still gets the
+residual, as in the plain model, and the branch is added in place into what that convolution
+has just written, while it is in the processor's cache. (ResNet-50, every convolution, one
+thread: 1.17 of the plain model in the exporter's order, 1.11 with ``conv(x) + (branch +
+residual)``, 1.06 so.) An activation that follows goes into the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+__all__ = ["order_additions_"]
+
+
+def order_additions_(graph: ir.Graph) -> int:
+    """Put every coordinate branch first in the last addition of its sum, in place.
+
+    Args:
+        graph: An exported graph, in topological order. Its outputs may change by rounding.
+
+    Returns:
+        How many sums were rewritten.
+    """
+    independent = _independent_values(graph)
+    totals = [node for node in graph if _is_addition(node) and not _continues(node.outputs[0])]
+    count = 0
+    for total in totals:
+        terms = list(_terms(total))
+        branches = [term for term in terms if _is_branch(term, independent)]
+        others = [term for term in terms if term not in branches]
+        if branches and others:
+            _rebuild_(graph, total, others, branches)
+            count += 1
+    graph.sort()
+    return count
+
+
+def _independent_values(graph: ir.Graph) -> set[ir.Value]:
+    """The values that depend on the shapes of the graph's inputs at most, not on their values."""
+    found = set(graph.initializers.values()) - set(graph.inputs)
+    for node in graph:
+        if node.op_type == "Shape" or all(v is None or v in found for v in node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
+    """Whether a value is a convolution of coordinates, and used here alone."""
+    producer = value.producer()
+    return (
+        producer is not None
+        and producer.op_type == "Conv"
+        and producer.inputs[0] in independent
+        and len(value.uses()) == 1
+    )
+
+
+def _is_addition(node: ir.Node) -> bool:
+    return node.op_type == "Add" and node.domain == ""
+
+
+def _continues(value: ir.Value) -> bool:
+    """Whether a sum is but a term of a larger one."""
+    users = tuple(value.uses())
+    return len(users) == 1 and not value.is_graph_output() and _is_addition(users[0].node)
+
+
+def _inner_addition(value: ir.Value) -> ir.Node | None:
+    producer = value.producer()
+    if producer is not None and _is_addition(producer) and _continues(value):
+        return producer
+    return None
+
+
+def _terms(node: ir.Node) -> Iterator[ir.Value]:
+    for value in node.inputs:
+        assert value is not None  # an Add has two operands
+        inner = _inner_addition(value)
+        if inner is None:
+            yield value
+        else:
+            yield from _terms(inner)
+
+
+def _additions_below(node: ir.Node) -> Iterator[ir.Node]:
+    """The additions whose results a sum adds up, outermost first."""
+    for value in node.inputs:
+        inner = _inner_addition(value) if value is not None else None
+        if inner is not None:
+            yield inner
+            yield from _additions_below(inner)
+
+
+def _rebuild_(
+    graph: ir.Graph, total: ir.Node, others: list[ir.Value], branches: list[ir.Value]
+) -> None:
+    """Make ``total`` the sum of the other terms and then of the branches, each a first operand."""
+    before = list(_additions_below(total))
+    running, *rest = others
+    operands: list[tuple[ir.Value, bool]] = [(term, False) for term in rest]
+    operands += [(branch, True) for branch in branches]
+    for index, (term, goes_first) in enumerate(operands):
+        pair = (term, running) if goes_first else (running, term)
+        if index == len(operands) - 1:
+            for position, value in enumerate(pair):
+                total.replace_input_with(position, value)
+            break
+        node = ir.node("Add", pair)
+        node.outputs[0].type = total.outputs[0].type
+        node.outputs[0].shape = total.outputs[0].shape
+        graph.insert_before(total, node)
+        running = node.outputs[0]
+    graph.remove(before, safe=True)
