@@ -15,18 +15,19 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.branch import ChosenCalls, CoordBranch
+from coordconv_patch.conversion import check_not_wrapped
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
@@ -181,6 +182,8 @@ def _load(
         _check_fingerprint(file, bare)
     _check_norms(file, bare)
     plans = _plans(file, site_map, sites)
+    if plans:
+        check_not_wrapped(model)
     if in_place and len(plans) > 1:
         # The second plan could fail when the first is carried out already, so both are tried.
         rehearsal = copied(bare)
@@ -356,11 +359,7 @@ def _check_norms(file: _CoordsFile, model: nn.Module) -> None:
 def _fill(model: nn.Module, file: _CoordsFile) -> None:
     for name, layer in coord_layers(model).items():
         weight, saved = layer.coord_weight, file.weights[clean_name(name)]
-        if isinstance(weight, DTensor):
-            saved = distribute_tensor(
-                saved.to(weight), weight.device_mesh, weight.placements, src_data_rank=None
-            )
-        weight.copy_(saved)
+        weight.copy_(_spread_like(weight, saved))
     buffers = _norm_statistics(model)
     for name, tensor in file.batch_norm.items():
         buffers[name].copy_(tensor)
@@ -391,7 +390,23 @@ def fingerprint(model: nn.Module) -> str:
 def _gathered(tensor: Tensor) -> Tensor:
     """A whole tensor in the processor's memory, also of one that is sharded over processes."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return cast(Any, tensor).full_tensor().cpu() if _is_sharded(tensor) else tensor.cpu()
+
+
+def _spread_like(weight: Tensor, whole: Tensor) -> Tensor:
+    """The values of a whole tensor, sharded over processes if and as another one is."""
+    if not _is_sharded(weight):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast(Any, weight)
+    return distribute_tensor(
+        whole.to(weight.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+    )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")  # a DTensor; not every torch has the class
 
 
 def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:

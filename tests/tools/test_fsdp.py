@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import coordconv_patch as ccp
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import SelectionError
 from tools.ranks import RANKS, Ranks
 from tools.steps import (
     STARTS,
@@ -126,12 +126,12 @@ def patching_error(rank: int) -> tuple[str, list[str]]:
     model = sharded(Net(), each_layer=True)
     try:
         ccp.patch_(model, "all")
-    except PatchError as error:
+    except SelectionError as error:
         return str(error), [name for name, _ in model.named_parameters()]
     return "", []
 
 
 def test_sharded_model_is_not_patched(ranks: Ranks) -> None:
     for message, names in ranks.run(patching_error):
-        assert "patch the model before" in message
+        assert "patch the model before sharding it" in message
         assert names == [name for name, _ in Net().named_parameters()]
