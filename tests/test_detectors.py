@@ -271,6 +271,8 @@ def assert_same_detections(actual: Sequence[Found], expected: Sequence[Found]) -
                 assert close.mean() > 0.995
             if "keypoints" in theirs:
                 assert np.abs(ours["keypoints"][nearest] - theirs["keypoints"][row]).max() < 0.1
+                sure, reference = ours["keypoints_scores"][nearest], theirs["keypoints_scores"][row]
+                assert np.abs(sure - reference).max() < 1e-3 * np.abs(reference).max()
 
 
 def assert_means_something(expected: Sequence[Found], dozens: int = 2) -> None:

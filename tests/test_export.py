@@ -633,6 +633,29 @@ def test_nothing_of_a_failed_first_exporter_stays_beside_the_second_ones_file(
     assert report.file_size == report.path.stat().st_size
 
 
+class LooksLeft(nn.Module):
+    """Takes another way through its code on a picture whose left half is the brighter one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        y = self.conv(x)
+        return y if left.mean() > right.mean() else -y
+
+
+def test_a_trace_that_knows_only_the_examples_way_is_refused(tmp_path: Path) -> None:
+    model = filled(ccp.patch(fresh(LooksLeft), "all"))
+    for example in (images(2), images(2).flip(-1)):
+        with pytest.raises(ExportError, match="differ"):
+            ccp.export_onnx(
+                model, tmp_path / "left.onnx", example, dynamic_batch=False, providers=CPU
+            )
+    assert not list(tmp_path.iterdir())
+
+
 # --- kinds of models ----------------------------------------------------------------------------
 
 

@@ -231,6 +231,12 @@ def test_a_detection_given_twice_is_told_even_if_torch_wavers_elsewhere() -> Non
         assert problem.startswith("the file finds box (10, 10, 50, 60)")
 
 
+def test_one_of_two_like_detections_that_is_missing_is_told() -> None:
+    twins = [ROWS[0], *ROWS]
+    (problem,) = judged(ROWS, twins, twins, expected=twins).problems
+    assert problem.startswith("torch finds box (10, 10, 50, 60)")
+
+
 def test_rounding_excuses_what_it_moves_but_no_more_than_threefold() -> None:
     moved = changed(0, 0, 0.04)
     agreement = judged(changed(0, 0, 0.1), moved)

@@ -55,13 +55,16 @@ def export_onnx(
 
     The file is run on the example inputs, and with dynamic axes at other batch
     and image sizes, and compared with torch. It is put in place only if all agree.
+    Detections are matched one to one, see :func:`coordconv_patch.verify_onnx`.
 
     Args:
         model: A patched model; one without coordinates is exported as it is.
         path: The file to write, ending in ``.onnx``.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
-            keyword arguments).
-        dynamic_batch: The first axis of every batched input is dynamic.
+            keyword arguments). A detector of torchvision takes a list of images, each
+            (C, H, W): ``[image]``; best a picture on which it finds something.
+        dynamic_batch: The first axis of every batched input is dynamic. A list of
+            images has none: its number is fixed, so pass ``False``.
         dynamic_size: The spatial axes of images are dynamic; coordinates are then
             computed in the graph. Otherwise they are constants.
         lowering: The form of the coordinate branch: ``"channels"``, ``"map"``,
