@@ -16,7 +16,8 @@ from coordconv_patch.geometry import (
     Padding,
     padding_of,
 )
-from coordconv_patch.layers import CoordConvNd, coord_class, new_coord_weight
+from coordconv_patch.layers import CoordConvNd, new_coord_weight, patched_class
+from coordconv_patch.modes import in_mode
 
 __all__ = [
     "check_convertible",
@@ -43,6 +44,11 @@ def check_convertible(module: _ConvNd) -> Padding:
             "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
             "bypass the coordinates: patch the model before"
         )
+    with in_mode(module, training=False):  # a spectral norm in training iterates at every look
+        return _padding_if_plain(module)
+
+
+def _padding_if_plain(module: _ConvNd) -> Padding:
     if hasattr(module.weight, "device_mesh"):  # a DTensor
         raise PatchError(
             "its weight is sharded over processes (FSDP, tensor parallel): patch the model before "
@@ -83,15 +89,16 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
     The object keeps its identity, and with it its hooks, parameters, flags and
     aliases; only its class changes. Call :func:`check_convertible` before.
     """
-    coord_weight = new_coord_weight(module, coords)  # first: it may not fit into memory
+    with in_mode(module, training=False):  # a spectral norm in training iterates at every look
+        coord_weight = new_coord_weight(module, coords)  # first: it may not fit into memory
     before = type(module)
     if parametrize.is_parametrized(module):
         # torch takes a parametrized module back to its first base class when the last
         # parametrization is removed, so the coordinate class goes beneath.
         plain = cast("type[_ConvNd]", before.__bases__[0])
-        module.__class__ = _on_other_base(before, coord_class(plain))
+        module.__class__ = _on_other_base(before, patched_class(plain))
     else:
-        module.__class__ = coord_class(before)
+        module.__class__ = patched_class(before)
     try:
         cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
     except BaseException:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["foreign_convolutions", "quantization_obstacle"]
+__all__ = ["adapter_obstacle", "foreign_convolutions", "quantization_obstacle"]
 
 _CONV_NAME = re.compile(r"(Quantized)?(Lazy)?Conv(Transpose)?[123]d")
 
@@ -77,3 +77,22 @@ def _is_frozen_with_convolutions(module: torch.jit.ScriptModule) -> bool:
 
 def _full_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def adapter_obstacle(model: nn.Module, name: str) -> str:
+    """Why a convolution inside a PEFT adapter cannot carry coordinates; empty if it is in none.
+
+    Args:
+        model: The model.
+        name: The convolution's qualified name.
+    """
+    parts = name.split(".")
+    for depth, child in enumerate(parts):
+        module = model.get_submodule(".".join(parts[:depth]))
+        is_adapter = type(module).__module__.startswith("peft.tuners.")
+        if is_adapter and hasattr(module, "base_layer") and child != "base_layer":
+            return (
+                "it is part of a PEFT adapter, whose merging would drop the coordinates: patch the "
+                "base layers ('*.base_layer'), or the model before PEFT wraps it"
+            )
+    return ""

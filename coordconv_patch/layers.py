@@ -21,7 +21,6 @@ from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
     DECLARED,
-    TORCH_CONVS,
     ConvGeometry,
     Padding,
 )
@@ -35,9 +34,9 @@ __all__ = [
     "CoordConvTranspose1d",
     "CoordConvTranspose2d",
     "CoordConvTranspose3d",
-    "coord_class",
     "coord_layers",
     "new_coord_weight",
+    "patched_class",
 ]
 
 _MAP_ATTRIBUTES = frozenset(
@@ -108,11 +107,11 @@ class CoordConvNd(_ConvNd):
         own_parameter = type(weight) is nn.Parameter
         if weight.requires_grad and torch.is_grad_enabled():
             self._map_cache.clear()
-            branch = self.branch_for(input, output)
+            branch = self.branch_for(input, output, weight)
         elif own_parameter and self._keeps_maps and not (is_capturing() or is_transforming()):
             branch = self._map_cache.get(weight, input, output, self.branch_for)
         else:
-            branch = self.branch_for(input, output)
+            branch = self.branch_for(input, output, weight)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
         # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
         if own_parameter and self._output_is_fresh:
@@ -123,12 +122,13 @@ class CoordConvNd(_ConvNd):
     def _keeps_maps(self) -> bool:
         return self.coord_weight.is_cpu or self._map_cache.is_constant
 
-    def branch_for(self, input: Tensor, output: Tensor) -> Tensor:
+    def branch_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The coordinate map to add to the plain convolution's output, in its dtype.
 
         Args:
             input: The convolution's input, batched or not.
             output: What the plain convolution made of it.
+            weight: The coordinate weight, which a parametrization computes at every access.
 
         Returns:
             Shape ``(1, C_out, *output_size)``, unbatched ``(C_out, *output_size)``.
@@ -136,7 +136,7 @@ class CoordConvNd(_ConvNd):
         ndim = len(self.kernel_size)
         input_size = input.shape[-ndim:]
         output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
-        branch = self.compute_branch(input_size, output_padding).to(output.dtype)
+        branch = self.compute_branch(input_size, output_padding, weight).to(output.dtype)
         return branch if output.dim() == ndim + 2 else branch.squeeze(0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -170,17 +170,23 @@ class CoordConvNd(_ConvNd):
             "it. If the new weight is meant: with torch.no_grad(): conv.weight.copy_(new)"
         )
 
-    def compute_branch(self, input_size: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+    def compute_branch(
+        self,
+        input_size: Sequence[int],
+        output_padding: Sequence[int],
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """The coordinate map for one input size.
 
         Args:
             input_size: Spatial size of the input, such as ``(H, W)``.
             output_padding: Of a transposed convolution, in pixels per dimension.
+            weight: The coordinate weight; ``None``: the layer's.
 
         Returns:
             Shape ``(1, C_out, *output_size)``.
         """
-        weight = self.coord_weight
+        weight = self.coord_weight if weight is None else weight
         return coordinate_map(
             grid_for(weight, self.coords, input_size),
             weight,
@@ -302,8 +308,7 @@ class CoordConvNd(_ConvNd):
         zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made_here = type(self) is coord_class(self._plain_class)
-        if made_here and self._plain_class not in TORCH_CONVS:
+        if type(self) is _PATCHED_CLASSES.get(self._plain_class):
             # The class was made at run time, so it is rebuilt from the class it stands on.
             return _new_layer, (self._plain_class,), self.__dict__
         return super().__reduce_ex__(protocol)
@@ -370,29 +375,40 @@ _COORD_CLASSES: dict[type[_ConvNd], type[CoordConvNd]] = {
     nn.ConvTranspose3d: CoordConvTranspose3d,
 }
 
-
-def coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
-    """The coordinate class that stands on a convolution class; the same one every time."""
-    if plain not in _COORD_CLASSES:
-        _COORD_CLASSES[plain] = _make_coord_class(plain)
-    return _COORD_CLASSES[plain]
+_PATCHED_CLASSES: dict[type[_ConvNd], type[CoordConvNd]] = {}
 
 
-def _make_coord_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
-    return type(
-        f"Coord{plain.__name__}",
-        (CoordConvNd, plain),
-        {
-            "_plain_class": plain,
-            "_output_is_fresh": False,
-            "__doc__": f"{plain.__name__} with a coordinate branch.",
-        },
-    )
+def patched_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
+    """The class of a patched convolution, by the class that it had; the same one every time.
+
+    A subclass of :class:`CoordConv2d` or one of the others. Called with arguments it makes a
+    plain convolution: ``type(conv)(8, 8, 3)``, which PEFT writes to make its adapters, asks
+    for another convolution like the one that it was written for.
+    """
+    if plain not in _PATCHED_CLASSES:
+        base = _COORD_CLASSES.get(plain)
+        _PATCHED_CLASSES[plain] = type(
+            f"Coord{plain.__name__}",
+            (CoordConvNd, plain) if base is None else (base,),
+            {
+                "_plain_class": plain,
+                "_output_is_fresh": base is not None,
+                "__new__": _plain_layer_or_empty,
+                "__doc__": f"{plain.__name__} with a coordinate branch, made by patching.",
+            },
+        )
+    return _PATCHED_CLASSES[plain]
+
+
+def _plain_layer_or_empty(cls: type[CoordConvNd], *args: Any, **kwargs: Any) -> _ConvNd:
+    if args or kwargs:
+        return cls._plain_class(*args, **kwargs)
+    return object.__new__(cls)  # for copying and unpickling
 
 
 def _new_layer(plain: type[_ConvNd]) -> CoordConvNd:
-    """An empty layer of the coordinate class on ``plain``, for unpickling."""
-    made = coord_class(plain)
+    """An empty layer of the class that patching gives to ``plain``, for unpickling."""
+    made = patched_class(plain)
     return made.__new__(made)
 
 

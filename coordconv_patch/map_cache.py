@@ -47,7 +47,7 @@ class MapCache:
         weight: Tensor,
         input: Tensor,
         output: Tensor,
-        make: Callable[[Tensor, Tensor], Tensor],
+        make: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """The map to add to ``output``, made from the values that ``weight`` has now.
 
@@ -57,7 +57,7 @@ class MapCache:
             weight: The layer's coordinate weight.
             input: The convolution's input.
             output: What the plain convolution made of it.
-            make: Makes the map for an input and an output.
+            make: Makes the map for an input, an output and a weight.
         """
         if not self.is_constant:
             kept = self._weight
@@ -69,13 +69,18 @@ class MapCache:
         key = (input.shape, output.shape, output.dtype)
         last_key, found = self._last
         if found is None or key != last_key:
-            found = self._find(weight.dim() - 2, input, output, make)
+            found = self._find(input, output, weight, make)
             self._last = (key, found)
         return found
 
     def _find(
-        self, ndim: int, input: Tensor, output: Tensor, make: Callable[[Tensor, Tensor], Tensor]
+        self,
+        input: Tensor,
+        output: Tensor,
+        weight: Tensor,
+        make: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
+        ndim = weight.dim() - 2
         sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
         key = (*sizes, output.dim(), output.dtype)
         found = self._maps.get(key)
@@ -83,7 +88,7 @@ class MapCache:
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             # And not from autocast's own copy of the weight, which may be older than the weight.
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
-                found = self._maps[key] = make(input, output)
+                found = self._maps[key] = make(input, output, weight)
             if len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
         return found

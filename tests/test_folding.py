@@ -150,7 +150,7 @@ def test_a_fuse_that_returns_a_new_module_leaves_the_old_one_patched() -> None:
     block = model.get_submodule("stem.conv1")
     kept = copy.deepcopy(block)
     folded = block.fuse()  # type: ignore[operator]
-    assert type(folded) is ccp.CoordConv2d
+    assert isinstance(folded, ccp.CoordConv2d)
     assert_same_outputs(kept, folded, torch.randn(1, 3, 16, 16))
     assert_same_outputs(block, folded, torch.randn(1, 3, 16, 16))
 
@@ -234,7 +234,7 @@ def test_dtype_and_gradient_flags_follow_the_folded_weight(dtype: torch.dtype) -
 def test_untrained_coordinates_stay_patched() -> None:
     block = ccp.patch(ConvBN(3, 4, 3), "all").eval()
     folded = ccp.fold_with(block, lambda plain: plain.fuse())
-    assert type(folded.conv) is ccp.CoordConv2d
+    assert isinstance(folded.conv, ccp.CoordConv2d)
     assert not folded.conv.coord_weight.any()
 
 
@@ -251,7 +251,7 @@ class TestDirectCalls:
     def test_fuse_conv_bn_eval_by_fold_with(self) -> None:
         pair = trained(ccp.patch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "all"))
         folded = ccp.fold_with(pair, lambda pair: fuse_conv_bn_eval(*pair))
-        assert type(folded) is ccp.CoordConv2d
+        assert isinstance(folded, ccp.CoordConv2d)
         assert_same_outputs(pair, folded, torch.randn(2, 3, 8, 8))
 
     def test_fx_optimization_fuse_leaves_patched_convolutions_alone(self) -> None:

@@ -28,7 +28,7 @@ from coordconv_patch.conversion import check_convertible, convert_, revert_
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 from coordconv_patch.geometry import ConvGeometry, Padding, flat_amounts, pad_amounts, padding_of
-from coordconv_patch.layers import CoordConvNd, coord_class
+from coordconv_patch.layers import CoordConvNd, patched_class
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -491,7 +491,7 @@ def test_revert_gives_back_the_class_and_the_state(name: str) -> None:
     conv = copy.deepcopy(plain)
     convert_(conv, Coordinates(), check_convertible(conv))
     assert isinstance(conv, type(plain))
-    assert type(conv) is coord_class(type(plain))
+    assert type(conv) is patched_class(type(plain))
     assert list(conv.state_dict()) == [*plain.state_dict(), "coord_weight"]
     revert_(conv)
     assert type(conv) is type(plain)
@@ -549,7 +549,7 @@ def test_parametrized_convolution_converts_and_sheds_its_parametrization(plain: 
     nn.init.normal_(conv.coord_weight)
     before = conv(x)
     parametrize.remove_parametrizations(conv, "weight")
-    assert type(conv) is coord_class(type(plain))
+    assert type(conv) is patched_class(type(plain))
     torch.testing.assert_close(conv(x), before)
     assert not torch.allclose(before, plain(x))
 

@@ -35,7 +35,7 @@ from coordconv_patch.conversion import check_convertible, convert_
 from coordconv_patch.coords import _cached_grid
 from coordconv_patch.errors import CoordinatesError, PatchError
 from coordconv_patch.geometry import ConvGeometry
-from coordconv_patch.layers import coord_class, coord_layers
+from coordconv_patch.layers import coord_layers, patched_class
 from coordconv_patch.map_cache import MapCache
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=250)
@@ -637,7 +637,7 @@ def test_copies_of_a_converted_subclass(way: str) -> None:
     nn.init.normal_(layer.coord_weight)
     x = torch.randn(1, 3, 8, 9)
     duplicate = COPIES[way](layer)
-    assert type(duplicate) is coord_class(Conv2dSame)
+    assert type(duplicate) is patched_class(Conv2dSame)
     assert duplicate.note == "kept"
     assert duplicate.coord_padding == layer.coord_padding
     assert torch.equal(duplicate(x), layer(x))
@@ -1128,9 +1128,9 @@ def test_maps_are_kept_between_inference_calls_and_bounded(
     made: list[tuple[int, ...]] = []
     compute = CoordConv2d.compute_branch
 
-    def counting(self: CoordConv2d, size: Any, output_padding: Any) -> Tensor:
+    def counting(self: CoordConv2d, size: Any, output_padding: Any, weight: Any) -> Tensor:
         made.append(tuple(size))
-        return compute(self, size, output_padding)
+        return compute(self, size, output_padding, weight)
 
     monkeypatch.setattr(CoordConv2d, "compute_branch", counting)
     sizes = [(8, 9 + extra) for extra in range(MapCache.max_maps)]

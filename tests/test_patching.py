@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 import coordconv_patch as ccp
 from coordconv_patch import layers, patching
 from coordconv_patch.errors import CoordinatesError, PatchError, SelectionError
+from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.sites import find_sites
 
 
@@ -499,7 +500,7 @@ def test_parametrized_convolution_is_patched_and_unpatched(name: str, x: Tensor)
     parametrize.remove_parametrizations(unpatched[0], "weight")
     assert type(unpatched[0]) is nn.Conv2d
     parametrize.remove_parametrizations(patched[0], "weight")
-    assert type(patched[0]) is ccp.CoordConv2d
+    assert isinstance(patched[0], ccp.CoordConv2d)
     torch.testing.assert_close(patched(x), expected)
 
 
@@ -509,18 +510,19 @@ def test_every_convolution_class_is_patched() -> None:
             model = nn.Sequential(getattr(nn, name)(3, 4, 2))
             patched = ccp.patch(model, "all")
             x = torch.randn(2, 3, *range(4, 4 + ndim))
-            assert type(patched[0]) is getattr(ccp, f"Coord{name}")
+            assert isinstance(patched[0], getattr(ccp, f"Coord{name}"))
+            assert type(patched[0]).__name__ == f"Coord{name}"
             assert_equal(patched(x), model(x))
 
 
 def test_bare_convolution_is_patched(x: Tensor) -> None:
     model = nn.Conv2d(3, 4, 3)
     patched = ccp.patch(model)
-    assert type(patched) is ccp.CoordConv2d
+    assert isinstance(patched, ccp.CoordConv2d)
     assert coordinate_names(patched) == ["coord_weight"]
     assert_equal(patched(x), model(x))
     ccp.patch_(model, "all")
-    assert type(model) is ccp.CoordConv2d
+    assert isinstance(model, ccp.CoordConv2d)
 
 
 def test_meta_model_is_patched() -> None:
@@ -861,3 +863,15 @@ def test_window_that_a_convention_does_not_know_changes_nothing() -> None:
     with pytest.raises(CoordinatesError, match="swap_sizes"):
         ccp.set_window_(patched, ccp.Window((0, 0), (2, 2), (4, 4)))
     assert [layer.coords.window for layer in layers.coord_layers(patched).values()] == [None, None]
+
+
+@pytest.mark.parametrize("plain", [nn.Conv2d, timm.layers.Conv2dSame])
+def test_another_layer_of_a_patched_layers_class_is_a_plain_one(plain: type[nn.Conv2d]) -> None:
+    """PEFT writes type(conv)(8, 8, 3) for its adapters, and means a convolution like that."""
+    patched = ccp.patch_(plain(3, 4, 3), "all")
+    another = type(patched)(4, 8, kernel_size=1, bias=False)
+    assert type(another) is plain
+    assert another.out_channels == 8
+    assert another.bias is None
+    assert isinstance(copy.deepcopy(patched), CoordConvNd)
+    assert type(ccp.CoordConv2d(3, 4, 3)) is ccp.CoordConv2d
