@@ -286,20 +286,23 @@ def zero_if_missing(
     With ``strict=False`` torch's rule stands: what is missing is reported, and kept.
     """
     key = prefix + "coord_weight"
-    if key not in missing_keys or not _loading_strictly():
+    load = _load_in_progress()
+    if key not in missing_keys or not load.get("strict", True):
         return
     missing_keys.remove(key)
     weight = layer.coord_weight
     if weight.is_meta:  # load_state_dict(assign=True) onto a model without memory
-        device = next((value.device for value in state_dict.values()), weight.device)
+        # torch hands each module its own part of the state_dict, which may be empty.
+        tensors = [*state_dict.values(), *load.get("state_dict", {}).values()]
+        device = next((t.device for t in tensors if isinstance(t, Tensor)), weight.device)
         zeros = torch.zeros_like(weight, device=device)
         layer.coord_weight = nn.Parameter(zeros, weight.requires_grad)
     else:
         nn.init.zeros_(weight)
 
 
-def _loading_strictly() -> bool:
-    """The ``strict`` that the caller gave to ``load_state_dict``.
+def _load_in_progress() -> Mapping[str, Any]:
+    """The arguments that the caller gave to ``load_state_dict``; empty if it does not run.
 
     torch tells every layer ``strict=True`` and applies the caller's choice at the end, so
     it is looked up where it is: in that function's frame.
@@ -307,6 +310,6 @@ def _loading_strictly() -> bool:
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is nn.Module.load_state_dict.__code__:
-            return bool(frame.f_locals.get("strict", True))
+            return frame.f_locals
         frame = frame.f_back
-    return True
+    return {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +14,21 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.errors import PatchError
-from coordconv_patch.geometry import ConvGeometry
+from coordconv_patch.geometry import (
+    DECLARED,
+    ConvGeometry,
+    Padding,
+    pad_amounts,
+)
 
 __all__ = [
     "ADDITIONS",
     "CONV_SIGNATURES",
+    "FunctionInput",
     "branch_of",
     "conv_arguments",
     "function_geometry",
+    "function_input",
     "function_nodes",
     "function_site_name",
     "has_exported_branch",
@@ -144,6 +153,7 @@ def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
     ndim = len(shape) - 2
     name = getattr(node.target, "__name__", str(node.target))
     transposed = bool(arguments.get("transposed", "transpose" in name))
+    own = function_input(node)
     numbers: dict[str, Any] = {}
     for key, default in (
         ("stride", 1),
@@ -168,11 +178,107 @@ def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
         out_channels=shape[1] * groups if transposed else shape[0],
         kernel_size=tuple(shape[2:]),
         stride=numbers["stride"],
-        padding=numbers["padding"],
+        padding=numbers["padding"] if own.declared is None else own.declared,
         dilation=numbers["dilation"],
         groups=groups,
+        padding_mode=own.padding_mode,
         output_padding=numbers["output_padding"] if transposed else (),
     )
+
+
+@dataclass(frozen=True)
+class FunctionInput:
+    """What a functional convolution is given, before its own module pads it.
+
+    A subclass such as Conv2dSame, and ``padding_mode="circular"``, pad by an operation of
+    its own. Coordinates are those of the image before it, as for the module itself.
+
+    Attributes:
+        node: The input's node.
+        padding: How it is padded, where the function's arguments do not say it.
+        padding_mode: As torch.nn's convolutions have it.
+        declared: The ``padding`` that such a convolution would declare; ``None``: as the
+            function's arguments say.
+        amounts: The pixels of that padding, ``(before, after)`` per spatial dimension.
+    """
+
+    node: fx.Node
+    padding: Padding = DECLARED
+    padding_mode: str = "zeros"
+    declared: str | tuple[int, ...] | None = None
+    amounts: tuple[tuple[int, int], ...] = ()
+
+
+_PADS = (F.pad, _aten.pad.default, _aten.constant_pad_nd.default)
+
+
+def function_input(node: fx.Node) -> FunctionInput:
+    """The input of a functional convolution, and how it is padded.
+
+    Raises:
+        PatchError: If its own module pads it by amounts that are computed at run time.
+    """
+    arguments = conv_arguments(node)
+    source = cast(fx.Node, arguments["input"])
+    padding = arguments.get("padding", 0)
+    unpadded = padding == "valid" if isinstance(padding, str) else not any(_as_list(padding))
+    if source.target not in _PADS or not unpadded or not _is_part_of(source, node):
+        return FunctionInput(source)
+    given = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False))
+    if source.target is _aten.constant_pad_nd.default:
+        given = dict(zip(("input", "pad", "value"), source.args, strict=False))
+    given |= source.kwargs
+    flat = cast("Sequence[Any]", given["pad"])
+    if isinstance(flat, fx.Node) or any(isinstance(amount, fx.Node) for amount in flat):
+        raise PatchError("it pads by amounts that are computed at run time, from the image size")
+    mode, inner = str(given.get("mode", "constant")), cast(fx.Node, given["input"])
+    pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
+    if mode == "constant":
+        if given.get("value"):
+            return FunctionInput(source)  # a border of another value than zero is part of the image
+        return FunctionInput(inner, Padding("fixed", pairs), amounts=pairs)
+    declared = _declared_padding(node, pairs)
+    if declared is None:
+        return FunctionInput(source)
+    return FunctionInput(inner, DECLARED, mode, declared, pairs)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_part_of(node: fx.Node, convolution: fx.Node) -> bool:
+    """Whether the module that calls the convolution, or a part of it, calls another node."""
+    own, other = _module_path(convolution), _module_path(node)
+    return own == other or (bool(own) and other.startswith(f"{own}."))
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(stack.values())[-1][0])
+
+
+def _declared_padding(
+    node: fx.Node, pairs: Sequence[tuple[int, int]]
+) -> str | tuple[int, ...] | None:
+    """The ``padding`` attribute of a convolution that pads by these amounts."""
+    if all(before == after for before, after in pairs):
+        return tuple(before for before, _ in pairs)
+    arguments = conv_arguments(node)
+    dilation = _as_list(arguments.get("dilation", 1))
+    weight = arguments["weight"].meta.get("val")
+    if weight is None:
+        return None
+    kernel_size = tuple(weight.shape[2:])
+    amounts = pad_amounts(
+        DECLARED,
+        (),
+        kernel_size=kernel_size,
+        stride=(1,) * len(kernel_size),
+        dilation=dilation * len(kernel_size) if len(dilation) == 1 else dilation,
+        declared="same",
+    )
+    return "same" if amounts == list(pairs) else None
 
 
 def _shape_and_dtype(

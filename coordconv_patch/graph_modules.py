@@ -26,7 +26,10 @@ from coordconv_patch.functional import join_names
 from coordconv_patch.modes import in_mode, state_restored
 from coordconv_patch.tracing import ConvTracer, trace
 
-__all__ = ["as_graph_module"]
+__all__ = ["TrainingFlag", "as_graph_module"]
+
+FLAG_NAME = "training_flag"
+"""Name of the submodule that a :class:`TrainingFlag` is added under."""
 
 _KEPT_STATE = (
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"),
@@ -39,20 +42,44 @@ _KEPT_STATE = (
 """What a GraphModule takes over from the module that it stands for, used by the graph or not."""
 
 
-def as_graph_module(owner: str, module: nn.Module) -> fx.GraphModule:
+class TrainingFlag(nn.Module):
+    """Tells a graph whether the module that it is a part of is in training mode.
+
+    As a module, for a flag that a graph read as an attribute would be written into it as
+    a constant when the GraphModule is unpickled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["__module__"] = "torch.nn.modules.module"  # an fx leaf, see CoordConvNd
+
+    def forward(self) -> bool:
+        """Its own flag, which ``train()`` and ``eval()`` set with those of its module."""
+        return self.training
+
+
+def as_graph_module(owner: str, module: nn.Module) -> tuple[fx.GraphModule, fx.Graph, set[str]]:
     """A GraphModule that computes what a plain module computes, on the same parameters.
 
     Args:
         owner: Qualified name of the module, for messages; ``""`` for the model itself.
         module: The module, which is not changed.
 
+    Returns:
+        The GraphModule; the graph that it is to be given; and the names of the
+        :class:`TrainingFlag` modules that have to be added to it for that.
+
     Raises:
         PatchError: If one graph cannot stand for the module; says why.
     """
-    made = fx.GraphModule(module, _faithful_graph(owner, module), type(module).__name__)
+    graph = _faithful_graph(owner, module)
+    flags = {str(node.target) for node in graph.nodes if _is_flag(node)}
+    unflagged = copy.deepcopy(graph)
+    _write_flags_(unflagged, set())
+    made = fx.GraphModule(module, unflagged, type(module).__name__)
     for name in _KEPT_STATE:
         made.__dict__[name] = copy.copy(module.__dict__[name])
-    return made
+    return made, graph, flags
 
 
 def _faithful_graph(owner: str, module: nn.Module) -> fx.Graph:
@@ -159,13 +186,13 @@ def _reading_flags(module: nn.Module, trained: fx.Graph, evaluated: fx.Graph) ->
         if len(node.args) != len(other.args) or list(node.kwargs) != list(other.kwargs):
             return None
         stack = other.meta.get("nn_module_stack") or {}
-        name = join_names(str(list(stack)[-1]) if stack else "", "training")
+        name = join_names(str(list(stack)[-1]) if stack else "", FLAG_NAME)
 
         def flag_or(value: Any, trained_value: Any, name: str = name) -> Any:
             if value is False and trained_value is True:
                 if name not in flags:
                     with merged.inserting_before(first):
-                        flags[name] = merged.create_node("get_attr", name)
+                        flags[name] = merged.create_node("call_module", name)
                 return flags[name]
             return value
 
@@ -176,29 +203,37 @@ def _reading_flags(module: nn.Module, trained: fx.Graph, evaluated: fx.Graph) ->
 
 def _flags_are_right(module: nn.Module, merged: fx.Graph, flags: list[str]) -> bool:
     """Whether the graph is the module's trace with each of the modules alone in training."""
-    for alone in [*flags, None]:
+    for alone in flags:
         with in_mode(module, training=False):
-            holder = None if alone is None else alone.rpartition(".")[0]
-            if holder is not None:
-                module.get_submodule(holder).training = True
+            module.get_submodule(alone.rpartition(".")[0]).training = True
             expected = trace(module)
-        if _with_flags(merged, alone) != _normal_form(expected, {}):
+        if not _is_trace(merged, {alone}, expected):
             return False
-    return True
+    trained, evaluated = _in_both_modes(module, trace)
+    return _is_trace(merged, set(flags), trained) and _is_trace(merged, set(), evaluated)
 
 
-def _with_flags(merged: fx.Graph, training: str | None) -> list[Any]:
-    """The normal form of a graph whose flags are false, but for one."""
+def _is_trace(merged: fx.Graph, training: set[str], expected: fx.Graph) -> bool:
+    """Whether a graph is a trace, with these flags true and the others false."""
     graph = copy.deepcopy(merged)
+    _write_flags_(graph, training)
+    return _normal_form(graph, {}) == _normal_form(expected, {})
+
+
+def _write_flags_(graph: fx.Graph, training: set[str]) -> None:
+    """Write flags into a graph as constants, in place."""
     for node in list(graph.nodes):
-        if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
+        if _is_flag(node):
+            values = functools.partial(_looked_up, {node: node.target in training})
             for user in list(node.users):
-                values = {node: node.target == training}
-                user.args = fx.map_arg(user.args, functools.partial(_looked_up, values))
-                user.kwargs = fx.map_arg(user.kwargs, functools.partial(_looked_up, values))
+                user.args = fx.map_arg(user.args, values)
+                user.kwargs = fx.map_arg(user.kwargs, values)
             graph.erase_node(node)
-    return _normal_form(graph, {})
 
 
 def _looked_up(values: dict[fx.Node, bool], node: fx.Node) -> fx.Node | bool:
     return values.get(node, node)
+
+
+def _is_flag(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == FLAG_NAME

@@ -27,8 +27,13 @@ from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import guard_folding_, release_folding_
-from coordconv_patch.functional import branch_of, conv_arguments, function_nodes
-from coordconv_patch.graph_modules import as_graph_module
+from coordconv_patch.functional import (
+    branch_of,
+    conv_arguments,
+    function_input,
+    function_nodes,
+)
+from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, has_exported_branches
@@ -296,12 +301,15 @@ class _GraphEdit:
         self.owner = owner
         self.module = model.get_submodule(owner)
         self.replaces_module = not isinstance(self.module, fx.GraphModule)
+        self.added: dict[str, nn.Module] = {}
         if self.replaces_module:
-            self.target = as_graph_module(owner, self.module)
+            self.target, self.graph, flags = as_graph_module(owner, self.module)
+            for name in sorted(flags):
+                flag = self.added[name] = TrainingFlag()
+                flag.training = self.module.get_submodule(name.rpartition(".")[0]).training
         else:
             self.target = cast(fx.GraphModule, self.module)
-        self.graph = copy.deepcopy(self.target.graph)
-        self.branches: dict[str, CoordBranch] = {}
+            self.graph = copy.deepcopy(self.target.graph)
         nodes_by_site = function_nodes(owner, self.module, self.graph)
         for row in rows:
             name = row.site.name
@@ -323,15 +331,19 @@ class _GraphEdit:
             tensor = operator.attrgetter(str(weight.target))(self.target)
         else:
             tensor = weight.meta["val"]
-        self.branches[name] = CoordBranch(
-            site.geometry, coords, device=tensor.device, dtype=tensor.dtype
+        added = self.added[name] = CoordBranch(
+            site.geometry,
+            coords,
+            padding=site.padding,
+            device=tensor.device,
+            dtype=tensor.dtype,
         )
         if row.calls is not None:
-            self.branches[name].chosen_calls = row.calls
+            added.chosen_calls = row.calls
             nodes = [nodes[index] for index in row.calls.indices]
         for node in nodes:
             with self.graph.inserting_after(node):
-                branch = self.graph.call_module(name, (conv_arguments(node)["input"],))
+                branch = self.graph.call_module(name, (function_input(node).node,))
             with self.graph.inserting_after(branch):
                 total = self.graph.call_function(operator.add)
             total.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
@@ -344,8 +356,8 @@ class _GraphEdit:
 
     def commit(self) -> nn.Module:
         """Put the edited graph in place; returns the model, or what stands for it now."""
-        for name, branch in self.branches.items():
-            self.target.add_submodule(name, branch)
+        for name, module in self.added.items():
+            self.target.add_submodule(name, module)
         self.target.graph = self.graph
         if not self.replaces_module:
             return self.model

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -28,16 +29,10 @@ from coordconv_patch.functional import (
     CONV_SIGNATURES,
     conv_arguments,
     function_geometry,
+    function_input,
     is_coordinate_convolution,
     is_function_site,
     join_names,
-)
-from coordconv_patch.geometry import (
-    DECLARED,
-    ConvGeometry,
-    Padding,
-    flat_amounts,
-    pad_amounts,
 )
 
 __all__ = ["ExportedModule", "from_exported", "has_exported_branches"]
@@ -205,28 +200,18 @@ class _Branch:
         self.plain = plain = next(node for node in addition.all_input_nodes if node is not self.end)
         if plain.target not in CONV_SIGNATURES:
             raise PatchError(f"it is added to {plain.name}, which is no convolution")
-        branch_geometry = function_geometry(root, convolution)
-        plain_geometry = function_geometry(root, plain)
-        self.input = cast(fx.Node, conv_arguments(plain)["input"])
-        grid = cast(fx.Node, conv_arguments(convolution)["input"])
-        self.padding, padding_mode, declared = DECLARED, "zeros", branch_geometry.padding
-        if _is_pad(grid):
-            self.padding, padding_mode, declared = _padding_rule(grid, branch_geometry)
-            if not _is_pad(self.input):
-                raise PatchError("its grid is padded and the convolution's input is not")
-            self.input = cast(fx.Node, self.input.args[0])
-        self.coords = _convention(grid)
-        self.geometry = ConvGeometry(
-            transposed=branch_geometry.transposed,
-            in_channels=plain_geometry.in_channels,
-            out_channels=plain_geometry.out_channels,
-            kernel_size=branch_geometry.kernel_size,
-            stride=branch_geometry.stride,
-            padding=declared,
-            dilation=branch_geometry.dilation,
-            groups=plain_geometry.groups,
-            padding_mode=padding_mode,
-            output_padding=branch_geometry.output_padding,
+        geometry = function_geometry(root, plain)
+        own, given = function_input(convolution), function_input(plain)
+        if replace(own, node=given.node) != given:
+            raise PatchError("its grid is not padded as the convolution's input is")
+        self.input, self.padding = given.node, given.padding
+        self.coords = _convention(own.node)
+        branch = function_geometry(root, convolution)
+        self.geometry = replace(
+            branch,
+            in_channels=geometry.in_channels,
+            out_channels=geometry.out_channels,
+            groups=geometry.groups,
         )
 
 
@@ -252,38 +237,12 @@ def _is_assertion(node: fx.Node) -> bool:
     return node.target is _aten._assert_tensor_metadata.default
 
 
-def _is_pad(node: fx.Node) -> bool:
-    return node.target in (_aten.pad.default, _aten.constant_pad_nd.default)
-
-
-def _padding_rule(pad: fx.Node, geometry: ConvGeometry) -> tuple[Padding, str, Any]:
-    """The rule, the padding mode and the ``padding`` attribute that a pad node stands for."""
-    flat = cast("Sequence[Any]", pad.args[1])
-    if any(isinstance(amount, fx.Node) for amount in flat):
-        raise PatchError("its padding depends on the image size, which the program leaves open")
-    mode = str(pad.args[2]) if len(pad.args) > 2 and isinstance(pad.args[2], str) else "constant"
-    pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if mode == "constant":
-        return Padding("fixed", pairs), "zeros", geometry.padding
-    for declared in (tuple(before for before, _ in pairs), "same"):
-        amounts = pad_amounts(
-            DECLARED,
-            (),
-            kernel_size=geometry.kernel_size,
-            stride=geometry.stride,
-            dilation=geometry.dilation,
-            declared=declared,
-        )
-        if flat_amounts(amounts) == list(flat):
-            return DECLARED, mode, declared
-    raise PatchError(f"its padding {pairs} is none that a convolution declares")
-
-
 def _convention(grid: fx.Node) -> Coordinates:
-    for node in (grid, *_ancestors(grid)):
-        fields = _fields_of_convention(node)
-        if fields is not None:
-            return Coordinates.from_dict(fields)
+    fields = _fields_of_convention(grid)
+    if fields is not None:
+        return Coordinates.from_dict(fields)
+    if any(_fields_of_convention(node) is not None for node in _ancestors(grid)):
+        raise PatchError(f"its grid is changed on the way to the convolution, in {grid.name}")
     raise PatchError("the program does not tell the convention of its coordinates")
 
 

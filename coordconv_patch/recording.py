@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.branch import CoordBranch
-from coordconv_patch.functional import CONV_SIGNATURES, conv_arguments
+from coordconv_patch.errors import PatchError
+from coordconv_patch.functional import CONV_SIGNATURES, conv_arguments, function_input
 from coordconv_patch.inputs import run_model
 from coordconv_patch.modes import evaluating, state_restored
 
@@ -187,10 +188,23 @@ class _CallRecorder(TorchFunctionMode):
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._running.pop()
 
-    def _note(self, name: str, source: Tensor, output: Tensor, ndim: int) -> None:
+    def _note(
+        self,
+        name: str,
+        source: Tensor,
+        output: Tensor,
+        ndim: int,
+        padded: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if self._regions_noted:
             return
-        self._calls.setdefault(name, []).append(_call(source, output, ndim))
+        call = _call(source, output, ndim)
+        if padded:
+            size = [
+                length - sum(pair) for length, pair in zip(call.input_size, padded, strict=True)
+            ]
+            call = Call(tuple(size), call.output_size)
+        self._calls.setdefault(name, []).append(call)
         around = self._around.setdefault(name, list(self._running))
         shared = itertools.takewhile(
             lambda pair: pair[0] == pair[1], zip(around, self._running, strict=False)
@@ -221,10 +235,9 @@ class _CallRecorder(TorchFunctionMode):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if n in names:
-                    arguments = conv_arguments(n)
-                    weight = self.env[arguments["weight"]]
-                    source = self.env[arguments["input"]]
-                    recorder._note(names[n], source, result, weight.dim() - 2)
+                    weight = self.env[conv_arguments(n)["weight"]]
+                    source = self.env[conv_arguments(n)["input"]]
+                    recorder._note(names[n], source, result, weight.dim() - 2, _padding_amounts(n))
                 return result
 
         if not self._regions_noted:
@@ -236,6 +249,14 @@ class _CallRecorder(TorchFunctionMode):
 
     def _after_region(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._regions_noted -= 1
+
+
+def _padding_amounts(node: fx.Node) -> Sequence[tuple[int, int]]:
+    """Pixels by which the module that calls a functional convolution has padded its input."""
+    try:
+        return function_input(node).amounts
+    except PatchError:
+        return ()
 
 
 def _call(source: Tensor, output: Tensor, ndim: int) -> Call:

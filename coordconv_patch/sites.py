@@ -25,8 +25,8 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.foreign import foreign_convolutions, quantization_obstacle
 from coordconv_patch.functional import (
     branch_of,
-    conv_arguments,
     function_geometry,
+    function_input,
     function_nodes,
     function_site_name,
     has_exported_branch,
@@ -34,6 +34,7 @@ from coordconv_patch.functional import (
     join_names,
 )
 from coordconv_patch.geometry import DECLARED, ConvGeometry, Padding
+from coordconv_patch.graph_modules import TrainingFlag
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.recording import Call, GraphFunctions, Recording, record_run
 from coordconv_patch.tracing import trace
@@ -332,7 +333,7 @@ class _Finder:
 
 def _may_hold_sites(module: nn.Module) -> bool:
     """Whether tracing into a module can bring sites: torch.nn's own layers hold none."""
-    if isinstance(module, (_ConvNd, CoordBranch, torch.jit.ScriptModule)):
+    if isinstance(module, (_ConvNd, CoordBranch, TrainingFlag, torch.jit.ScriptModule)):
         return False
     return any(
         isinstance(inner, _ConvNd)
@@ -351,11 +352,15 @@ def _foreign_sites(model: nn.Module) -> Iterator[Site]:
 
 def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
     geometry: ConvGeometry | None = None
-    obstacle = ""
+    obstacle, padding = "", DECLARED
     try:
         geometries = {function_geometry(region.module, node) for node in nodes}
         geometry = geometries.pop()
         if geometries:
+            obstacle = "one weight is used with several strides or paddings"
+        paddings = {function_input(node).padding for node in nodes}
+        padding = paddings.pop()
+        if paddings:
             obstacle = "one weight is used with several strides or paddings"
     except PatchError as error:
         obstacle = str(error)
@@ -374,6 +379,7 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
         kind="function",
         class_name=getattr(target, "__name__", str(target)),
         geometry=geometry,
+        padding=padding,
         obstacle=obstacle,
         patched=any(patched),
         calls=_calls_from_meta(nodes),
@@ -387,11 +393,14 @@ def _calls_from_meta(nodes: Sequence[fx.Node]) -> tuple[Call, ...] | None:
     """Sizes that the graph itself knows (torch.export records them)."""
     calls = []
     for node in nodes:
-        source = conv_arguments(node)["input"]
-        values = [source.meta.get("val"), node.meta.get("val")]
-        if not all(isinstance(value, Tensor) for value in values):
+        try:
+            source = function_input(node).node
+        except PatchError:
             return None
-        sizes = [tuple(value.shape[2:]) for value in values]
+        values = [source.meta.get("val"), node.meta.get("val")]
+        sizes = [tuple(value.shape[2:]) for value in values if isinstance(value, Tensor)]
+        if len(sizes) < 2:
+            return None
         if not all(type(length) is int for size in sizes for length in size):
             return None
         calls.append(Call(*sizes))
