@@ -11,7 +11,13 @@ from torch import nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers import coord_layers
 
-__all__ = ["add_to_optimizer_", "coord_parameters", "param_groups", "train_only_coords_"]
+__all__ = [
+    "add_to_optimizer_",
+    "coord_parameters",
+    "coord_parameters_of",
+    "param_groups",
+    "train_only_coords_",
+]
 
 _BEHIND_COORD_WEIGHT = re.compile(r"coord_weight(_\w+)?|parametrizations\.coord_weight\..+")
 """A layer's own names: torch.nn.utils.prune makes ``coord_weight_orig`` of ``coord_weight``."""
@@ -29,12 +35,17 @@ def coord_parameters(model: nn.Module) -> list[nn.Parameter]:
     weights = {
         id(parameter): parameter
         for layer in coord_layers(model).values()
-        for name, parameter in layer.named_parameters()
-        if _BEHIND_COORD_WEIGHT.fullmatch(name)
+        for parameter in coord_parameters_of(layer)
     }
     if not weights:
         raise PatchError("the model has no coordinate weights: patch it first")
     return list(weights.values())
+
+
+def coord_parameters_of(layer: nn.Module) -> list[nn.Parameter]:
+    """The same of one coordinate layer; none if a wrapper has taken them away."""
+    named = layer.named_parameters()
+    return [parameter for name, parameter in named if _BEHIND_COORD_WEIGHT.fullmatch(name)]
 
 
 def param_groups(

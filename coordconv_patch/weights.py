@@ -35,7 +35,7 @@ from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.sites import Site, SiteMap, find_sites
-from coordconv_patch.training import coord_parameters
+from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.version import __version__
 
 __all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
@@ -382,7 +382,8 @@ def fingerprint(model: nn.Module) -> str:
         header = f"{clean_name(name)} {parameter.dtype} {tuple(parameter.shape)}\n"
         digest.update(header.encode())
         if not parameter.is_meta:
-            values = _gathered(parameter).contiguous()
+            # A copy: memory that NumPy has seen cannot be resized any more, as FSDP does.
+            values = _gathered(parameter).contiguous().clone()
             digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -420,10 +421,10 @@ def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
                 "If a library has moved the weights away, let it bring them back first "
                 "(accelerate.hooks.remove_hook_from_submodules)"
             )
-        if tuple(layer.coord_weight.shape) != shape:
+        if tuple(layer.coord_weight.shape) != shape or not coord_parameters_of(layer):
             raise WeightsError(
-                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} "
-                f"instead of {shape}: a wrapper holds its values elsewhere. Gather the parameters "
+                f"the coordinate weight of {name} is not a whole parameter: a wrapper has "
+                "flattened it and holds its values elsewhere. Gather the parameters "
                 "first (FullyShardedDataParallel.summon_full_params, "
                 "deepspeed.zero.GatheredParameters), or shard with fully_shard"
             )

@@ -115,9 +115,10 @@ def assert_same_state(
     right = right.state_dict() if isinstance(right, nn.Module) else right
     assert set(left) == set(right)
     for name, value in left.items():
+        value = value.detach()
         scale = float(value.abs().max()) + 1e-3
         torch.testing.assert_close(
-            right[name],
+            right[name].detach(),
             value,
             rtol=0,
             atol=tolerance * scale,

@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``): weights spread over two processes train as in one process."""
+"""FSDP2 (``fully_shard``), and FSDP1: weights spread over two processes train as in one process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import coordconv_patch as ccp
-from coordconv_patch.errors import SelectionError
+from coordconv_patch.errors import SelectionError, WeightsError
 from tools.ranks import RANKS, Ranks
 from tools.steps import (
     STARTS,
@@ -135,3 +135,31 @@ def test_sharded_model_is_not_patched(ranks: Ranks) -> None:
     for message, names in ranks.run(patching_error):
         assert "patch the model before sharding it" in message
         assert names == [name for name, _ in Net().named_parameters()]
+
+
+def train_flattened(rank: int, folder: str) -> dict[str, Tensor]:
+    """FSDP1: ``save_coords`` refuses shards of flattened weights, and saves them gathered."""
+    model = patched_net(0.2).eval()
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    shard = [(images[rank::RANKS], targets[rank::RANKS]) for images, targets in batches()]
+    train(wrapped, shard, torch.optim.SGD(wrapped.parameters(), lr=0.1))
+    path = Path(folder, f"coords.{rank}")
+    with pytest.raises(WeightsError, match="flattened"):
+        ccp.save_coords(wrapped, path)
+    with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+        ccp.save_coords(wrapped, path)
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_flattened_weights_of_fsdp1_train_and_are_saved_once_gathered(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    expected = patched_net(0.2).eval()
+    train(expected, optimizer=torch.optim.SGD(expected.parameters(), lr=0.1))
+    parameters = dict(expected.named_parameters())
+    for rank, found in enumerate(ranks.run(train_flattened, str(tmp_path))):
+        assert_same_state(parameters, found)
+        plain = ccp.unpatch(patched_net(0.0))
+        plain.load_state_dict({k: v for k, v in found.items() if "coord" not in k}, strict=False)
+        loaded = ccp.load_coords(plain, tmp_path / f"coords.{rank}")
+        assert_same_state(found, dict(loaded.named_parameters()), tolerance=0.0)
