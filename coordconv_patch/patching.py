@@ -380,6 +380,13 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
                 "use from_exported(program) in place of program.module()"
             )
         raise PatchError("the model is not patched: it has no coordinate layers")
+    computed = [name for name, layer in layers.items() if "coord_weight" not in layer._parameters]
+    if computed:
+        raise PatchError(
+            f"the coordinate weight of {computed[0]} is parametrized or pruned: first "
+            "torch.nn.utils.parametrize.remove_parametrizations(conv, 'coord_weight') or "
+            "torch.nn.utils.prune.remove(conv, 'coord_weight')"
+        )
     if discard:
         return
     trained = [

@@ -22,7 +22,7 @@ from coordconv_patch.branch import CoordBranch
 from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
 from coordconv_patch.errors import PatchError
-from coordconv_patch.foreign import foreign_convolutions, quantization_obstacle
+from coordconv_patch.foreign import adapter_obstacle, foreign_convolutions, quantization_obstacle
 from coordconv_patch.functional import (
     branch_of,
     function_geometry,
@@ -264,7 +264,8 @@ class _Finder:
         for module, names in self.names.items():
             if not isinstance(module, _ConvNd):
                 continue
-            obstacle, padding = quantization_obstacle(module), DECLARED
+            obstacle = quantization_obstacle(module) or adapter_obstacle(self.model, names[0])
+            padding = DECLARED
             patched = isinstance(module, CoordConvNd) or chosen_calls_of(module) is not None
             lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
             if patched:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
+import onnx_ir
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,10 +25,12 @@ from coordconv_patch.export.axes import (
     inputs_to_check,
 )
 from coordconv_patch.export.exporters import write_graph
+from coordconv_patch.export.ordering import order_additions_
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.verify import Check, Verifier, tensors_in
 from coordconv_patch.inputs import in_signature_order
+from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
 
 __all__ = [
@@ -99,12 +102,13 @@ def export_onnx(
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
     with replacing(path) as temporary, progress:
         lowered_model = _evaluation_copy(model)
+        folded = fold_batch_norms_(lowered_model)
         lowered = lower_(lowered_model, example_inputs, choose)
         progress.set_description("exporting")
         progress.update()
         request.model = lowered_model
         used, notes = write_graph(request, temporary, exporter)
-        proto = onnx.load(temporary)
+        proto = _in_order(temporary)
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -127,6 +131,7 @@ def export_onnx(
                 proto, lowered.constants, batch_size(tensors_in(example_inputs))
             ),
             lowerings=dict(lowered.lowerings),
+            folded_batch_norms=sum(bool(folding.convolution) for folding in folded),
             exporter=used,
             opset=max(entry.version for entry in proto.opset_import if entry.domain == ""),
             provider=working[0],
@@ -134,6 +139,16 @@ def export_onnx(
             checks=checks,
             notes=tuple(notes),
         )
+
+
+def _in_order(path: Path) -> onnx.ModelProto:
+    """Order the additions in a file that was just exported, and load it."""
+    weights_are_inside = len(list(path.parent.iterdir())) == 1
+    if weights_are_inside:
+        model = onnx_ir.load(path)
+        if order_additions_(model.graph):
+            onnx_ir.save(model, path)
+    return onnx.load(path)
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:

@@ -26,6 +26,7 @@ class ExportReport:
         nodes: Number of nodes by operator.
         coord_constant_bytes: Bytes of coordinate constants in the graph.
         lowerings: The lowering of each patched site, by site name.
+        folded_batch_norms: Batch norms that went into the convolutions before them.
         exporter: ``"dynamo"`` (torch.export) or ``"torchscript"``.
         opset: The ONNX operator set.
         provider: The execution provider that the check ran on.
@@ -39,6 +40,7 @@ class ExportReport:
     nodes: dict[str, int]
     coord_constant_bytes: int
     lowerings: dict[str, str]
+    folded_batch_norms: int
     exporter: str
     opset: int
     provider: str
@@ -62,6 +64,7 @@ class ExportReport:
         table.add_row("exporter", self.exporter)
         table.add_row("nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items()))
         table.add_row("coordinate sites", forms or "none")
+        table.add_row("batch norms folded", str(self.folded_batch_norms))
         table.add_row("coordinate constants", f"{self.coord_constant_bytes:,} bytes")
         table.add_row(
             "dynamic axes",
