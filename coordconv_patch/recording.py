@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -100,7 +101,9 @@ def record_run(
 ) -> Recording:
     """As :func:`record_calls`, with who called each site, and functions that are no sites."""
     recorder = _CallRecorder(model, modules, functions)
-    with evaluating(model), state_restored(model), recorder:
+    with evaluating(model), state_restored(model), warnings.catch_warnings(), recorder:
+        # The model's warnings would seem to come from here, where its functions are watched.
+        warnings.simplefilter("ignore", UserWarning)
         run_model(model, example_inputs)
     return recorder.recording()
 

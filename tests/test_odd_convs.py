@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from concat_model import ConcatConv2d
+from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +56,7 @@ class Head(nn.Module):
         self.checkpointed = False
 
     def level(self, feature: Tensor) -> Tensor:
-        return self.out(self.conv(feature).relu())
+        return self.out(self.conv(input=feature).relu())
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         assert all(len(feature) for feature in features)
@@ -113,6 +114,44 @@ def test_chosen_call_equals_concatenation(x: Tensor) -> None:
     level = F.max_pool2d(model.stem(x), 2)
     expected = model.head.out(ConcatConv2d(layer)(level).relu())
     torch.testing.assert_close(patched(x)[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_calls_are_counted_where_all_of_them_come_together(x: Tensor) -> None:
+    """A tower inside the head is called once a level, so its own calls tell nothing apart."""
+
+    class Towers(Head):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+        def level(self, feature: Tensor) -> Tensor:
+            return self.tower(feature)
+
+    model = pyramid()
+    model.head = Towers()
+    (site,) = [site for site in find_sites(model, x).sites if site.name == "head.tower.0"]
+    assert site.caller == "head"
+    patched = fill_coords_(ccp.patch(model, "head.tower.0@1", example_inputs=x))
+    equal = [torch.equal(a, b) for a, b in zip(patched(x), model(x), strict=True)]
+    assert equal == [True, False, True]
+
+
+def test_chosen_call_pads_as_its_convolution_does(x: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = Conv2dSame(3, 3, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))
+
+    torch.manual_seed(0)
+    model = Twice()
+    patched = fill_coords_(ccp.patch(model, "conv@1", example_inputs=x))
+    layer = copy.deepcopy(model.conv)
+    layer.coord_weight = patched.conv.coord_branch.coord_weight
+    expected = ConcatConv2d(layer)(model.conv(x))
+    torch.testing.assert_close(patched(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_the_chosen_call_alone(x: Tensor) -> None:
@@ -200,8 +239,10 @@ def test_impossible_calls_are_refused(where: str, inputs: bool, message: str, x:
 
 def test_call_outside_its_caller_is_an_error_and_no_miscount(x: Tensor) -> None:
     patched = patched_at("head.conv@1", x)
-    with pytest.raises(PatchError, match="called outside of it"):
-        patched.head.conv(x)
+    for _ in range(2):  # before the first pass and after one
+        with pytest.raises(PatchError, match="called outside of it"):
+            patched.head.conv(x)
+        patched(x)
     broken = patched.head.register_forward_pre_hook(_broken)
     with pytest.raises(ValueError, match="broken"):
         patched(x)
@@ -640,11 +681,8 @@ def test_lazy_model_is_refused_until_it_has_run(x: Tensor) -> None:
     assert not coord_layers(model)
     expected = model(x)
     patched = ccp.patch_(model, "all")
-    assert [type(layer) for layer in patched] == [
-        ccp.CoordConv2d,
-        ccp.CoordConv2d,
-        ccp.CoordConvTranspose2d,
-    ]
+    kinds = (ccp.CoordConv2d, ccp.CoordConv2d, ccp.CoordConvTranspose2d)
+    assert all(map(isinstance, patched, kinds))
     assert torch.equal(patched(x), expected)
 
 
