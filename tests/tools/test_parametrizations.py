@@ -151,7 +151,7 @@ COORD_TOOLS: dict[str, Apply] = {
 }
 
 
-@pytest.mark.parametrize("tool", [name for name in COORD_TOOLS if name != "spectral_norm"])
+@pytest.mark.parametrize("tool", COORD_TOOLS)
 def test_computed_coordinate_weights_train_like_in_the_published_form(tool: str) -> None:
     model, reference = patched_net(0.2), concatenating(patched_net(0.2))
     for net in (model, reference):

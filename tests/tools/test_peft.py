@@ -180,7 +180,9 @@ def test_model_with_lora_is_patched_at_its_base_layers(start: str) -> None:
 
 def test_adapters_convolutions_are_not_patched() -> None:
     adapted = with_lora(Net(), "conv1")
-    patched = ccp.patch(adapted, ["*.conv2", "*.base_layer"])
+    with pytest.warns(UserWarning, match=r"lora_A.default: it is part of a PEFT adapter"):
+        patched = ccp.patch(adapted, "all")
     assert len(ccp.coord_parameters(patched)) == 2
-    with pytest.raises(SelectionError, match="lora_A"):
+    assert isinstance(patched.base_model.model.conv1.base_layer, ccp.CoordConv2d)
+    with pytest.raises(SelectionError, match="whose merging would drop the coordinates"):
         ccp.patch(adapted, "*.lora_A.default")
