@@ -49,7 +49,9 @@ def state_restored(model: nn.Module) -> Iterator[None]:
     before = [_state_of(module) for module in python_modules]
     containers = _Containers()
     for module in python_modules:
-        containers.note(value for name, value in vars(module).items() if name not in _TORCH_OWN)
+        containers.note(
+            value for name, value in vars(module).items() if name not in _RESTORED_ABOVE
+        )
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(_cuda_devices(model)):
@@ -79,8 +81,9 @@ def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
             holder[name] = value
 
 
-_TORCH_OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has: parameters, hooks and so on."""
+_RESTORED_ABOVE = frozenset({"_parameters", "_buffers", "_modules"})
+"""Containers that :func:`_state_of` has in its care. Hooks are not: transformers hangs some on
+a model in its first forward pass, and notes in an attribute that it has."""
 
 
 class _Containers:

@@ -25,6 +25,7 @@ __all__ = [
     "Call",
     "GraphFunctions",
     "Recording",
+    "record_arguments",
     "record_calls",
     "record_run",
 ]
@@ -106,6 +107,40 @@ def record_run(
         warnings.simplefilter("ignore", UserWarning)
         run_model(model, example_inputs)
     return recorder.recording()
+
+
+def record_arguments(
+    model: nn.Module, example_inputs: Any, modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run the model once on the example inputs; what each module was first called with.
+
+    Args:
+        model: The model; left as it was.
+        example_inputs: See :func:`coordconv_patch.inputs.split_inputs`.
+        modules: The modules to watch, by name.
+
+    Returns:
+        Positional and keyword arguments, by name; modules that are never called are absent.
+
+    Raises:
+        PatchError: If the forward pass fails.
+    """
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(name, (args, kwargs))
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        with evaluating(model), state_restored(model):
+            run_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 class _CallRecorder(TorchFunctionMode):

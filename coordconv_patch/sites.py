@@ -36,8 +36,15 @@ from coordconv_patch.functional import (
 from coordconv_patch.geometry import DECLARED, ConvGeometry, Padding
 from coordconv_patch.graph_modules import TrainingFlag
 from coordconv_patch.layers import CoordConvNd
-from coordconv_patch.recording import Call, GraphFunctions, Recording, record_run
-from coordconv_patch.tracing import trace
+from coordconv_patch.modes import evaluating
+from coordconv_patch.recording import (
+    Call,
+    GraphFunctions,
+    Recording,
+    record_arguments,
+    record_run,
+)
+from coordconv_patch.tracing import trace, trace_call
 
 __all__ = [
     "Region",
@@ -55,11 +62,14 @@ class Region:
         name: Qualified name of the submodule, ``""`` for the whole model.
         module: The submodule itself.
         graph: Its graph, with convolution modules as leaves.
+        of_one_call: Whether the graph is what one call on the example inputs did, because
+            symbolic tracing fails: for reading only.
     """
 
     name: str
     module: nn.Module = field(repr=False, compare=False)
     graph: fx.Graph = field(repr=False, compare=False)
+    of_one_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,8 @@ def find_sites(
         return SiteMap(tuple(_foreign_sites(model)), (), False, "it is a TorchScript module")
     finder = _Finder(model, probe_padding)
     finder.trace("", model)
+    if example_inputs is not None:
+        finder.trace_calls(example_inputs)
     sites = [*finder.module_sites(), *_foreign_sites(model), *finder.function_sites()]
     order: list[str] | None = finder.execution_order("")
     if example_inputs is not None:
@@ -201,6 +213,8 @@ class _Finder:
         self.regions: list[Region] = []
         self.region_of: dict[str, Region] = {}
         self.leaves: set[str] = set()
+        self.region_of_call: dict[str, Region] = {}
+        self.failed: list[str] = []
         self.untraced = ""
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -217,6 +231,7 @@ class _Finder:
         except Exception as error:
             if not name:
                 self.untraced = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            self.failed.append(name)
             self._trace_children(name, module)
             return
         region = Region(name, module, graph)
@@ -235,6 +250,29 @@ class _Finder:
             full_name = self.names[child][0]
             if full_name == join_names(name, child_name) and _may_hold_sites(child):
                 self.trace(full_name, child)
+
+    def trace_calls(self, example_inputs: Any) -> None:
+        """Regions of one call, around the convolutions that no symbolic graph holds."""
+        left = {
+            names[0]
+            for module, names in self.names.items()
+            if isinstance(module, _ConvNd) and self._region_around(names[0]) is None
+        }
+        around = [name for name in self.failed if any(_is_in(conv, name) for conv in left)]
+        modules = {name: self.model.get_submodule(name) for name in around}
+        arguments = record_arguments(self.model, example_inputs, modules) if modules else {}
+        for name in around:  # outer modules first
+            if name not in arguments or not any(_is_in(conv, name) for conv in left):
+                continue
+            try:
+                with evaluating(self.model):
+                    graph = trace_call(modules[name], *arguments[name])
+            except Exception:
+                continue
+            region = Region(name, modules[name], graph, of_one_call=True)
+            self.regions.append(region)
+            self.region_of_call[name] = region
+            left = {conv for conv in left if not _is_in(conv, name)}
 
     def execution_order(self, name: str) -> list[str] | None:
         """Names of the sites in the order in which a submodule runs them; None if unknown."""
@@ -292,15 +330,17 @@ class _Finder:
         self._progress.close()
 
     def _region_around(self, name: str) -> Region | None:
-        while name:
-            name = name.rpartition(".")[0]
-            if name in self.region_of:
-                return self.region_of[name]
+        for regions in (self.region_of, self.region_of_call):
+            outer = name
+            while outer:
+                outer = outer.rpartition(".")[0]
+                if outer in regions:
+                    return regions[outer]
         return None
 
     def function_sites(self) -> Iterator[Site]:
         """The functional convolutions in the traced graphs; calls of one weight are one site."""
-        for region in self.regions:
+        for region in self.region_of.values():
             for name, nodes in function_nodes(region.name, region.module, region.graph).items():
                 yield _function_site(region, name, nodes)
 
@@ -330,6 +370,10 @@ class _Finder:
                 return False
             name = name.rpartition(".")[0]
         return True
+
+
+def _is_in(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 def _may_hold_sites(module: nn.Module) -> bool:

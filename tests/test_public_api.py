@@ -26,13 +26,14 @@ PUBLIC = {
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
     "from_exported",
+    *("fold", "fold_with"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
     "__version__",
 }
 
 FLOORS: list[set[str]] = [
     {"version", "errors", "atomic", "modes", "inputs"},
-    {"coords"},
+    {"coords", "norms"},
     {"geometry"},
     {"branch", "map_cache"},
     {"layers"},

@@ -209,8 +209,19 @@ def test_first_of_an_untraceable_model_goes_by_the_recorded_order(x: Tensor) -> 
 
 def test_convolution_outside_every_region_is_a_site(x: Tensor) -> None:
     model = Untraceable(nn.Conv2d(3, 3, 1))
+    (site,) = find_sites(model).sites
+    assert (site.name, site.region) == ("part0", None)
+
+
+def test_a_call_on_the_example_inputs_makes_a_region_where_tracing_fails(x: Tensor) -> None:
+    model = Untraceable(nn.Conv2d(3, 3, 1))
     (site,) = find_sites(model, x).sites
-    assert (site.name, site.region, site.order) == ("part0", None, 0)
+    assert site.order == 0
+    assert site.region is not None
+    assert (site.region.name, site.region.of_one_call) == ("", True)
+    assert [node.target for node in site.region.graph.nodes if node.op == "call_module"] == [
+        "part0"
+    ]
 
 
 def test_functional_convolution_in_a_region_is_a_site(x: Tensor) -> None:
@@ -659,3 +670,30 @@ def test_levit_is_unharmed_by_planning_in_evaluation() -> None:
     model = timm.create_model("levit_128s").eval()
     find_sites(model)
     assert not any(getattr(module, "attention_bias_cache", None) for module in model.modules())
+
+
+def test_hooks_that_a_first_forward_pass_hangs_on_are_taken_off_again() -> None:
+    """transformers does so, and notes in an attribute that it has."""
+
+    class Hooking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.has_hooks = False
+            self.seen = 0
+
+        def count(self, *unused: Any) -> None:
+            self.seen += 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.has_hooks:
+                self.conv.register_forward_hook(self.count)
+                self.has_hooks = True
+            return self.conv(x)
+
+    model = Hooking()
+    x = torch.randn(1, 3, 8, 8)
+    find_sites(model, x)
+    assert not model.conv._forward_hooks
+    model(x)
+    assert model.seen == 1
