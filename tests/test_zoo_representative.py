@@ -148,7 +148,7 @@ def cut_the_gradient(model: nn.Module) -> None:
 
 def ignore_coordinates(model: nn.Module) -> None:
     for layer in (model.stem, model.twice):
-        layer.compute_branch = lambda size, padding, layer=layer: layer.coord_weight.sum() * 0
+        layer.compute_branch = lambda *args, layer=layer: layer.coord_weight.sum() * 0
 
 
 def keep_a_local_object(model: nn.Module) -> None:
@@ -180,11 +180,12 @@ def test_checks_catch_a_fault(fault: Callable[[nn.Module], Any], finding: str) -
     assert any(problem.startswith(finding) for problem in problems)
 
 
-def swapped_axes(layer: CoordConvNd, size: Any, padding: Any, right: Any) -> Tensor:
+def swapped_axes(layer: CoordConvNd, *arguments: Any) -> Tensor:
+    *arguments, right = arguments
     weight = layer.coord_weight
     layer.coord_weight = nn.Parameter(weight.flip(1))
     try:
-        return right(layer, size, padding)
+        return right(layer, *arguments)
     finally:
         layer.coord_weight = weight
 
@@ -356,7 +357,7 @@ def test_expected_failures_are_the_plain_models() -> None:
         for stage in STAGES
         if stage in row
     }
-    assert set(found["rows"]) == set(CATALOGUE)
+    assert set(found["rows"]) <= set(CATALOGUE)
     assert {key for key, verdict in verdicts.items() if verdict == "plain fails"} == set(
         expected_failures()
     )

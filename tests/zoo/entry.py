@@ -21,8 +21,8 @@ class Entry:
         build: Makes the model. Libraries are imported here, not before.
         inputs: Example inputs, as ``ccp.patch`` takes them; the same values every time.
         train_inputs: Inputs for the training mode (targets, say); ``None``: ``inputs``.
-        refused: Why some convolutions of the model are refused, a part of the message;
-            empty: none may be.
+        refused: Why some convolutions of the model are refused, a pattern of the
+            message; empty: none may be.
     """
 
     name: str

@@ -89,11 +89,13 @@ def _judge_torch(row: dict[str, Any]) -> tuple[Verdict, list[str]]:
         return "plain fails", [f"the plain model: {row['plain']}"]
     if "patch" in row:
         return "fails", [f"patch: {row['patch']}"]
-    problems = [f"{name}: {row[name]}" for name in FINDINGS if row[name] != "ok"]
-    ours = [name for name in FINDINGS if row[name] != "ok" and not row[name].startswith("plain: ")]
-    if ours:
-        return "fails", problems
-    return ("plain fails" if problems else "passes"), problems
+    # What the plain model cannot do either, such as being pickled, is not asked for.
+    problems = [
+        f"{name}: {row[name]}"
+        for name in FINDINGS
+        if row[name] != "ok" and not row[name].startswith("plain: ")
+    ]
+    return ("fails" if problems else "passes"), problems
 
 
 def _judge_onnx(row: dict[str, Any]) -> tuple[Verdict, list[str]]:
