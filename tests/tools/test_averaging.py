@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from concat_model import concatenating
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import coordconv_patch as ccp
-from tools.steps import STARTS, Net, batches, loss_of, patched_net, sgd, train
+from tools.steps import STARTS, Net, batches, fill_coords_, loss_of, patched_net, sgd, train
 
 DECAY = 0.5
 
@@ -63,9 +64,22 @@ def test_timms_average_includes_coordinates(start: str, foreach: bool) -> None:
     seen = coordinates_step_by_step(model, average)
     expected = decayed(begin, seen)
     torch.testing.assert_close(average.module.conv1.coord_weight, expected)
-    with torch.no_grad():  # and the outputs use the averaged weights, not a map that was kept
-        plain = ccp.unpatch(average.module, discard=True)
-        assert not torch.allclose(average.module(batches()[0][0]), plain(batches()[0][0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [AveragedModel, ModelEmaV3])
+def test_outputs_of_an_average_follow_its_updates(make: type[nn.Module]) -> None:
+    model = patched_net(0.2)
+    average = make(model).eval()
+    update = average.update if isinstance(average, ModelEmaV3) else average.update_parameters
+    images = batches()[0][0]
+    for scale in (0.4, 0.0, 0.6):
+        before = average.module(images)  # a layer keeps its map from here
+        fill_coords_(model, scale)
+        update(model)
+        after = average.module(images)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, concatenating(average.module)(images))
 
 
 @pytest.mark.parametrize("make", [AveragedModel, ModelEmaV3])
