@@ -14,7 +14,6 @@ from rich.markup import escape
 from torch import nn
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
-from coordconv_patch.branch import CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.bench import bench_onnx
@@ -239,11 +238,9 @@ def bench_command(
     with torch.no_grad():
         for layer in coord_layers(patched).values():
             layer.coord_weight.normal_(std=0.01, generator=generator)
-    functional = any(isinstance(layer, CoordBranch) for layer in coord_layers(patched).values())
     report = bench_onnx(
         patched,
         example,
-        lowerings=("map", "branch") if functional else ("channels", "map", "branch"),
         providers=provider,
         threads=threads,
         repeats=repeats,

@@ -1,4 +1,4 @@
-"""Example inputs: a tensor, or a tuple of arguments with a dict of keywords last."""
+"""What calls get: a model, and example inputs as a tensor or a tuple of arguments."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from coordconv_patch.errors import PatchError
 
 __all__ = [
+    "check_is_module",
     "describe_inputs",
     "in_signature_order",
     "run_model",
     "split_inputs",
     "takes_image_list",
 ]
+
+
+def check_is_module(model: Any) -> None:
+    """Check that a model is a module.
+
+    Raises:
+        PatchError: If it is something else, an exported program say.
+    """
+    if isinstance(model, ExportedProgram):
+        raise PatchError(
+            "the model is an exported program: coordconv_patch.from_exported(program) makes a "
+            "module of it"
+        )
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"the model is no torch.nn.Module but {type(model).__name__}")
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

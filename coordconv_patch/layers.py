@@ -24,6 +24,7 @@ from coordconv_patch.geometry import (
     ConvGeometry,
     Padding,
 )
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
 
 __all__ = [
@@ -424,7 +425,11 @@ def coord_layers(model: nn.Module) -> dict[str, CoordConvNd | CoordBranch]:
     """Every layer of a model that holds a coordinate weight, by site name, each once.
 
     In order of registration.
+
+    Raises:
+        PatchError: If this is no module.
     """
+    check_is_module(model)
     found: dict[str, CoordConvNd | CoordBranch] = {}
     for name, module in model.named_modules():
         if isinstance(module, CoordConvNd):

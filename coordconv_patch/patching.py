@@ -36,7 +36,7 @@ from coordconv_patch.functional import (
 from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.plan import Plan, PlanRow, plan
-from coordconv_patch.programs import from_exported, has_exported_branches
+from coordconv_patch.programs import from_exported, why_not_patched
 from coordconv_patch.select import Where
 from coordconv_patch.sites import Site
 
@@ -169,7 +169,7 @@ def set_window_(model: nn.Module, window: Window | None) -> nn.Module:
     """
     layers = coord_layers(model)
     if not layers:
-        raise PatchError("the model has no coordinate layers: patch it first")
+        raise PatchError(why_not_patched(model))
     changed = {
         name: dataclasses.replace(layer.coords, window=window) for name, layer in layers.items()
     }
@@ -374,12 +374,7 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
     check_not_wrapped(model)
     layers = coord_layers(model)
     if not layers:
-        if any(map(has_exported_branches, model.modules())):
-            raise PatchError(
-                "the model is the module of an exported program, whose coordinates are no layers: "
-                "use from_exported(program) in place of program.module()"
-            )
-        raise PatchError("the model is not patched: it has no coordinate layers")
+        raise PatchError(why_not_patched(model))
     computed = [name for name, layer in layers.items() if "coord_weight" not in layer._parameters]
     if computed:
         raise PatchError(

@@ -35,7 +35,7 @@ from coordconv_patch.functional import (
     join_names,
 )
 
-__all__ = ["ExportedModule", "from_exported", "has_exported_branches"]
+__all__ = ["ExportedModule", "from_exported", "why_not_patched"]
 
 _aten = torch.ops.aten
 
@@ -164,6 +164,16 @@ def from_exported(program: ExportedProgram | fx.GraphModule) -> nn.Module:
     made.graph.lint()
     made.recompile()
     return made
+
+
+def why_not_patched(model: nn.Module) -> str:
+    """What to say of a model in which no coordinate layers were found."""
+    if any(map(has_exported_branches, model.modules())):
+        return (
+            "the model is the module of an exported program, whose coordinates are no layers: use "
+            "from_exported(program) in place of program.module()"
+        )
+    return "the model is not patched, it has no coordinate layers: patch it first"
 
 
 def has_exported_branches(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers import coord_layers
+from coordconv_patch.programs import why_not_patched
 
 __all__ = [
     "add_to_optimizer_",
@@ -38,7 +39,7 @@ def coord_parameters(model: nn.Module) -> list[nn.Parameter]:
         for parameter in coord_parameters_of(layer)
     }
     if not weights:
-        raise PatchError("the model has no coordinate weights: patch it first")
+        raise PatchError(why_not_patched(model))
     return list(weights.values())
 
 

@@ -34,6 +34,7 @@ from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
+from coordconv_patch.programs import why_not_patched
 from coordconv_patch.sites import Site, SiteMap, find_sites
 from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.version import __version__
@@ -104,7 +105,7 @@ def save_coords(
     model = unwrapped(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     if not layers:
-        raise WeightsError("the model has no coordinate weights to save: patch it first")
+        raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
     _check_whole(layers)
     path = Path(path)
     obstacle = obstacle_to_writing(path)

@@ -602,7 +602,7 @@ def test_torchvisions_own_detectors(
     assert report.exporter == "torchscript"
     other = [picture("coffee", 240, 320)]
     expected = reference(model, other)
-    assert_means_something(expected)
+    assert_means_something(expected, dozens=1)  # key points know one class only
     print(
         f"| {name} | {where} | {len(expected[0]['scores'])} | {report.worst_difference:.1g} | "
         f"{report.file_size / 1e6:.0f} |"

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -573,3 +574,26 @@ def _check_commands(folder: Path, said: list[str]) -> None:
             weight.zero_()
     ccp.load_coords_(model, folder / "cli.safetensors")
     assert torch.equal(model(wanted["x"]), wanted["y"])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        ccp.coord_parameters,
+        lambda program: ccp.save_coords(program, "never.safetensors"),
+        lambda program: ccp.export_onnx(program, "never.onnx", torch.zeros(1, 3, 8, 8)),
+        ccp.fold,
+    ],
+)
+def test_a_program_where_a_module_is_wanted_names_from_exported(use: Any) -> None:
+    program = torch.export.export(nn.Conv2d(3, 4, 3), (torch.zeros(1, 3, 8, 8),))
+    with pytest.raises(PatchError, match=r"from_exported\(program\) makes a module of it"):
+        use(program)
+    assert not Path("never.onnx").exists()
+
+
+def test_coordinates_of_a_programs_own_module_are_asked_for_by_from_exported() -> None:
+    model = ccp.patch(nn.Conv2d(3, 4, 3), "all")
+    program = torch.export.export(model, (torch.zeros(1, 3, 8, 8),))
+    with pytest.raises(PatchError, match=r"in place of program.module\(\)"):
+        ccp.coord_parameters(program.module())

@@ -68,7 +68,7 @@ def test_coord_parameters_of_a_graph_module_include_its_branches() -> None:
 
 
 def test_coord_parameters_of_a_plain_model_is_an_error() -> None:
-    with pytest.raises(PatchError, match="no coordinate weights: patch it first"):
+    with pytest.raises(PatchError, match="no coordinate layers: patch it first"):
         ccp.coord_parameters(Net())
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
+from coordconv_patch.branch import CoordBranch
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.providers import make_session, working_providers
 from coordconv_patch.export.verify import tensors_in
@@ -85,11 +86,16 @@ class BenchReport:
         return table
 
 
+def _lowerings_of(model: nn.Module) -> tuple[str, ...]:
+    functional = any(isinstance(layer, CoordBranch) for layer in coord_layers(model).values())
+    return ("map", "branch") if functional else ("channels", "map", "branch")
+
+
 def bench_onnx(
     model: nn.Module,
     example_inputs: Any,
     *,
-    lowerings: Sequence[str] = ("channels", "map", "branch"),
+    lowerings: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
     threads: int = 0,
     repeats: int = 30,
@@ -99,7 +105,8 @@ def bench_onnx(
     Args:
         model: A patched model.
         example_inputs: The inputs to run on; they set batch and image size.
-        lowerings: The forms to time, see :mod:`coordconv_patch.passes.lower`.
+        lowerings: The forms to time, see :mod:`coordconv_patch.passes.lower`; ``None``: all
+            with coordinates of one size that the model can take.
         providers: Execution providers; ``None``: those that work here.
         threads: Threads within an operator; 0: ONNX Runtime's choice.
         repeats: Timed runs of each variant.
@@ -111,7 +118,7 @@ def bench_onnx(
     working = working_providers(providers)
     plain = unpatch(model, discard=True)
     variants: dict[str, tuple[nn.Module, str]] = {"plain": (plain, "auto")}
-    variants |= {lowering: (model, lowering) for lowering in lowerings}
+    variants |= {lowering: (model, lowering) for lowering in lowerings or _lowerings_of(model)}
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(example_inputs)]
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Callable[[], Any]] = {}

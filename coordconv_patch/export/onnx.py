@@ -29,7 +29,7 @@ from coordconv_patch.export.ordering import order_additions_
 from coordconv_patch.export.providers import CPU, working_providers
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.verify import Check, Verifier, tensors_in
-from coordconv_patch.inputs import in_signature_order
+from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
 
@@ -93,6 +93,7 @@ def export_onnx(
     """
     path = Path(path)
     _check_path(path)
+    check_is_module(model)
     working = working_providers(providers)
     choose = _lowering_rule(lowering, working[0], dynamic_batch, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)

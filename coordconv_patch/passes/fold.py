@@ -26,6 +26,7 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import release_folding_
 from coordconv_patch.functional import join_names
 from coordconv_patch.geometry import CONV_FUNCTIONS, TORCH_CONVS
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.norms import is_batch_norm, norm_affine
 from coordconv_patch.patching import copied
@@ -64,8 +65,9 @@ def fold(model: nn.Module) -> nn.Module:
         The copy, in evaluation mode, with gradients off.
 
     Raises:
-        PatchError: If the model cannot be deep-copied.
+        PatchError: If the model is no module, or cannot be deep-copied.
     """
+    check_is_module(model)
     folded = copied(model)
     folded.eval()
     fold_batch_norms_(folded)
