@@ -172,7 +172,7 @@ def _check_foldable(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
     weights: dict[int, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, CoordBranch):
-            reason = "is a functional convolution with coordinates"
+            reason = "has coordinates in a graph or at chosen calls only"
         elif parametrize.is_parametrized(layer):
             reason = "is parametrized (remove_parametrizations(...) first)"
         elif id(layer.weight) in weights:
@@ -274,6 +274,7 @@ class _Probes:
                         f"coordinates cannot follow{_INSTEAD}"
                     )
                 _check_followed(name, conv, change, doubled[name] - tensor)
+                _check_not_for_quantization(zero, owner)
                 reached[owner] = check_convertible(conv)
         return reached
 
@@ -334,6 +335,16 @@ def _check_followed(name: str, conv: _ConvNd, change: Tensor, doubled_in_last: T
     if change.count_nonzero() != in_first.count_nonzero():
         raise PatchError(
             f"folding mixes the input channels of {name}, so coordinates cannot follow it{_INSTEAD}"
+        )
+
+
+def _check_not_for_quantization(folded: nn.Module, name: str) -> None:
+    """Check that a convolution is not inside a module that torch.ao will replace as a whole."""
+    parent = type(folded.get_submodule(name.rpartition(".")[0]))
+    if name and parent.__module__.startswith("torch.ao."):
+        raise PatchError(
+            f"folding makes a {parent.__name__} of {name}, whose quantization knows nothing of "
+            "coordinates: fold(model), then quantize its torch.export program (PyTorch 2 export)"
         )
 
 

@@ -16,6 +16,7 @@ from torch.ao.quantization import fuse_modules
 from torch.fx.experimental import optimization
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import quantization
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
@@ -270,6 +271,15 @@ class TestDirectCalls:
         with pytest.raises(AssertionError, match="did not find fuser method"):
             fuse_modules(model, ["conv", "bn"])
 
+    def test_fusing_for_quantization_by_the_models_own_method_refuses(self) -> None:
+        """What torch.ao makes of the fused modules would have no coordinates."""
+        plain = quantization.mobilenet_v2(weights=None, quantize=False)
+        model: Any = trained(ccp.patch(plain, "all"))
+        before = type(model.features[0][0])
+        with pytest.raises(PatchError, match="knows nothing of coordinates"):
+            model.fuse_model()
+        assert type(model.features[0][0]) is before
+
     def test_the_same_weight_again_is_no_folding(self) -> None:
         layer: Any = trained(ccp.patch(nn.Conv2d(3, 4, 3), "all"))
         layer.weight = nn.Parameter(layer.weight.detach().clone())
@@ -412,7 +422,7 @@ class TestRefusals:
             def forward(self, x: Tensor) -> Tensor:
                 return nn.functional.conv2d(x, self.w)
 
-        self.refused(ccp.patch(Functional(), "all"), lambda plain: None, "functional")
+        self.refused(ccp.patch(Functional(), "all"), lambda plain: None, "in a graph or at chosen")
 
     def test_parametrized_weight(self) -> None:
         block = ConvBN(3, 4, 3)
