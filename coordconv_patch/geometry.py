@@ -28,6 +28,7 @@ __all__ = [
     "CONV_FUNCTIONS",
     "TORCH_CONVS",
     "ConvGeometry",
+    "ConvSpy",
     "Padding",
     "PaddingRule",
     "pad_amounts",
@@ -313,12 +314,16 @@ def _same_tensor(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
 
 
-class _ConvSpy(TorchFunctionMode):
-    """Records the call to the convolution function, and what it returned."""
+class ConvSpy(TorchFunctionMode):
+    """While entered, records the calls to a module's convolution function.
+
+    Attributes:
+        calls: Positional and keyword arguments, what was returned, and its version then.
+    """
 
     def __init__(self, module: _ConvNd) -> None:
         super().__init__()
-        self.functions = (CONV_FUNCTIONS[len(module.kernel_size), False], torch.conv2d)
+        self.functions = (CONV_FUNCTIONS[len(module.kernel_size), module.transposed], torch.conv2d)
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, int]] = []
 
     def __torch_function__(
@@ -337,7 +342,7 @@ class _ConvSpy(TorchFunctionMode):
 def _run_probe(module: _ConvNd, probe: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
     """Run the module's forward; return the padding argument and the input of its convolution."""
     class_name = type(module).__name__
-    spy = _ConvSpy(module)
+    spy = ConvSpy(module)
     # Evaluation mode, so that a parametrization (spectral norm) does not step its estimate.
     with torch.no_grad(), in_mode(module, training=False), spy:
         try:

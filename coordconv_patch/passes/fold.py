@@ -12,20 +12,18 @@ coordinate map between the two would stop them, and cost a batch norm at run tim
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import release_folding_
 from coordconv_patch.functional import join_names
-from coordconv_patch.geometry import CONV_FUNCTIONS, TORCH_CONVS
+from coordconv_patch.geometry import TORCH_CONVS, ConvSpy
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.norms import is_batch_norm, norm_affine
@@ -150,30 +148,11 @@ def _check_plain_weight(conv: _ConvNd) -> None:
         for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
     ]
     sample = conv.weight.new_zeros(1, conv.in_channels, *(2 * length for length in reach))
-    with torch.no_grad(), _SeenWeights(conv) as seen:
+    with torch.no_grad(), ConvSpy(conv) as spy:
         plain.forward(conv, sample)
-    if not seen.weights or any(weight is not conv.weight for weight in seen.weights):
+    weights = [args[1] if len(args) > 1 else kwargs["weight"] for args, kwargs, *_ in spy.calls]
+    if not weights or any(weight is not conv.weight for weight in weights):
         raise PatchError(f"{plain.__name__} computes its weight anew in every forward pass")
-
-
-class _SeenWeights(TorchFunctionMode):
-    """Notes the weights with which a convolution's function is called."""
-
-    def __init__(self, conv: _ConvNd) -> None:
-        super().__init__()
-        self.function = CONV_FUNCTIONS[len(conv.kernel_size), conv.transposed]
-        self.weights: list[Any] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is self.function:
-            self.weights.append(args[1] if len(args) > 1 else (kwargs or {}).get("weight"))
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
