@@ -328,6 +328,7 @@ class TestTheGuard:
         assert vars(other[0])["fuse"].module is other[0]
         other[0].fuse()
         assert isinstance(other[0].bn, nn.Identity)
+        assert vars(other[0])["fuse"].module is other[0]  # still there, for a second step
         assert isinstance(model[0].bn, nn.BatchNorm2d)  # type: ignore[index,union-attr]
         assert_same_outputs(model, other, torch.randn(1, 3, 9, 9))
 
