@@ -380,7 +380,7 @@ def test_saving_replaces_an_older_file_and_leaves_no_other(saved: Path, x: Tenso
 
 
 def test_an_unpatched_model_has_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="nothing to save: .*patch it first"):
+    with pytest.raises(WeightsError, match=r"nothing to save: .*patch it first"):
         ccp.save_coords(fresh(), tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
 
