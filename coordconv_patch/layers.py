@@ -109,7 +109,11 @@ class CoordConvNd(_ConvNd):
         if weight.requires_grad and torch.is_grad_enabled():
             self._map_cache.clear()
             branch = self.branch_for(input, output, weight)
-        elif own_parameter and self._keeps_maps and not (is_capturing() or is_transforming()):
+        elif (
+            own_parameter
+            and (weight.is_cpu or self._map_cache.is_constant)
+            and not (is_capturing() or is_transforming())
+        ):
             branch = self._map_cache.get(weight, input, output, self.branch_for)
         else:
             branch = self.branch_for(input, output, weight)
@@ -118,10 +122,6 @@ class CoordConvNd(_ConvNd):
         if own_parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
-
-    @property
-    def _keeps_maps(self) -> bool:
-        return self.coord_weight.is_cpu or self._map_cache.is_constant
 
     def branch_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The coordinate map to add to the plain convolution's output, in its dtype.

@@ -144,12 +144,14 @@ def export_onnx(
 
 def _in_order(path: Path) -> onnx.ModelProto:
     """Order the additions in a file that was just exported, and load it."""
+    proto = onnx.load(path)
     weights_are_inside = len(list(path.parent.iterdir())) == 1
     if weights_are_inside:
-        model = onnx_ir.load(path)
+        model = onnx_ir.from_proto(proto)
         if order_additions_(model.graph):
-            onnx_ir.save(model, path)
-    return onnx.load(path)
+            proto = onnx_ir.to_proto(model)
+            onnx.save(proto, path)
+    return proto
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:

@@ -40,7 +40,8 @@ def order_additions_(graph: ir.Graph) -> int:
         if branches and others:
             _rebuild_(graph, total, others, branches)
             count += 1
-    graph.sort()
+    if count:
+        graph.sort()
     return count
 
 
