@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import cast
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -66,8 +66,9 @@ def check_not_wrapped(model: nn.Module) -> None:
         PatchError: If one has: it would not synchronise the coordinate weights between
             processes, which then drift apart without a word.
     """
+    wrappers = _parallel_wrappers()
     for name, module in model.named_modules():
-        if isinstance(module, _parallel_wrappers()):
+        if isinstance(module, wrappers):
             raise PatchError(
                 f"{name or 'the model'} is wrapped for several processes or devices (as "
                 f"{type(module).__name__}), and what wraps it knows the parameters that it had "
@@ -76,11 +77,10 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 
 def _parallel_wrappers() -> tuple[type, ...]:
-    if not torch.distributed.is_available():
-        return ()
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return (nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+    # Not imported for this: only a program that has imported it can have wrapped a model with it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
+    return (nn.parallel.DistributedDataParallel, *sharded)
 
 
 def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
