@@ -240,10 +240,12 @@ class CoordBranch(nn.Module):
         self,
         input_size: Sequence[int],
         output_padding: Sequence[int],
+        weight: Tensor | None = None,
         grid: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`CoordConvNd.compute_branch`; ``grid`` may hold the channels already."""
-        geometry, weight = self.geometry, self.coord_weight
+        geometry = self.geometry
+        weight = self.coord_weight if weight is None else weight
         return coordinate_map(
             grid_for(weight, self.coords, input_size) if grid is None else grid,
             weight,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import onnx
 import onnx_ir
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
@@ -24,6 +22,10 @@ from coordconv_patch.export.axes import (
     check_axes,
     inputs_to_check,
 )
+from coordconv_patch.export.choosing import MAX_GROWTH, Chooser, check_lowering
+from coordconv_patch.export.clips import fuse_clips_
+from coordconv_patch.export.constants import compact_constants_
+from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import write_graph
 from coordconv_patch.export.ordering import order_additions_
 from coordconv_patch.export.providers import CPU, working_providers
@@ -31,7 +33,7 @@ from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.verify import Check, Verifier, tensors_in
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.passes.fold import fold_batch_norms_
-from coordconv_patch.passes.lower import LOWERINGS, Lowering, lower_
+from coordconv_patch.passes.lower import CoordConstant, Lowering, LoweringSite, lower_
 
 __all__ = [
     "export_onnx",
@@ -45,7 +47,7 @@ def export_onnx(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
-    lowering: Literal["auto", "channels", "map", "branch", "computed"] = "auto",
+    lowering: Literal["auto", "channels", "map", "branch", "separable", "computed"] = "auto",
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -95,7 +97,7 @@ def export_onnx(
     _check_path(path)
     check_is_module(model)
     working = working_providers(providers)
-    choose = _lowering_rule(lowering, working[0], dynamic_batch, dynamic_size)
+    choose = _lowering_rule(lowering, model, working[0], dynamic_batch, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)
     request = ExportRequest(
         model, example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
@@ -109,7 +111,9 @@ def export_onnx(
         progress.update()
         request.model = lowered_model
         used, notes = write_graph(request, temporary, exporter)
-        proto = _in_order(temporary)
+        proto, constant_bytes = _rewritten(
+            temporary, lowered.constants, batch_size(tensors_in(example_inputs)), working[0]
+        )
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -128,9 +132,7 @@ def export_onnx(
             path=path,
             file_size=sum(file.stat().st_size for file in temporary.parent.iterdir()),
             nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-            coord_constant_bytes=_constant_bytes(
-                proto, lowered.constants, batch_size(tensors_in(example_inputs))
-            ),
+            coord_constant_bytes=constant_bytes,
             lowerings=dict(lowered.lowerings),
             folded_batch_norms=sum(bool(folding.convolution) for folding in folded),
             exporter=used,
@@ -142,16 +144,25 @@ def export_onnx(
         )
 
 
-def _in_order(path: Path) -> onnx.ModelProto:
-    """Order the additions in a file that was just exported, and load it."""
-    proto = onnx.load(path)
+def _rewritten(
+    path: Path, constants: Sequence[CoordConstant], batch: int, provider: str
+) -> tuple[onnx.ModelProto, int]:
+    """Rewrite a file that was just exported for the runtime, and load it.
+
+    Returns:
+        The graph, and the bytes of coordinate constants in it.
+    """
+    model = onnx_ir.load(path)
     weights_are_inside = len(list(path.parent.iterdir())) == 1
-    if weights_are_inside:
-        model = onnx_ir.from_proto(proto)
-        if order_additions_(model.graph):
-            proto = onnx_ir.to_proto(model)
-            onnx.save(proto, path)
-    return proto
+    if not weights_are_inside:
+        return onnx.load(path), count_constant_bytes(model.graph, constants, batch)
+    stored = compact_constants_(model.graph, constants, batch)
+    order_additions_(model.graph)
+    if provider == CPU:
+        fuse_clips_(model.graph)
+    proto = onnx_ir.to_proto(model)
+    onnx.save(proto, path)
+    return proto, stored
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:
@@ -172,37 +183,16 @@ def _check_path(path: Path) -> None:
 
 
 def _lowering_rule(
-    lowering: str, provider: str, dynamic_batch: bool, dynamic_size: bool
-) -> Callable[[str], Lowering]:
-    """The lowering of each site: the one asked for, or by the rule of ``"auto"``.
-
-    With dynamic sizes coordinates must be computed. On the CPU the branch stays a
-    convolution, whose blocked layout the sum keeps; but with a fixed batch every
-    exporter folds that convolution into the map anyway. On GPUs the map's addition
-    fuses with the convolution.
-    """
-    if lowering not in ("auto", *LOWERINGS):
-        raise ArgumentError(
-            f"lowering={lowering!r}: write 'auto', {', '.join(map(repr, LOWERINGS))}"
-        )
+    lowering: str, model: nn.Module, provider: str, dynamic_batch: bool, dynamic_size: bool
+) -> Callable[[LoweringSite], Lowering]:
+    """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
+    check_lowering(lowering, dynamic_size)
     if lowering == "auto":
-        if dynamic_size:
-            lowering = "computed"
-        else:
-            lowering = "branch" if provider == CPU and dynamic_batch else "map"
-    if lowering == "branch" and not dynamic_batch:
+        budget = MAX_GROWTH * sum(t.numel() * t.element_size() for t in model.parameters())
+        return Chooser(provider, dynamic_batch, dynamic_size, budget)
+    if lowering in ("branch", "separable") and not dynamic_batch:
         # With a fixed batch every exporter folds the branch into the map, with its own rounding.
         lowering = "map"
-    if dynamic_size and lowering != "computed":
-        raise ArgumentError(
-            f"lowering={lowering!r} stores coordinates of one size, but dynamic_size=True: write "
-            "lowering='computed' or 'auto'"
-        )
-    if lowering == "computed" and not dynamic_size:
-        raise ArgumentError(
-            "lowering='computed' derives coordinates from the size at run time, but the size is "
-            "fixed: write dynamic_size=True, or another lowering"
-        )
     return lambda site: cast(Lowering, lowering)
 
 
@@ -216,34 +206,3 @@ def _evaluation_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():  # not eval(): models of torch.export refuse it
         module.training = False
     return copied
-
-
-def _constant_bytes(proto: onnx.ModelProto, constants: Sequence[Tensor], batch: int) -> int:
-    """Bytes of the initializers (and Constant nodes) that hold coordinate constants.
-
-    Found by their values: exporters rename, merge and reshape initializers, and expand
-    them to a fixed batch.
-    """
-    forms = [
-        form.detach().cpu().numpy()
-        for constant in constants
-        for form in (constant, constant.expand(batch, *constant.shape[1:]))
-    ]
-    wanted = {_digest(form) for form in forms}
-    lengths = {form.nbytes for form in forms}
-    stored = list(proto.graph.initializer)
-    stored += [
-        attribute.t
-        for node in proto.graph.node
-        if node.op_type == "Constant"
-        for attribute in node.attribute
-        if attribute.name == "value"
-    ]
-    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in stored]
-    return sum(
-        array.nbytes for array in arrays if array.nbytes in lengths and _digest(array) in wanted
-    )
-
-
-def _digest(array: np.ndarray[Any, Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

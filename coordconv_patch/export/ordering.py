@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["order_additions_"]
+__all__ = ["is_branch", "order_additions_", "values_without_inputs"]
 
 
 def order_additions_(graph: ir.Graph) -> int:
@@ -30,12 +30,12 @@ def order_additions_(graph: ir.Graph) -> int:
     Returns:
         How many sums were rewritten.
     """
-    independent = _independent_values(graph)
+    independent = values_without_inputs(graph)
     totals = [node for node in graph if _is_addition(node) and not _continues(node.outputs[0])]
     count = 0
     for total in totals:
         terms = list(_terms(total))
-        branches = [term for term in terms if _is_branch(term, independent)]
+        branches = [term for term in terms if is_branch(term, independent)]
         others = [term for term in terms if term not in branches]
         if branches and others:
             _rebuild_(graph, total, others, branches)
@@ -45,7 +45,7 @@ def order_additions_(graph: ir.Graph) -> int:
     return count
 
 
-def _independent_values(graph: ir.Graph) -> set[ir.Value]:
+def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:
     """The values that depend on the shapes of the graph's inputs at most, not on their values."""
     found = set(graph.initializers.values()) - set(graph.inputs)
     for node in graph:
@@ -54,7 +54,7 @@ def _independent_values(graph: ir.Graph) -> set[ir.Value]:
     return found
 
 
-def _is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
+def is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
     """Whether a value is a convolution of coordinates, and used here alone."""
     producer = value.producer()
     return (

@@ -2,18 +2,21 @@
 
 With x the input, c the coordinates of its size, W and W_c the weights::
 
-    channels   conv([x ; c], [W ; W_c])         c constant; the published CoordConv
-    map        conv(x, W) + m                   m = conv(c, W_c) constant
-    branch     conv(x, W) + conv(c * 1_N, W_c)  c constant, expanded to the batch
-    computed   conv(x, W) + conv(c(x), W_c)     c from x's size at run time
+    channels    conv([x ; c], [W ; W_c])         c constant; the published CoordConv
+    map         conv(x, W) + m                   m = conv(c, W_c) constant
+    branch      conv(x, W) + conv(c * 1_N, W_c)  c constant, expanded to the batch
+    separable   conv(x, W) + conv(s * 1_N, V)    s constant, see :mod:`.separable`
+    computed    conv(x, W) + conv(c(x), W_c)     c from x's size at run time
+    none        conv(x, W)                       where c is zero, on inputs of 1 x 1 pixels
 
-All four are the same sum; they differ in what a runtime can fuse. The pass works
-on a copy that is made for export: it replaces each layer's forward on the
-instance, so that parameter names, and with them initializer names, stay.
+All are the same sum; they differ in what a runtime can fuse. The pass works on a copy that
+is made for export: it replaces each layer's forward on the instance, so that parameter
+names, and with them initializer names, stay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +28,34 @@ from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.branch import CoordBranch, coordinate_map, grid_for, pad_grid
 from coordconv_patch.errors import ExportError
-from coordconv_patch.geometry import CONV_FUNCTIONS
+from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
 from coordconv_patch.recording import Call, record_calls
 
-__all__ = ["LOWERINGS", "Lowered", "Lowering", "lower_"]
+__all__ = ["LOWERINGS", "CoordConstant", "Lowered", "Lowering", "LoweringSite", "lower_"]
 
-Lowering = Literal["channels", "map", "branch", "computed"]
+Lowering = Literal["channels", "map", "branch", "separable", "computed"]
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
+
+CoordLayer = CoordConvNd | CoordBranch
+
+
+@dataclass(frozen=True)
+class CoordConstant:
+    """A tensor that the graph will hold, and what it can be made of instead.
+
+    Attributes:
+        tensor: Coordinate channels (1, K, *size), or a map (1, C_out, *output_size).
+        factors: Tensors whose broadcast product has the tensor's numbers in their order;
+            ``None`` where there are none.
+        map_of: Where the tensor is a map, the strip that it can be made of instead, and the
+            weight (C_out, 1, 1, R) and dilation with which it is convolved.
+    """
+
+    tensor: Tensor
+    factors: tuple[Tensor, ...] | None = None
+    map_of: tuple[CoordConstant, Tensor, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,15 +63,166 @@ class Lowered:
     """What a lowering did.
 
     Attributes:
-        lowerings: The form that each site that is called got, by site name.
+        lowerings: The form that each site that is called got, by site name; ``"none"``
+            where coordinates are zero.
         constants: The coordinate constants that the graph will hold, each once.
     """
 
-    lowerings: dict[str, Lowering]
-    constants: tuple[Tensor, ...]
+    lowerings: dict[str, str]
+    constants: tuple[CoordConstant, ...]
 
 
-def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Lowering]) -> Lowered:
+class LoweringSite:
+    """A coordinate layer and the calls that its lowering is chosen for.
+
+    Attributes:
+        name: The site's qualified name.
+        layer: The layer.
+        calls: Its calls on the example inputs, each size once.
+    """
+
+    def __init__(
+        self, name: str, layer: CoordLayer, calls: Sequence[Call], shared: dict[Any, Any]
+    ) -> None:
+        self.name = name
+        self.layer = layer
+        self.calls = tuple(calls)
+        self._shared = shared
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The convolution's geometry."""
+        layer = self.layer
+        return layer.geometry if isinstance(layer, CoordBranch) else ConvGeometry.of(layer)
+
+    @property
+    def num_taps(self) -> int:
+        """Multiplications an output value takes in the branch: channels times kernel pixels."""
+        weight = self.layer.coord_weight
+        return weight.numel() // self.geometry.out_channels
+
+    @property
+    def rank(self) -> int | None:
+        """The same in the separable form, for the largest call; ``None`` if there is none."""
+        bases = [self.basis(call) for call in self.calls]
+        ranks = [basis.rank for basis in bases if basis is not None]
+        return max(ranks) if ranks and len(ranks) == len(bases) else None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the coordinates of every call are zero."""
+        return not any(self._grid(call).any() for call in self.calls)
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of the stored maps of all calls."""
+        weight = self.layer.coord_weight
+        pixels = sum(torch.Size(call.output_size).numel() for call in self.calls)
+        return self.geometry.out_channels * pixels * weight.element_size()
+
+    def basis(self, call: Call) -> SeparableBasis | None:
+        """The images that the branch's maps are made of in one call."""
+        return cast(
+            "SeparableBasis | None",
+            self._once("basis", call, torch.float64, lambda: self._make_basis(call)),
+        )
+
+    @torch.no_grad()
+    def constant(self, lowering: str, call: Call) -> CoordConstant:
+        """What the graph stores for one call; grids and bases are shared by value.
+
+        Raises:
+            ExportError: If the site has no such form.
+        """
+        dtype = self.layer.coord_weight.dtype
+        if lowering == "map":
+            basis = self.basis(call)
+            tensor = self.layer.compute_branch(call.input_size, self._output_padding(call))
+            if basis is None:
+                return CoordConstant(tensor)
+            weight, dilation = self.separable_weight(call)
+            return CoordConstant(tensor, map_of=(self._strip(basis, call), weight, dilation))
+        if lowering == "separable":
+            basis = self.basis(call)
+            if basis is None:
+                raise ExportError(
+                    f"{self.name} has no 'separable' form, because its coordinates "
+                    f"({self.layer.coords}) do not each depend on one axis alone: choose 'branch'"
+                )
+            return self._strip(basis, call)
+        return cast(
+            CoordConstant, self._once("grid", call, dtype, lambda: self._make_channels(call))
+        )
+
+    @torch.no_grad()
+    def separable_weight(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
+        """V, the weight that the separable form has in one call, and its dilation."""
+        basis = self.basis(call)
+        assert basis is not None
+        weight = self.layer.coord_weight.detach()
+        by_output = weight.transpose(0, 1) if self.geometry.transposed else weight
+        return basis.weight(by_output).to(weight.dtype), basis.dilation
+
+    def _strip(self, basis: SeparableBasis, call: Call) -> CoordConstant:
+        dtype = self.layer.coord_weight.dtype
+
+        def make() -> CoordConstant:
+            parts = tuple(factor.to(dtype) for factor in basis.strip_factors())
+            product = functools.reduce(torch.mul, parts)
+            return CoordConstant(product.flatten(-2).unsqueeze(0), parts)
+
+        return cast(CoordConstant, self._once("strip", call, dtype, make))
+
+    def _make_channels(self, call: Call) -> CoordConstant:
+        grid = _padded(self.layer, self._grid(call))
+        return CoordConstant(grid, factors(grid))
+
+    @torch.no_grad()
+    def _make_basis(self, call: Call) -> SeparableBasis | None:
+        weight = self.layer.coord_weight
+        channels = self.layer.coords.num_channels(self.geometry.ndim)
+        taps = torch.eye(self.num_taps, dtype=torch.float64, device=weight.device)
+        taps = taps.reshape(self.num_taps, channels, *self.geometry.kernel_size)
+        if self.geometry.transposed:
+            taps = taps.transpose(0, 1)
+        responses = self.layer.compute_branch(call.input_size, self._output_padding(call), taps)
+        per_channel = self.num_taps // channels
+        return separable_basis(responses[0], [t // per_channel for t in range(self.num_taps)])
+
+    def _grid(self, call: Call) -> Tensor:
+        return grid_for(self.layer.coord_weight.detach(), self.layer.coords, call.input_size)
+
+    def _output_padding(self, call: Call) -> Sequence[int]:
+        if isinstance(self.layer, CoordConvNd):
+            return self.layer.output_padding_of(call.input_size, call.output_size)
+        return self.layer.geometry.output_padding
+
+    def _once(self, kind: str, call: Call, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+        """What is made from coordinates and geometry alone, made once for all sites."""
+        geometry = dataclasses.replace(self.geometry, in_channels=0, out_channels=0, groups=1)
+        key: tuple[Any, ...] = (
+            *(kind, self.layer.coords, self.layer.coord_padding, geometry, call, dtype),
+        )
+        if kind == "grid":  # of many geometries: told apart by how they pad
+            padded = tuple(_padded(self.layer, self._grid(call)).shape)
+            rule = None if isinstance(self.layer, CoordBranch) else self.layer.coord_padding
+            key = (
+                kind,
+                self.layer.coords,
+                rule,
+                geometry.padding_mode,
+                call.input_size,
+                padded,
+                dtype,
+            )
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+
+def lower_(
+    model: nn.Module, example_inputs: Any, choose: Callable[[LoweringSite], Lowering]
+) -> Lowered:
     """Replace the branch of every coordinate layer by its lowered form, in place.
 
     The model can run afterwards at the sizes of the example only, except where the
@@ -57,7 +231,7 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
     Args:
         model: A patched model, in the mode in which it will be exported.
         example_inputs: As for :func:`coordconv_patch.plan`; they fix the sizes.
-        choose: Gives each site's lowering by its name.
+        choose: Gives each site's lowering.
 
     Layers that are not called on the example inputs stay as they are.
 
@@ -65,44 +239,53 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[str], Loweri
         ExportError: If a layer cannot take the form that was chosen for it.
         PatchError: If the model fails on the example inputs.
     """
-    layers = coord_layers(model)
-    lowerings = {name: choose(name) for name in layers}
-    calls = record_calls(model, example_inputs, layers, ())
-    shared: dict[Any, Tensor] = {}
-    constants: dict[int, Tensor] = {}
-    for name, layer in layers.items():
-        if lowerings[name] == "computed" or name not in calls:
+    lowerings: dict[str, str] = {}
+    constants: dict[int, CoordConstant] = {}
+    for site in lowering_sites(model, example_inputs):
+        lowering = choose(site)
+        lowerings[site.name] = lowering
+        if lowering == "computed":
             continue
-        made = {
-            call: _constant(layer, lowerings[name], call, shared)
-            for call in dict.fromkeys(calls[name])
-        }
-        for index, tensor in enumerate(made.values()):
-            layer.register_buffer(f"coord_constant_{index}", tensor, persistent=False)
-            constants[id(tensor)] = tensor
-        _replace_forward(name, layer, lowerings[name], made)
-    called = {name: form for name, form in lowerings.items() if name in calls}
-    return Lowered(called, tuple(constants.values()))
+        if site.is_zero:
+            lowerings[site.name] = "none"
+            _replace_forward(site, "none", {})
+            continue
+        made = {call: site.constant(lowering, call) for call in site.calls}
+        stored = {}
+        for index, (call, constant) in enumerate(made.items()):
+            constants[id(constant.tensor)] = constant
+            site.layer.register_buffer(f"coord_constant_{index}", constant.tensor, persistent=False)
+            stored[call] = _Stored(constant.tensor)
+            if lowering == "separable":
+                weight, dilation = site.separable_weight(call)
+                site.layer.register_buffer(f"coord_weight_{index}", weight, persistent=False)
+                stored[call] = _Stored(constant.tensor, weight, dilation)
+        _replace_forward(site, lowering, stored)
+    return Lowered(lowerings, tuple(constants.values()))
 
 
-@torch.no_grad()
-def _constant(
-    layer: CoordConvNd | CoordBranch, lowering: Lowering, call: Call, shared: dict[Any, Tensor]
-) -> Tensor:
-    """The map, or the padded coordinate channels, for one call; grids are shared by value."""
-    if lowering == "map":
-        output_padding = (
-            layer.output_padding_of(call.input_size, call.output_size)
-            if isinstance(layer, CoordConvNd)
-            else layer.geometry.output_padding
-        )
-        return layer.compute_branch(call.input_size, output_padding)
-    grid = _padded(layer, grid_for(layer.coord_weight, layer.coords, call.input_size))
-    key = (layer.coords, tuple(grid.shape), call.input_size, grid.dtype, _pad_key(layer))
-    return shared.setdefault(key, grid)
+def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
+    """The coordinate layers that a model calls on its example inputs."""
+    layers = coord_layers(model)
+    calls = record_calls(model, example_inputs, layers, ())
+    shared: dict[Any, Any] = {}
+    return [
+        LoweringSite(name, layer, tuple(dict.fromkeys(calls[name])), shared)
+        for name, layer in layers.items()
+        if name in calls
+    ]
 
 
-def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Stored:
+    """What a lowered layer holds for one call: a constant, and a strip's weight and dilation."""
+
+    constant: Tensor
+    weight: Tensor | None = None
+    dilation: tuple[int, ...] = ()
+
+
+def _padded(layer: CoordLayer, grid: Tensor) -> Tensor:
     if isinstance(layer, CoordBranch) or layer.transposed:
         return grid
     padded, _ = pad_grid(
@@ -117,30 +300,21 @@ def _padded(layer: CoordConvNd | CoordBranch, grid: Tensor) -> Tensor:
     return padded
 
 
-def _pad_key(layer: CoordConvNd | CoordBranch) -> Any:
-    if isinstance(layer, CoordBranch):
-        return None
-    return (layer.coord_padding, layer.padding_mode)
+def _replace_forward(site: LoweringSite, lowering: str, stored: Mapping[Call, _Stored]) -> None:
+    name, layer = site.name, site.layer
 
-
-def _replace_forward(
-    name: str,
-    layer: CoordConvNd | CoordBranch,
-    lowering: Lowering,
-    constants: Mapping[Call, Tensor],
-) -> None:
-    def constant_for(source: Tensor, output: Sequence[int] | None = None) -> Tensor:
+    def stored_for(source: Tensor, output: Sequence[int] | None = None) -> _Stored:
         ndim = layer.coord_weight.dim() - 2
         wanted = [int(length) for length in source.shape[-ndim:]]
-        for call, tensor in constants.items():
+        for call, found in stored.items():
             if list(call.input_size) == wanted and (
                 output is None
                 or list(call.output_size) == [int(length) for length in output[-ndim:]]
             ):
-                return tensor
+                return found
         raise ExportError(
             f"{name} is called at size {tuple(wanted)}, but was at "
-            f"{[call.input_size for call in constants]} on the example inputs"
+            f"{[call.input_size for call in stored]} on the example inputs"
         )
 
     if isinstance(layer, CoordBranch):
@@ -149,50 +323,69 @@ def _replace_forward(
                 f"{name} is a functional convolution, which has no 'channels' lowering here: "
                 "choose 'branch' or 'map'"
             )
-        layer.forward = functools.partial(  # type: ignore[method-assign]
-            _branch_forward, layer, lowering, constant_for
+        forward: Callable[..., Tensor] = (
+            _zero_branch_forward
+            if lowering == "none"
+            else functools.partial(_branch_forward, layer, lowering, stored_for)
         )
+    elif lowering == "none":
+        forward = functools.partial(layer._plain_class.forward, layer)
     elif lowering == "channels":
-        layer.forward = functools.partial(  # type: ignore[method-assign]
-            _channels_forward, layer, constant_for
-        )
+        forward = functools.partial(_channels_forward, layer, stored_for)
     else:
-        layer.forward = functools.partial(  # type: ignore[method-assign]
-            _sum_forward, layer, lowering, constant_for
-        )
+        forward = functools.partial(_sum_forward, layer, lowering, stored_for)
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _zero_branch_forward(input: Tensor) -> Tensor:
+    """What is added to a functional convolution's output where coordinates are zero."""
+    return input.new_zeros(())
 
 
 def _branch_forward(
-    layer: CoordBranch, lowering: Lowering, constant_for: Callable[..., Tensor], input: Tensor
+    layer: CoordBranch, lowering: str, stored_for: Callable[..., _Stored], input: Tensor
 ) -> Tensor:
-    constant = constant_for(input)
+    stored = stored_for(input)
     geometry = layer.geometry
     batched = input.dim() == geometry.ndim + 2
     if lowering == "map":
-        branch = constant
+        branch = stored.constant
     else:
-        grid = _expanded(constant, input) if batched else constant
-        branch = layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid)
+        grid = _expanded(stored.constant, input) if batched else stored.constant
+        branch = (
+            layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid=grid)
+            if stored.weight is None
+            else _convolve_strip(grid, stored)
+        )
     return branch if batched else branch.squeeze(0)
 
 
 def _sum_forward(
     layer: CoordConvNd,
-    lowering: Lowering,
-    constant_for: Callable[..., Tensor],
+    lowering: str,
+    stored_for: Callable[..., _Stored],
     input: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     output = layer._plain_class.forward(layer, input, *args, **kwargs)
-    constant = constant_for(input, output.shape)
-    batched = output.dim() == constant.dim()
+    stored = stored_for(input, output.shape)
+    batched = output.dim() == stored.constant.dim()
     if lowering == "map":
-        branch = constant
+        branch = stored.constant
     else:
-        grid = _expanded(constant, input) if batched else constant
-        branch = _convolve_padded(layer, grid, input, output)
+        grid = _expanded(stored.constant, input) if batched else stored.constant
+        branch = (
+            _convolve_padded(layer, grid, input, output)
+            if stored.weight is None
+            else _convolve_strip(grid, stored)
+        )
     return output + (branch if batched else branch.squeeze(0))
+
+
+def _convolve_strip(strip: Tensor, stored: _Stored) -> Tensor:
+    convolve = CONV_FUNCTIONS[len(stored.dilation), False]
+    return convolve(strip, stored.weight, None, 1, 0, stored.dilation)
 
 
 def _expanded(constant: Tensor, input: Tensor) -> Tensor:
@@ -216,12 +409,12 @@ def _convolve_padded(layer: CoordConvNd, grid: Tensor, input: Tensor, output: Te
 
 def _channels_forward(
     layer: CoordConvNd,
-    constant_for: Callable[..., Tensor],
+    stored_for: Callable[..., _Stored],
     input: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    with _ConcatenateCoordinates(layer, constant_for(input)):
+    with _ConcatenateCoordinates(layer, stored_for(input).constant):
         return cast(Tensor, layer._plain_class.forward(layer, input, *args, **kwargs))
 
 

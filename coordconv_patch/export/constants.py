@@ -1,0 +1,196 @@
+"""Store coordinate constants as what they are made of.
+
+Coordinate channels are products of one vector per axis (x along W times ones along H), strips
+of images likewise, and a map is a convolution of a strip::
+
+    c                ->   Mul(rows, columns)
+    s                ->   Reshape(Mul(rows, columns))
+    m                ->   Conv(s, V)
+
+A runtime folds these when it loads the file, so they cost bytes neither in the file nor
+time at inference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from coordconv_patch.passes.lower import CoordConstant
+
+__all__ = ["compact_constants_", "constant_bytes"]
+
+
+def constant_bytes(graph: ir.Graph, constants: Sequence[CoordConstant], batch: int) -> int:
+    """Bytes of the stored values of a graph that hold coordinate constants."""
+    return sum(_bytes_of(value) for value, _ in _found(graph, constants, batch))
+
+
+def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batch: int) -> int:
+    """Replace coordinate constants by what they are made of, where that is smaller, in place.
+
+    Args:
+        graph: An exported graph.
+        constants: What the lowering stored.
+        batch: The batch size of the example: with a fixed batch exporters expand constants.
+
+    Returns:
+        Bytes of coordinate constants that the graph holds now.
+    """
+    total = 0
+    stored: dict[int, ir.Value] = {}
+    for value, constant in list(_found(graph, constants, batch)):
+        size = _compact_bytes(constant)
+        if size >= _bytes_of(value) or _shape(value) != tuple(constant.tensor.shape):
+            total += _bytes_of(value)
+            continue
+        total += sum(part.nbytes for part in _replace_(graph, value, constant, stored))
+    return total
+
+
+def _compact_bytes(constant: CoordConstant) -> float:
+    if constant.map_of is not None:
+        strip, weight, _ = constant.map_of
+        return _compact_bytes(strip) + weight.numel() * weight.element_size()
+    if constant.factors is None:
+        return float("inf")
+    return sum(factor.numel() * factor.element_size() for factor in constant.factors)
+
+
+def _found(
+    graph: ir.Graph, constants: Sequence[CoordConstant], batch: int
+) -> Iterator[tuple[ir.Value, CoordConstant]]:
+    """Stored values that hold a constant, found by their numbers: exporters rename them."""
+    wanted: dict[str, CoordConstant] = {}  # by the digest of their numbers
+    lengths = set()
+    for constant in constants:
+        tensor = constant.tensor.detach()
+        for form in (tensor, tensor.expand(batch, *tensor.shape[1:])):
+            array = _array(form)
+            wanted.setdefault(_digest(array), constant)
+            lengths.add(array.nbytes)
+    for value in _stored_values(graph):
+        assert value.const_value is not None
+        if value.const_value.nbytes in lengths:
+            found = wanted.get(_digest(value.const_value.numpy()))
+            if found is not None:
+                yield value, found
+
+
+def _stored_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield value
+    for node in graph:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            output = node.outputs[0]
+            output.const_value = node.attributes["value"].as_tensor()
+            yield output
+
+
+def _bytes_of(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return value.const_value.numpy().shape
+
+
+def _replace_(
+    graph: ir.Graph, value: ir.Value, constant: CoordConstant, made: dict[int, ir.Value]
+) -> list[np.ndarray]:
+    """Put the recipe in a stored value's place; returns the arrays stored for it.
+
+    Args:
+        graph: The graph.
+        value: The stored value.
+        constant: What it holds.
+        made: Strips that were made for other maps already, by identity.
+    """
+    arrays: list[np.ndarray] = []
+    name = value.name
+    assert name is not None
+    builder = _Builder(graph, name, arrays)
+    if constant.map_of is None:
+        result = builder.product(constant)
+    else:
+        strip, weight, dilation = constant.map_of
+        if id(strip) not in made:
+            made[id(strip)] = builder.product(strip)
+        result = builder.node(
+            "Conv",
+            [made[id(strip)], builder.stored("weight", _array(weight))],
+            {"dilations": dilation},
+        )
+    result.type, result.shape = value.type, value.shape
+    producer = value.producer()
+    value.replace_all_uses_with(result)
+    if producer is None:
+        del graph.initializers[name]
+    else:
+        graph.remove(producer, safe=True)
+    return arrays
+
+
+class _Builder:
+    """Adds nodes at the start of a graph, and what they read to what the graph stores."""
+
+    def __init__(self, graph: ir.Graph, name: str, arrays: list[np.ndarray]) -> None:
+        self.graph, self.name, self.arrays = graph, name, arrays
+        self.first = next(node for node in graph if node.op_type != "Constant")
+
+    def product(self, constant: CoordConstant) -> ir.Value:
+        """The product of the factors, in the constant's shape."""
+        assert constant.factors is not None
+        running, *rest = (
+            self.stored(f"axis_{axis}", _array(factor))
+            for axis, factor in enumerate(constant.factors)
+        )
+        for factor in rest:
+            running = self.node("Mul", [running, factor])
+        wanted = tuple(constant.tensor.shape)
+        if torch.broadcast_shapes(*(factor.shape for factor in constant.factors)) != wanted:
+            shape = self.stored("shape", np.array(wanted, dtype=np.int64))
+            running = self.node("Reshape", [running, shape])
+        running.shape = ir.Shape(wanted)
+        return running
+
+    def stored(self, what: str, array: np.ndarray) -> ir.Value:
+        self.arrays.append(array)
+        name = f"{self.name}_{what}"
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            const_value=ir.tensor(array, name=name),
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def node(
+        self, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any] | None = None
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes)
+        node.outputs[0].type = inputs[0].type
+        self.graph.insert_before(self.first, node)
+        return node.outputs[0]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:  # which numpy does not have by itself
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
