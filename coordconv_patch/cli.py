@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.bench import bench_onnx
+from coordconv_patch.export.bench_picture import check_picture, draw_bench
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.providers import working_providers
 from coordconv_patch.export.verify import torch_outputs, verify_onnx
@@ -220,19 +222,37 @@ def verify_command(
     )
 
 
-@app.command("bench", epilog="Example: coordconv-patch bench timm:resnet50 --where all --batch 4")
+@app.command(
+    "bench", epilog="Example: coordconv-patch bench timm:resnet50 --where all --batch 1 --batch 4"
+)
 def bench_command(
     model: Model,
     where: Where = None,
     input_shape: Shape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
-    threads: Annotated[int, typer.Option(min=0, help="0: ONNX Runtime's choice.")] = 0,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. [default: 1]")
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="CPU threads, 0: ONNX Runtime's choice; repeatable. [default: 0]"),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 30,
+    lowering: Annotated[
+        list[str] | None, typer.Option(help="Lowering; repeatable. [default: all]")
+    ] = None,
     provider: Provider = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the ratios: a .png file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time the plain model and the patched one in each lowering, in ONNX Runtime."""
+    """Time the plain model, the patched one in each lowering, and naive concatenation.
+
+    On every execution provider that works here; the variants take turns. What is printed is
+    Markdown: paste it into an issue as it is.
+    """
+    if picture is not None:
+        check_picture(picture)
     loaded = _loaded(model, False, input_shape)
-    example = _batch_of(loaded, batch)
+    example, batches = _batches_of(loaded, batch or [1])
     patched = _patched(loaded, where, "paper", False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -241,11 +261,19 @@ def bench_command(
     report = bench_onnx(
         patched,
         example,
+        lowerings=lowering,
         providers=provider,
-        threads=threads,
+        batches=batches,
+        threads=threads or [0],
         repeats=repeats,
     )
-    _console.print(report.table())
+    command = shlex.join(["coordconv-patch", *sys.argv[1:]])
+    if picture is not None:
+        draw_bench(report, picture, subject=model)
+    if as_json:
+        print(json.dumps({"model": model, "command": command} | report.to_dict(), indent=1))
+    else:
+        print(report.markdown(subject=model, command=command))
 
 
 @app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")
@@ -266,21 +294,22 @@ def _loaded(source: str, pretrained: bool, input_shape: str | None) -> LoadedMod
     return load_model(source, pretrained=pretrained, input_shape=shape)
 
 
-def _batch_of(loaded: LoadedModel, batch: int) -> Any:
-    """Example inputs of a batch size; a tuple where the model runs at one batch size only."""
+def _batches_of(loaded: LoadedModel, batches: list[int]) -> tuple[Any, list[int] | None]:
+    """Example inputs, and batch sizes to repeat them to; ``None`` where only their own runs."""
     example = loaded.example_inputs
     image = example[0] if isinstance(example, tuple) and len(example) == 1 else example
     if not isinstance(image, torch.Tensor):
-        if batch > 1:
-            raise ArgumentError(f"--batch {batch}: the model takes more than one tensor")
-        return example
+        if batches != [1]:
+            raise ArgumentError(f"--batch {batches[-1]}: the model takes more than one tensor")
+        return example, None
     if not loaded.batch_is_fixed:
-        return image[:1].repeat(batch, *[1] * (image.dim() - 1))
-    if len(image) != batch:
+        return image, batches
+    if batches != [len(image)]:
+        wrong = next((batch for batch in batches if batch != len(image)), batches[0])
         raise ArgumentError(
-            f"--batch {batch}: the program was exported for batches of {len(image)} alone"
+            f"--batch {wrong}: the program was exported for batches of {len(image)} alone"
         )
-    return (image,)
+    return (image,), None
 
 
 def _patched(loaded: LoadedModel, where: list[str] | None, coords: str, radius: bool) -> nn.Module:

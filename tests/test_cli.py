@@ -375,14 +375,49 @@ class _Report:
 # --- bench --------------------------------------------------------------------------------------
 
 
-def test_bench_compares_every_form_with_the_plain_model(run: Callable[..., Ran]) -> None:
-    ran = run("bench", NET, "--repeats", 2, "--batch", 3, "--threads", 1, "--where", "all")
+def test_bench_prints_markdown_of_every_form_batch_and_thread_number(
+    run: Callable[..., Ran],
+) -> None:
+    options = [
+        "--repeats",
+        "2",
+        "--batch",
+        "1",
+        "--batch",
+        "3",
+        "--threads",
+        "1",
+        "--where",
+        "all",
+        "--provider",
+    ]
+    ran = run("bench", NET, *options, "CPUExecutionProvider", "--picture", "b.png")
     assert ran.code == 0
-    for part in ("plain", "channels", "map", "branch", "1 threads", "3 patched sites", "of 2 alt"):
-        assert part in ran.text
-    ratios = [float(number) for number in re.findall(r"\b\d+\.\d{3} (\d+\.\d{3}) \d", ran.text)]
-    assert len(ratios) == 4
-    assert ratios[0] == 1.0
+    lines = ran.out.splitlines()
+    assert lines[0] == f"### coordconv-patch bench: {NET}, 3 patched sites"
+    command = f"coordconv-patch bench {NET} {' '.join(options)} CPUExecutionProvider"
+    assert f"- command: `{command} --picture b.png`" in lines
+    for batch in (1, 3):
+        assert f"**CPUExecutionProvider, batch {batch}, 1 thread**" in lines
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert rows.count("naive concat") == rows.count("plain again") == 2
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_prints_json_alone(run: Callable[..., Ran]) -> None:
+    ran = run("bench", NET, "--repeats", 2, "--json", "--lowering", "map")
+    found = json.loads(ran.out)
+    assert found["model"] == NET
+    assert found["command"].endswith("--json --lowering map")
+    assert list(found["groups"][0]["variants"]) == ["plain", "plain again", "map", "naive concat"]
+
+
+def test_bench_refuses_a_batch_that_a_program_does_not_take(run: Callable[..., Ran]) -> None:
+    program = torch.export.export(network(), (images(2),))
+    torch.export.save(program, "n.pt2")
+    ran = run("bench", "n.pt2", "--batch", 2, "--batch", 3, "--repeats", 1)
+    assert ran.code == 2
+    assert "--batch 3: the program was exported for batches of 2 alone" in ran.text
 
 
 # --- a user's mistakes --------------------------------------------------------------------------
@@ -454,6 +489,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "(greater than or equal to 1|not in the range)",
     ),
+    "picture ending": (("bench", NET, "--picture", "b.gif"), 2, r"ends in \.png, \.svg or \.pdf"),
+    "picture folder": (("bench", NET, "--picture", "no/b.png"), 2, "the folder no does not exist"),
+    "bench lowering": (("bench", NET, "--lowering", "fold"), 2, "write auto, channels"),
+    "bench provider": (("bench", NET, "--provider", "X"), 2, "has no X; it has"),
 }
 
 
@@ -522,7 +561,7 @@ def test_the_examples_of_the_help_parse() -> None:
         "plan": "plan none: --where layer1.*.conv2",
         "patch": "patch none: --out coords.safetensors",
         "export": "export none: --out r50.onnx --where first",
-        "bench": "bench none: --where all --batch 4",
+        "bench": "bench none: --where all --batch 1 --batch 4",
     }.items():
         result = CliRunner().invoke(app, example.split())
         assert isinstance(result.exception, CoordConvPatchError), (command, result.output)
