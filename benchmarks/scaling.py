@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.threads = [QUICK], 1
-        options.counts, options.sizes, options.batches = [1, 3], [32], [1]
+        options.counts, options.sizes, options.batches = [3], [32], [1]
     record = open_record(options, NAME)
     for name in [] if options.show else options.models:
         measure(name, options, record)
@@ -71,28 +71,52 @@ def measure(name: str, options: argparse.Namespace, record: Record) -> None:
         settings.append(("convolutions", len(chosen), chosen, model.size, 1))
     settings += [("size", size, sites, size, 1) for size in options.sizes]
     settings += [("batch", batch, sites, model.size, batch) for batch in options.batches]
-    for axis, number, chosen, size, batch in tqdm(settings, desc=model.title, disable=None):
-        key = f"{name}, {axis}, {number}"
-        record.measure(key, _measure, plain, chosen, size, batch, options, key)
+    with tempfile.TemporaryDirectory() as folder:
+        files = _Files(plain, Path(folder))
+        for axis, number, chosen, size, batch in tqdm(settings, desc=model.title, disable=None):
+            key = f"{name}, {axis}, {number}"
+            record.measure(key, _measure, files, chosen, size, batch, options, key)
+
+
+class _Files:
+    """The ONNX files of a model, each written when it is first asked for."""
+
+    def __init__(self, plain: nn.Module, folder: Path) -> None:
+        self._plain = plain
+        self._folder = folder
+        self._written: dict[tuple[str, int, int], Path] = {}
+
+    def of(self, variant: str, chosen: Sequence[str], size: int) -> Path:
+        """The file of a variant with the chosen convolutions at one image size."""
+        key = (variant, 0 if variant == PLAIN else len(chosen), size)
+        if key not in self._written:
+            path = self._folder / f"{len(self._written)}.onnx"
+            example = images(2, size)
+            if variant == PATCHED:
+                write_verified(patched(self._plain, list(chosen), example), example, path)
+            elif variant == PORT:
+                port = ported(self._plain, chosen, BufferCoords, example)
+                write_plainly(port, example, path)
+            else:
+                write_plainly(self._plain, example, path)
+            self._written[key] = path
+        return self._written[key]
 
 
 def _measure(
-    plain: nn.Module,
-    chosen: list[str],
+    files: _Files,
+    chosen: Sequence[str],
     size: int,
     batch: int,
     options: argparse.Namespace,
     key: str,
 ) -> Mapping[str, Any]:
-    example = images(2, size)
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{name}.onnx" for name in (PLAIN, PATCHED, PORT)}
-        write_plainly(plain, example, files[PLAIN])
-        write_verified(patched(plain, chosen, example), example, files[PATCHED])
-        write_plainly(ported(plain, chosen, BufferCoords, example), example, files[PORT])
-        shown = images(batch, size)
-        runs = {name: onnxruntime_run(path, shown, options.threads) for name, path in files.items()}
-        return timed(runs, PLAIN, options, key)
+    shown = images(batch, size)
+    runs = {
+        name: onnxruntime_run(files.of(name, chosen, size), shown, options.threads)
+        for name in (PLAIN, PATCHED, PORT)
+    }
+    return timed(runs, PLAIN, options, key)
 
 
 if __name__ == "__main__":

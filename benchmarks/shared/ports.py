@@ -100,12 +100,8 @@ def ported(
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{name} is no nn.Conv2d but {type(conv).__name__}")
         parent, _, child = name.rpartition(".")
-        port = PortedConv2d(conv, coords())
-        # What others hang on a layer (ultralytics: where its input comes from) goes along.
-        for attribute, value in vars(conv).items():
-            if attribute not in vars(port) and attribute in ("f", "i", "type", "np"):
-                setattr(port, attribute, value)
-        setattr(made.get_submodule(parent), child, port.train(conv.training))
+        port = PortedConv2d(conv, coords()).train(conv.training)
+        setattr(made.get_submodule(parent), child, port)
     with torch.no_grad():
         made(example)
     return made
