@@ -158,7 +158,7 @@ class _Builder:
         for factor in rest:
             running = self.node("Mul", [running, factor])
         wanted = tuple(constant.tensor.shape)
-        if torch.broadcast_shapes(*(factor.shape for factor in constant.factors)) != wanted:
+        if np.broadcast_shapes(*(factor.shape for factor in constant.factors)) != wanted:
             shape = self.stored("shape", np.array(wanted, dtype=np.int64))
             running = self.node("Reshape", [running, shape])
         running.shape = ir.Shape(wanted)

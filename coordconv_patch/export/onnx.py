@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import onnx
 import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -22,6 +23,7 @@ from coordconv_patch.export.axes import (
     check_axes,
     inputs_to_check,
 )
+from coordconv_patch.export.carrying import carry_coordinates_
 from coordconv_patch.export.choosing import MAX_GROWTH, Chooser, check_lowering
 from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
@@ -157,6 +159,8 @@ def _rewritten(
     if not weights_are_inside:
         return onnx.load(path), count_constant_bytes(model.graph, constants, batch)
     stored = compact_constants_(model.graph, constants, batch)
+    if provider == CPU and carry_coordinates_(model.graph):
+        RemoveUnusedNodesPass()(model)
     order_additions_(model.graph)
     if provider == CPU:
         fuse_clips_(model.graph)
