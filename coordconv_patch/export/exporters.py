@@ -29,6 +29,9 @@ _MAX_PROTOBUF_BYTES = 2_000_000_000
 """ONNX files are protobuf messages, which end at 2 GiB; larger weights go to a file beside."""
 
 
+_BFLOAT16_OPSET = 22
+
+
 def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str, list[str]]:
     """Write the graph with the exporter asked for; returns the one that did it, and notes."""
     if exporter not in ("auto", "dynamo", "torchscript"):
@@ -62,13 +65,22 @@ def _export_dynamo(request: ExportRequest, path: Path) -> None:
             kwargs=kwargs,
             dynamo=True,
             dynamic_shapes=_dynamic_shapes(request, args, kwargs) if request.is_dynamic else None,
-            opset_version=request.opset,
+            opset_version=_opset(request),
             input_names=request.input_names,
             output_names=request.output_names,
             verbose=False,
         )
         assert program is not None
         program.save(str(path), external_data=_weight_bytes(request.model) > _MAX_PROTOBUF_BYTES)
+
+
+def _opset(request: ExportRequest) -> int | None:
+    """The operator set asked for; for bfloat16 at least the first whose Conv takes it."""
+    if request.opset is None and any(
+        parameter.dtype is torch.bfloat16 for parameter in request.model.parameters()
+    ):
+        return _BFLOAT16_OPSET
+    return request.opset
 
 
 def _dynamic_shapes(request: ExportRequest, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

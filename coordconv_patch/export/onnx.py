@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,25 +19,33 @@ from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
     ExportRequest,
     batch_size,
     check_axes,
     inputs_to_check,
 )
+from coordconv_patch.export.binding import BoundRun
 from coordconv_patch.export.carrying import carry_coordinates_
 from coordconv_patch.export.choosing import MAX_GROWTH, Chooser, check_lowering
 from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import write_graph
-from coordconv_patch.export.ordering import order_additions_
-from coordconv_patch.export.providers import CPU, working_providers
+from coordconv_patch.export.ordering import coordinate_nodes, order_additions_
+from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
-from coordconv_patch.export.verify import Check, Verifier, tensors_in
+from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.passes.fold import fold_batch_norms_
-from coordconv_patch.passes.lower import CoordConstant, Lowering, LoweringSite, lower_
+from coordconv_patch.passes.lower import (
+    CoordConstant,
+    Lowering,
+    LoweringSite,
+    lower_,
+    lowering_sites,
+)
 
 __all__ = [
     "export_onnx",
@@ -49,7 +59,9 @@ def export_onnx(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
-    lowering: Literal["auto", "channels", "map", "branch", "separable", "computed"] = "auto",
+    lowering: Literal[
+        "auto", "autotune", "channels", "map", "branch", "separable", "computed"
+    ] = "auto",
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -75,8 +87,11 @@ def export_onnx(
         dynamic_size: The spatial axes of images are dynamic; coordinates are then
             computed in the graph. Otherwise they are constants.
         lowering: The form of the coordinate branch: ``"channels"``, ``"map"``,
-            ``"branch"``, ``"computed"``, see :mod:`coordconv_patch.passes.lower`;
-            ``"auto"`` takes what suits the provider and the axes.
+            ``"branch"``, ``"separable"``, ``"computed"``, see
+            :mod:`coordconv_patch.passes.lower`; ``"auto"`` takes what suits the provider and
+            the axes, see :mod:`coordconv_patch.export.choosing`; ``"autotune"`` times the
+            candidates for each group of sites on the provider, with the example's batch
+            size, and takes the fastest.
         opset: ONNX operator set; ``None``: the exporter's choice.
         input_names: Names of the graph's inputs; ``None``: the forward's argument names.
         output_names: Names of the graph's outputs.
@@ -99,23 +114,25 @@ def export_onnx(
     _check_path(path)
     check_is_module(model)
     working = working_providers(providers)
-    choose = _lowering_rule(lowering, model, working[0], dynamic_batch, dynamic_size)
+    check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)
     request = ExportRequest(
         model, example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
     with replacing(path) as temporary, progress:
-        lowered_model = _evaluation_copy(model)
-        folded = fold_batch_norms_(lowered_model)
-        lowered = lower_(lowered_model, example_inputs, choose)
+        folded_model = _evaluation_copy(model)
+        folded = fold_batch_norms_(folded_model)
+        writer = _Writer(folded_model, request, exporter, working, lowering in ("auto", "autotune"))
+        trials: tuple[Trial, ...] = ()
+        if lowering == "autotune":
+            trials, choose = writer.tuned(disabled_optimizers)
+        else:
+            choose = writer.rule(lowering)
         progress.set_description("exporting")
         progress.update()
-        request.model = lowered_model
-        used, notes = write_graph(request, temporary, exporter)
-        proto, constant_bytes = _rewritten(
-            temporary, lowered.constants, batch_size(tensors_in(example_inputs)), working[0]
-        )
+        written = writer.write(temporary, choose)
+        used, proto, notes = written.exporter, written.proto, written.notes
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -129,13 +146,19 @@ def export_onnx(
         inputs = inputs_to_check(request, model, traced=used == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
         notes += _notes_on(checks)
+        if verifier.runs_bfloat16_in_float32:
+            notes.append(
+                f"{working[0]} does not compute in bfloat16, so the check ran the graph in float32"
+            )
         progress.update()
         return ExportReport(
             path=path,
             file_size=sum(file.stat().st_size for file in temporary.parent.iterdir()),
             nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-            coord_constant_bytes=constant_bytes,
-            lowerings=dict(lowered.lowerings),
+            coord_constant_bytes=written.constant_bytes,
+            lowerings=dict(written.lowerings),
+            coordinate_nodes=written.coordinate_nodes,
+            trials=trials,
             folded_batch_norms=sum(bool(folding.convolution) for folding in folded),
             exporter=used,
             opset=max(entry.version for entry in proto.opset_import if entry.domain == ""),
@@ -146,27 +169,116 @@ def export_onnx(
         )
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A graph in a file."""
+
+    exporter: str
+    notes: list[str]
+    lowerings: dict[str, str]
+    proto: onnx.ModelProto
+    constant_bytes: int
+    coordinate_nodes: tuple[str, ...]
+
+
+@dataclass
+class _Writer:
+    """Writes the graph of one model, with its batch norms folded, in any lowering."""
+
+    folded: nn.Module
+    request: ExportRequest
+    exporter: str
+    providers: tuple[str, ...]
+    fuses: bool
+    """Whether sums and clips may be rewritten for the CPU provider's fusions."""
+
+    def write(self, path: Path, choose: Callable[[LoweringSite], Lowering]) -> _Written:
+        """Lower, export and rewrite; the model is left as it was."""
+        request = self.request
+        request.model = copy.deepcopy(self.folded)
+        lowered = lower_(request.model, request.example_inputs, choose)
+        used, notes = write_graph(request, path, self.exporter)
+        batch = batch_size(tensors_in(request.example_inputs))
+        fuse = self.fuses and self.providers[0] == CPU
+        return _Written(
+            used, notes, lowered.lowerings, *_rewritten(path, lowered.constants, batch, fuse)
+        )
+
+    def rule(self, lowering: str) -> Callable[[LoweringSite], Lowering]:
+        """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
+        request = self.request
+        if lowering == "auto":
+            weights = sum(t.numel() * t.element_size() for t in self.folded.parameters())
+            return Chooser(
+                self.providers[0],
+                request.dynamic_batch,
+                request.dynamic_size,
+                map_budget=MAX_GROWTH * weights,
+            )
+        if lowering in ("branch", "separable") and not request.dynamic_batch:
+            # With a fixed batch exporters fold the branch into the map, with their own rounding.
+            lowering = "map"
+        return lambda site: cast(Lowering, lowering)
+
+    def tuned(
+        self, disabled_optimizers: Sequence[str]
+    ) -> tuple[tuple[Trial, ...], Callable[[LoweringSite], Lowering]]:
+        """The trials on the provider, and the lowerings that were the fastest."""
+        request = self.request
+        arrays = [to_array(tensor) for tensor in tensors_in(request.example_inputs)]
+
+        def make_run(lowerings: Mapping[str, Lowering]) -> BoundRun:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trial.onnx"
+                self.write(path, lambda site: lowerings[site.name])
+                session = make_session(
+                    path,
+                    self.providers,
+                    disabled_optimizers=disabled_optimizers,
+                    rests_between_runs=True,
+                )
+            return BoundRun(session, arrays)
+
+        tuning = autotune(
+            lowering_sites(copy.deepcopy(self.folded), request.example_inputs),
+            self.rule("auto"),
+            make_run,
+            dynamic_batch=request.dynamic_batch,
+        )
+        return tuning.trials, lambda site: tuning.lowerings[site.name]
+
+
 def _rewritten(
-    path: Path, constants: Sequence[CoordConstant], batch: int, provider: str
-) -> tuple[onnx.ModelProto, int]:
+    path: Path, constants: Sequence[CoordConstant], batch: int, fuse: bool
+) -> tuple[onnx.ModelProto, int, tuple[str, ...]]:
     """Rewrite a file that was just exported for the runtime, and load it.
 
+    Args:
+        path: The file.
+        constants: What the lowering stored.
+        batch: Batch size of the example.
+        fuse: Whether to prepare for the fusions of ONNX Runtime's CPU provider.
+
     Returns:
-        The graph, and the bytes of coordinate constants in it.
+        The graph, the bytes of coordinate constants in it, and the names of the nodes that
+        compute with coordinates alone.
     """
     model = onnx_ir.load(path)
+    graph = model.graph
     weights_are_inside = len(list(path.parent.iterdir())) == 1
     if not weights_are_inside:
-        return onnx.load(path), count_constant_bytes(model.graph, constants, batch)
-    stored = compact_constants_(model.graph, constants, batch)
-    if provider == CPU and carry_coordinates_(model.graph):
+        stored = count_constant_bytes(graph, constants, batch)
+        return onnx.load(path), stored, coordinate_nodes(graph)
+    stored = compact_constants_(graph, constants, batch)
+    if fuse and carry_coordinates_(graph):
         RemoveUnusedNodesPass()(model)
-    order_additions_(model.graph)
-    if provider == CPU:
-        fuse_clips_(model.graph)
+    order_additions_(graph)
+    if fuse:
+        fuse_clips_(graph)
+    names = coordinate_nodes(graph)
     proto = onnx_ir.to_proto(model)
     onnx.save(proto, path)
-    return proto, stored
+    return proto, stored, names
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:
@@ -184,20 +296,6 @@ def _check_path(path: Path) -> None:
     obstacle = obstacle_to_writing(path)
     if obstacle:
         raise ArgumentError(obstacle)
-
-
-def _lowering_rule(
-    lowering: str, model: nn.Module, provider: str, dynamic_batch: bool, dynamic_size: bool
-) -> Callable[[LoweringSite], Lowering]:
-    """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
-    check_lowering(lowering, dynamic_size)
-    if lowering == "auto":
-        budget = MAX_GROWTH * sum(t.numel() * t.element_size() for t in model.parameters())
-        return Chooser(provider, dynamic_batch, dynamic_size, budget)
-    if lowering in ("branch", "separable") and not dynamic_batch:
-        # With a fixed batch every exporter folds the branch into the map, with its own rounding.
-        lowering = "map"
-    return lambda site: cast(Lowering, lowering)
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["is_branch", "order_additions_", "values_without_inputs"]
+__all__ = ["coordinate_nodes", "is_branch", "order_additions_", "values_without_inputs"]
 
 
 def order_additions_(graph: ir.Graph) -> int:
@@ -52,6 +52,25 @@ def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:
         if node.op_type == "Shape" or all(v is None or v in found for v in node.inputs):
             found.update(node.outputs)
     return found
+
+
+def coordinate_nodes(graph: ir.Graph) -> tuple[str, ...]:
+    """Names of the convolutions of coordinates, and of the nodes that lead to them.
+
+    Every such node without a name is given one, in place.
+    """
+    independent = values_without_inputs(graph)
+    found: dict[ir.Node, None] = {}
+    pending = [node for node in graph if node.op_type == "Conv" and node.inputs[0] in independent]
+    while pending:
+        node = pending.pop()
+        if node not in found and node.outputs[0] in independent:
+            found[node] = None
+            before = [value.producer() for value in node.inputs if value is not None]
+            pending += [producer for producer in before if producer is not None]
+    for number, node in enumerate(found):
+        node.name = node.name or f"coordinates_{node.op_type}_{number}"
+    return tuple(str(node.name) for node in found)
 
 
 def is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from coordconv_patch.export.autotune import Trial
 from coordconv_patch.export.verify import Check
 
 __all__ = [
@@ -33,6 +34,9 @@ class ExportReport:
         dynamic_axes: Named axes of each graph input, by input name.
         checks: The comparisons with torch.
         notes: What else happened; a fallback to the other exporter, say.
+        coordinate_nodes: Names of the nodes that compute with coordinates alone: what a
+            quantizer has to leave out (``nodes_to_exclude``), see docs/deployment.md.
+        trials: What ``lowering="autotune"`` timed, in order.
     """
 
     path: Path
@@ -47,6 +51,8 @@ class ExportReport:
     dynamic_axes: dict[str, dict[int, str]]
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
+    coordinate_nodes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def worst_difference(self) -> float:
@@ -76,6 +82,8 @@ class ExportReport:
         table.add_row("checked on", self.provider)
         for check in self.checks:
             table.add_row(f"  {check.inputs}", _outcome(check))
+        for trial in self.trials:
+            table.add_row(f"  {trial.group}, {trial.sites} sites", _result(trial))
         for note in self.notes:
             table.add_row("note", note)
         return table
@@ -85,6 +93,13 @@ class ExportReport:
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _result(trial: Trial) -> str:
+    if trial.ratio is None:
+        return f"{trial.lowering}: {trial.obstacle}"
+    time = f"{trial.seconds * 1e3:.2f} ms, {trial.ratio} of the fastest before"
+    return f"{trial.lowering}: {time}{', kept' if trial.kept else ''}"
 
 
 def _outcome(check: Check) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ExportError
+from coordconv_patch.export.bfloat16 import has_bfloat16, in_float32
 from coordconv_patch.export.detections import (
     Detections,
     Fields,
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "run_torch",
     "tensors_in",
+    "to_array",
     "torch_outputs",
     "verify_onnx",
 ]
@@ -156,10 +158,23 @@ class Verifier:
         self._providers = working_providers(providers)
         self._tolerance = tolerance
         self._disabled = list(disabled_optimizers)
+        self.runs_bfloat16_in_float32 = False
+        """Whether the provider had no bfloat16, so that the float32 twin of the graph ran."""
 
     @functools.cached_property
     def _session(self) -> Any:
-        return make_session(self._path, self._providers, disabled_optimizers=self._disabled)
+        return self._make_session(disabled_optimizers=self._disabled)
+
+    def _make_session(self, **options: Any) -> Any:
+        """A session of the file, or of its float32 twin where the runtime lacks bfloat16."""
+        if not self.runs_bfloat16_in_float32:
+            try:
+                return make_session(self._path, self._providers, **options)
+            except ExportError:
+                if not has_bfloat16(self._path):
+                    raise
+                self.runs_bfloat16_in_float32 = True
+        return make_session(in_float32(self._path), self._providers, **options)
 
     def check(self, example_inputs: Any, expected: TorchRun | None = None) -> Check:
         """Compare on one input, see :func:`verify_onnx`.
@@ -176,7 +191,7 @@ class Verifier:
             return check
 
         def agrees(**options: Any) -> bool:
-            session = make_session(self._path, self._providers, **options)
+            session = self._make_session(**options)
             other, other_problems = comparison.compare(run_session(session, feeds))
             return other.agrees and not other_problems
 
@@ -197,7 +212,7 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, inputs: Any, run: TorchRun, tolerance: float) -> None:
         self._model, self._inputs, self._run, self._tolerance = model, inputs, run, tolerance
-        self._expected = [_array(tensor) for tensor in run.tensors]
+        self._expected = [to_array(tensor) for tensor in run.tensors]
         self._drawn: list[list[np.ndarray[Any, Any]]] = []
         self._source = other_roundings(torch_outputs, model, inputs)
         detected = {index for fields in run.fields for index, _ in fields.values()}
@@ -265,7 +280,7 @@ class _Comparison:
                 outputs = next(self._source, None)
                 if outputs is None:
                     return
-                self._drawn.append([_array(tensor) for tensor in outputs])
+                self._drawn.append([to_array(tensor) for tensor in outputs])
             found = Detections.take(fields, self._drawn[number])
             number += 1
             if found is not None:
@@ -315,7 +330,8 @@ def _plain(values: Any) -> Any:
     return values
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def to_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as ONNX Runtime's Python interface takes it; bfloat16 becomes float32."""
     tensor = tensor.detach().cpu()
     array: np.ndarray[Any, Any] = (
         tensor.float() if tensor.dtype is torch.bfloat16 else tensor
@@ -335,9 +351,7 @@ def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, A
             f"the ONNX graph has inputs {names}, but the example has {len(feeds)} tensors; a model "
             "of a list of images is exported for the number of images in its example"
         )
-    arrays = {
-        name: tensor.detach().cpu().numpy() for name, tensor in zip(names, feeds, strict=True)
-    }
+    arrays = {name: to_array(tensor) for name, tensor in zip(names, feeds, strict=True)}
     try:
         return list(session.run(None, arrays))
     except Exception as error:
@@ -381,6 +395,6 @@ def rounding_noise(
         exact = in_float64(torch_outputs, model, example_inputs)
         own = torch_outputs(model, example_inputs)
         chosen = range(len(own)) if outputs is None else outputs
-        return compare([exact[i] for i in chosen], [own[i].numpy() for i in chosen])
+        return compare([exact[i] for i in chosen], [to_array(own[i]) for i in chosen])
     except Exception:
         return 0.0

@@ -33,7 +33,15 @@ from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
 from coordconv_patch.recording import Call, record_calls
 
-__all__ = ["LOWERINGS", "CoordConstant", "Lowered", "Lowering", "LoweringSite", "lower_"]
+__all__ = [
+    "LOWERINGS",
+    "CoordConstant",
+    "Lowered",
+    "Lowering",
+    "LoweringSite",
+    "lower_",
+    "lowering_sites",
+]
 
 Lowering = Literal["channels", "map", "branch", "separable", "computed"]
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
