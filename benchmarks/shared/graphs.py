@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
+from coordconv_patch.export.axes import ExportRequest
+from coordconv_patch.export.exporters import write_graph
 from coordconv_patch.export.providers import CPU
 
 __all__ = ["write_plainly", "write_verified"]
@@ -28,7 +25,9 @@ def write_verified(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def write_plainly(model: nn.Module, example: Tensor, path: Path) -> None:
-    """Export as anyone does: ``torch.onnx.export``, for any batch size.
+    """Export as anyone does, for any batch size: ``torch.onnx.export``, and nothing else.
+
+    With ``dynamo=True``, or where that fails with ``dynamo=False``, as ``export_onnx`` does.
 
     Args:
         model: In evaluation mode.
@@ -37,23 +36,4 @@ def write_plainly(model: nn.Module, example: Tensor, path: Path) -> None:
     """
     # A copy: an export leaves tensors without values in models that keep some (ultralytics').
     model = copy.deepcopy(model)
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (example,),
-                str(path),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                external_data=False,
-                verbose=False,
-            )
-    finally:
-        logging.disable(level)
+    write_graph(ExportRequest(model, example, True, False, None, None, None), path, "auto")
