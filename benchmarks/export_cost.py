@@ -1,6 +1,6 @@
 """What an export with its verification costs, and how large the file is.
 
-The time of ``export_onnx`` (all convolutions patched; the file compared with torch in ONNX
+The time of ``export_onnx`` (by default with all convolutions patched; the file compared with torch in ONNX
 Runtime) over that of ``torch.onnx.export`` of the plain model and loading it once in ONNX
 Runtime. The two take turns.
 
@@ -33,6 +33,7 @@ PLAIN = "plain, torch.onnx.export and one load"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__ or "", tuple(name for name in MODELS if name != QUICK))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=["all"])
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.rounds = [QUICK], 1
@@ -44,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for key, result in record.results.items():
         sizes = [variant["file_size"] for variant in result["variants"].values()]
-        growth = [f"{size / sizes[0] - 1:+.2%}" for size in sizes[1:]]
-        rows.append((MODELS[key].title, f"{sizes[0] / 1e6:.2f}", *growth))
+        for name, size in zip(list(result["variants"])[1:], sizes[1:], strict=True):
+            growth = f"{size / sizes[0] - 1:+.2%}"
+            rows.append((MODELS[key].title, name, f"{sizes[0] / 1e6:.2f}", growth))
     print()
-    print("\n".join(markdown_table(("file size", "plain, MB", *SELECTIONS), rows)))
+    print("\n".join(markdown_table(("file size", "patched", "plain, MB", "growth"), rows)))
     draw_ratios({"": ratios}, "Export and verification over a plain export", options.picture)
 
 
@@ -62,9 +64,9 @@ def _measure(model: BenchModel, options: argparse.Namespace) -> dict[str, Any]:
             make_session(files[PLAIN], [CPU])
 
         runs: dict[str, Callable[[], None]] = {PLAIN: export_and_load}
-        for selection, where in SELECTIONS.items():
+        for selection in options.selections:
             files[selection] = Path(folder) / f"{len(files)}.onnx"
-            made = patched(plain, where, example)
+            made = patched(plain, SELECTIONS[selection], example)
             runs[selection] = functools.partial(write_verified, made, example, files[selection])
         seconds = alternate(runs, repeats=options.rounds, warm_up=0, description=model.title)
         variants = {}

@@ -36,9 +36,9 @@ AXES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__ or "", ("resnet50",))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--counts", nargs="+", type=int, default=[1, 4, 13, 27, 53])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[96, 160, 224, 320])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 13, 27, 53])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[128, 224, 320])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.threads = [QUICK], 1

@@ -56,7 +56,7 @@ EXPECTED = {
         f"tiny, {axis}": {"plain", "patched", "port, buffer"}
         for axis in ("convolutions, 3", "size, 32", "batch, 1")
     },
-    "export_cost": {"tiny": {"plain, torch.onnx.export and one load", "first", "k>1", "all"}},
+    "export_cost": {"tiny": {"plain, torch.onnx.export and one load", "all"}},
     "training_and_eager": {
         "tiny, training step, batch 8, 32 px": {
             *("plain", "first", "all", "all, port, buffer", "all, port, run time"),

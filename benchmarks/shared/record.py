@@ -78,7 +78,7 @@ def make_parser(description: str, models: tuple[str, ...]) -> argparse.ArgumentP
     )
     parser.add_argument("--models", nargs="+", default=list(models), metavar="NAME")
     parser.add_argument(
-        "--seconds", type=float, default=12.0, help="time for each combination, about"
+        "--seconds", type=float, default=8.0, help="time for each combination, about"
     )
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/")
     parser.add_argument("--picture", type=Path, help="PNG file; default: beside the JSON file")
@@ -135,7 +135,7 @@ def timed(
     trial = alternate(runs, repeats=1, warm_up=1, description=f"{title}, warming up")
     one_round = sum(times[0] for times in trial.values())
     rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(options.seconds / one_round)))
-    seconds = alternate(runs, repeats=2 if options.quick else rounds, warm_up=1, description=title)
+    seconds = alternate(runs, repeats=2 if options.quick else rounds, warm_up=0, description=title)
     variants: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():
         ratio = ratio_of_medians(times, seconds[base])
