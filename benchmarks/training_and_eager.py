@@ -1,68 +1,40 @@
-"""What coordinates cost in torch: patching, planning, a training step, eager inference, memory.
+"""What coordinates cost in torch: patching, a training step, memory, eager and compiled inference.
 
-Plain and patched run alternately in one process; the figure is the ratio of medians.
+Plain, patched and ported models take turns in one process; the figure is the ratio of medians
+to the plain model's. The floor adds a constant map after each convolution and checks nothing.
 
-    python benchmarks/training_and_eager.py --out benchmarks/results/training_and_eager.json
+    python benchmarks/training_and_eager.py
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
-import platform
-import random
 import resource
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from tqdm.auto import tqdm
+from shared.models import MODELS, QUICK, BenchModel, images
+from shared.ports import BufferCoords, RuntimeCoords, ported
+from shared.record import make_parser, open_record, ratios_of, timed
+from shared.show import draw_ratios, print_ratios
+from shared.variants import patched, patched_names, seeded
+from torch import Tensor, nn
 
 import coordconv_patch as ccp
 
+NAME = "training_and_eager"
+PLAIN, PORT = "plain", "all, port, buffer"
 
-class ConcatConv2d(nn.Conv2d):
-    """The published form, for comparison: coordinates are concatenated to the input."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        n, _, h, w = input.shape
-        ys = torch.linspace(-1, 1, h).view(1, 1, h, 1).expand(n, 1, h, w)
-        xs = torch.linspace(-1, 1, w).view(1, 1, 1, w).expand(n, 1, h, w)
-        return super().forward(torch.cat((input, xs, ys), dim=1))
-
-
-def concatenated(model: nn.Module) -> nn.Module:
-    """A copy with every convolution replaced by the concatenating form (ungrouped models)."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, conv in list(parent.named_children()):
-            if type(conv) is nn.Conv2d:
-                wide = ConcatConv2d(
-                    conv.in_channels + 2,
-                    conv.out_channels,
-                    conv.kernel_size,
-                    conv.stride,
-                    conv.padding,
-                    conv.dilation,
-                    bias=conv.bias is not None,
-                )
-                setattr(parent, name, wide)
-    return model
+Run = Callable[[], Any]
 
 
 class AddedMap(nn.Conv2d):
     """What keeping a map costs at least: its addition, without any check that it still holds."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
         if not hasattr(self, "kept_map"):
             self.kept_map = torch.randn_like(output[:1])
@@ -78,143 +50,164 @@ def addition_alone(model: nn.Module) -> nn.Module:
     return model
 
 
-def alternate(actions: dict[str, Callable[[], Any]], repeats: int, title: str) -> dict[str, float]:
-    """Median seconds of each action, run ``repeats`` times after one warm-up each.
-
-    Every round takes the actions in another order: what ran just before leaves its mark on
-    the processor's caches.
-    """
-    order = list(actions)
-    shuffler = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    for _ in tqdm(range(repeats), desc=title, disable=None):
-        shuffler.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            actions[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def variant(plain: nn.Module, name: str, example: Tensor) -> nn.Module:
+    """A copy of a plain model in one of the forms that are compared."""
+    if name == PLAIN:
+        return copy.deepcopy(plain)
+    if name in ("first", "all"):
+        return patched(plain, name, example)
+    if name == "all, folded":
+        return ccp.fold(patched(plain, "all", example))
+    if name == "all, floor":
+        return addition_alone(plain)
+    names = patched_names(patched(plain, "all", example))
+    coords = RuntimeCoords if name == "all, port, run time" else BufferCoords
+    return ported(plain, names, coords, example)
 
 
-def trainer(model: nn.Module, batch: int, size: int) -> Callable[[], None]:
+def trainer(model: nn.Module, batch: int, size: int) -> Run:
     """One SGD step on random data."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    shown = images(batch, size)
+    with torch.no_grad():
+        classes = model(shown).shape[1]
+    labels = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.functional.cross_entropy(model(shown), labels).backward()
         optimizer.step()
 
     return step
 
 
-def inference(model: nn.Module, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+def inference(model: nn.Module, shown: Tensor) -> Run:
+    """One forward pass in evaluation mode."""
     model.eval()
 
-    def run() -> torch.Tensor:
+    def run() -> Tensor:
         with torch.no_grad():
-            return model(images)
+            return model(shown)
 
     return run
 
 
-def variants(base: nn.Module) -> dict[str, nn.Module]:
-    made = {"plain": copy.deepcopy(base)}
-    made["first"] = ccp.patch(base, "first")
-    made["all"] = ccp.patch(base, "all")
-    for model in (made["first"], made["all"]):
-        for weight in ccp.coord_parameters(model):
-            nn.init.normal_(weight, std=1e-3)
-    return made
-
-
-def _peak_of(kind: str, threads: int) -> int:
+def _peak_of(kind: str, name: str, threads: int, size: int) -> int:
     torch.set_num_threads(threads)
-    base = timm.create_model("resnet50")
-    model = concatenated(base) if kind == "concatenated" else variants(base)[kind]
-    del base
-    step = trainer(model, batch=8, size=160)
+    model = variant(seeded(MODELS[name].make), kind, images(1, size))
+    step = trainer(model, batch=8, size=size)
     for _ in range(3):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak_memory(kind: str, threads: int) -> int:
-    """Peak resident kB of three training steps in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of, (kind, threads))
+def peak_memory(name: str, threads: int, size: int) -> dict[str, Any]:
+    """Peak resident memory of three training steps, each kind in a fresh process; in kB."""
+    peaks: dict[str, int] = {}
+    for kind in (PLAIN, "first", "all", PORT):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[kind] = pool.apply(_peak_of, (kind, name, threads, size))
+    return {
+        "rounds": 1,
+        "variants": {
+            kind: {
+                "kilobytes": peak,
+                "ratio": peak / peaks[PLAIN],
+                "ratio_95": [peak / peaks[PLAIN]] * 2,
+            }
+            for kind, peak in peaks.items()
+        },
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-
-    results: dict[str, dict[str, float]] = {}
-    memory: dict[str, float] = {}
+def _measures(name: str, options: argparse.Namespace) -> dict[str, Callable[[str], Any]]:
+    """What is measured of a model, by key."""
+    model = MODELS[name]
+    train_size = min(160, model.size)
+    found: dict[str, Callable[[str], Any]] = {}
     if not options.skip_memory:
         # First, while this process is small: a child's peak counts from its parent's.
-        kinds = tqdm(("plain", "first", "all", "concatenated"), desc="peak memory", disable=None)
-        memory = {kind: peak_memory(kind, options.threads) for kind in kinds}
-    base = timm.create_model("resnet50")
-    image = torch.randn(1, 3, 224, 224)
-
-    eager = copy.deepcopy(base).eval()
-    results["making, resnet50"] = alternate(
-        {
-            "deepcopy": lambda: copy.deepcopy(eager),
-            "patch all": lambda: ccp.patch(eager, "all"),
-            "forward": inference(eager, image),
-            "plan all": lambda: ccp.plan(eager, "all", example_inputs=image),
-        },
-        options.repeats,
-        "patch and plan",
-    )
-    for batch, size in ((1, 224), (4, 224), (8, 224), (8, 160)):
-        images = torch.randn(batch, 3, size, size)
-        runs = {name: inference(m, images) for name, m in variants(base).items()}
-        runs["all, addition alone"] = inference(addition_alone(base), images)
-        runs["concatenated"] = inference(concatenated(base), images)
-        results[f"eager inference, batch {batch}, {size} x {size}"] = alternate(
-            runs, 2 * options.repeats, f"eager inference, batch {batch}, {size} x {size}"
+        found["memory of training, batch 8"] = lambda key: peak_memory(
+            name, options.threads, train_size
         )
-    steps = {name: trainer(m, 8, 160) for name, m in variants(base).items()}
-    steps["concatenated"] = trainer(concatenated(base), 8, 160)
-    results["training step, batch 8, 160 x 160"] = alternate(
-        steps, options.repeats, "training step"
+    found[f"training step, batch 8, {train_size} px"] = lambda key: _training(
+        model, train_size, options, key
     )
-    if memory:
-        results["peak memory of training, kB"] = memory
+    for batch, size in options.shapes or [(1, model.size), (4, model.size), (8, train_size)]:
+        found[f"eager, batch {batch}, {size} px"] = lambda key, b=batch, s=size: _eager(
+            model, b, s, options, key
+        )
+    if not options.skip_compile:
+        found[f"compiled, batch 4, {model.size} px"] = lambda key: _compiled(model, options, key)
+    found["making"] = lambda key: _making(model, options, key)
+    return {f"{name}, {what}": measure for what, measure in found.items()}
 
-    table = Table(title=f"resnet50, {options.threads} threads, ratio to the first of each group")
-    for heading in ("what", "variant", "median", "ratio"):
-        table.add_column(heading, no_wrap=True)
-    for what, medians in results.items():
-        first = next(iter(medians.values()))
-        for name, value in medians.items():
-            table.add_row(what, name, f"{value:.4g}", f"{value / first:.3f}")
-    Console().print(table)
-    if options.out:
-        record = {
-            "command": "python benchmarks/training_and_eager.py",
-            "threads": options.threads,
-            "repeats": options.repeats,
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "medians, seconds unless named otherwise": results,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+def _training(model: BenchModel, size: int, options: argparse.Namespace, key: str) -> Any:
+    plain, example = seeded(model.make), images(1, size)
+    kinds = (PLAIN, "first", "all", PORT, "all, port, run time")
+    runs = {kind: trainer(variant(plain, kind, example), 8, size) for kind in kinds}
+    return timed(runs, PLAIN, options, key)
+
+
+def _eager(model: BenchModel, batch: int, size: int, options: argparse.Namespace, key: str) -> Any:
+    plain, shown = seeded(model.make), images(batch, size)
+    kinds = (*(PLAIN, "first", "all", "all, floor", "all, folded", PORT, "all, port, run time"),)
+    runs = {kind: inference(variant(plain, kind, shown), shown) for kind in kinds}
+    return timed(runs, PLAIN, options, key)
+
+
+def _compiled(model: BenchModel, options: argparse.Namespace, key: str) -> Any:
+    plain, shown = seeded(model.make), images(4, model.size)
+    runs: dict[str, Run] = {}
+    for kind in (PLAIN, "all", PORT):
+        torch.compiler.reset()
+        runs[kind] = inference(torch.compile(variant(plain, kind, shown).eval()), shown)
+        runs[kind]()
+    return timed(runs, PLAIN, options, key)
+
+
+def _making(model: BenchModel, options: argparse.Namespace, key: str) -> Any:
+    plain, shown = seeded(model.make), images(1, model.size)
+    runs: dict[str, Run] = {
+        "forward": inference(plain, shown),
+        "deepcopy": lambda: copy.deepcopy(plain),
+        "patch all": lambda: ccp.patch(plain, "all"),
+        "plan all": lambda: ccp.plan(plain, "all", example_inputs=shown),
+    }
+    return timed(runs, "forward", options, key)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, _, size = text.partition("x")
+    return int(batch), int(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__ or "", ("resnet50", "mobilenetv3"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="BATCHxSIZE")
+    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--skip-compile", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.models, options.skip_memory, options.skip_compile = [QUICK], True, True
+        options.shapes = [(1, MODELS[QUICK].size)]
+    torch.set_num_threads(options.threads)
+    record = open_record(options, NAME)
+    for name in [] if options.show else options.models:
+        for key, measure in _measures(name, options).items():
+            record.measure(key, measure, key)
+    ratios = {key: ratios_of(result) for key, result in record.results.items()}
+    print_ratios(ratios)
+    panels: dict[str, dict[str, Any]] = {}
+    for key, row in ratios.items():
+        name, what = key.split(", ", 1)
+        if what != "making":
+            shown = {kind: ratio for kind, ratio in row.items() if kind != PLAIN}
+            panels.setdefault(MODELS[name].title, {})[what] = shown
+    draw_ratios(panels, "Time and memory in torch over the plain model's", options.picture)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""What coordinates cost in exported files: ONNX Runtime's CPU provider, and OpenVINO.
+
+Each model is timed with its first, every larger than 1x1, and all convolutions patched (by
+``export_onnx`` with its defaults), beside the plain model and concatenating ports, all
+exported for any batch size. "plain" is what ``torch.onnx.export`` makes of the plain model;
+"plain again" is the same file in a second session, and shows this machine's noise. The
+floor is explained in shared/floor.py.
+
+    python benchmarks/onnx_runtime.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.engines import ENGINES
+from shared.floor import write_floor
+from shared.graphs import write_plainly, write_verified
+from shared.models import MODELS, QUICK, BenchModel, images
+from shared.ports import BufferCoords, RuntimeCoords, ported
+from shared.record import make_parser, open_record, ratios_of, timed
+from shared.show import draw_ratios, print_ratios
+from shared.variants import SELECTIONS, patched, patched_names, seeded
+from tqdm.auto import tqdm
+
+NAME = "onnx_runtime"
+PLAIN = "plain"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__ or "", tuple(name for name in MODELS if name != QUICK))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.models, options.batch, options.threads = [QUICK], [2], [1]
+    record = open_record(options, NAME)
+    for name in [] if options.show else options.models:
+        combinations = _combinations(name, options)
+        if all(key in record.results for key in combinations):
+            tqdm.write(f"{name}: there already")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_files(MODELS[name], Path(folder))
+            for key, (engine, batch, threads) in combinations.items():
+                record.measure(
+                    key, _measure, files, MODELS[name], engine, batch, threads, key, options
+                )
+    print_ratios({key: ratios_of(result) for key, result in record.results.items()})
+    panels: dict[str, dict[str, Any]] = {}
+    for key, result in record.results.items():
+        name, engine, rest = key.split(", ", 2)
+        ratios = {name: ratio for name, ratio in ratios_of(result).items() if name != PLAIN}
+        panels.setdefault(f"{MODELS[name].title}, {engine}", {})[rest] = ratios
+    draw_ratios(panels, "Time of exported files over the plain model's", options.picture)
+
+
+def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str, int, int]]:
+    """By key: engine, batch, threads. OpenVINO runs with the most threads only."""
+    return {
+        f"{name}, {engine}, batch {batch}, threads {threads}": (engine, batch, threads)
+        for engine in options.engines
+        for batch in options.batch
+        for threads in options.threads
+        if engine != "openvino" or threads == max(options.threads)
+    }
+
+
+def write_files(model: BenchModel, folder: Path) -> dict[str, Path]:
+    """Export every variant; by name, the plain model first."""
+    plain = seeded(model.make)
+    example = images(2, model.size)
+    write = functools.partial
+    makers: dict[str, Callable[[Path], None]] = {
+        PLAIN: write(write_plainly, plain, example),
+        "plain, by export_onnx": write(write_verified, plain, example),
+    }
+    for selection, where in SELECTIONS.items():
+        made = patched(plain, where, example)
+        names = patched_names(made)
+        makers[selection] = write(write_verified, made, example)
+        port = ported(plain, names, BufferCoords, example)
+        makers[f"{selection}, port, buffer"] = write(write_plainly, port, example)
+    # Its cost beside the other port's does not depend on which convolutions have it.
+    port = ported(plain, names, RuntimeCoords, example)
+    makers["all, port, run time"] = write(write_plainly, port, example)
+    files: dict[str, Path] = {}
+    progress = tqdm(makers.items(), disable=None, leave=False)
+    for number, (name, make) in enumerate(progress):
+        progress.set_description(f"{model.title}: exporting {name}")
+        files[name] = folder / f"{number}.onnx"
+        make(files[name])
+    return files
+
+
+def _measure(
+    files: dict[str, Path],
+    model: BenchModel,
+    engine: str,
+    batch: int,
+    threads: int,
+    key: str,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    shown = images(batch, model.size)
+    files = {**files, "plain again": files[PLAIN]}
+    if engine == "onnxruntime":
+        for selection in SELECTIONS:
+            path = files[PLAIN].with_name(f"floor-{list(SELECTIONS).index(selection)}.optimised")
+            write_floor(files[PLAIN], path, shown, selection)
+            files[f"{selection}, floor"] = path
+    runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
+    sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
+    return timed(runs, PLAIN, options, key, sizes)
+
+
+if __name__ == "__main__":
+    main()

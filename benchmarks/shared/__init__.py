@@ -1,0 +1,1 @@
+"""What the benchmarks share: models, ports, engines, the floor, records and pictures."""
