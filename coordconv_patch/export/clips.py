@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.ordering import is_branch, values_without_inputs
+from coordconv_patch.export.ordering import is_branch, is_own_weight, values_without_inputs
 
 __all__ = ["fuse_clips_"]
 
@@ -74,7 +74,7 @@ def _weights_behind(value: ir.Value) -> list[ir.Value] | None:
     weights = []
     for user, position in value.uses():
         weight = user.inputs[1] if user.op_type == "Conv" and position == 0 else None
-        if weight is None or weight.const_value is None or len(weight.uses()) != 1:
+        if weight is None or not is_own_weight(weight):
             return None
         weights.append(weight)
     return weights if weights and not value.is_graph_output() else None
