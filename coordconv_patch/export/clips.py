@@ -19,6 +19,9 @@ from coordconv_patch.export.ordering import is_branch, is_own_weight, values_wit
 
 __all__ = ["fuse_clips_"]
 
+_MAX_LIMIT = 1e6
+"""Weights times the limit must not overflow; activations that are really clipped have 1 or 6."""
+
 
 def fuse_clips_(graph: ir.Graph) -> int:
     """Replace clips from zero behind coordinate sums, in place.
@@ -47,7 +50,7 @@ def _upper_limit(node: ir.Node) -> float | None:
     if node.op_type != "Clip" or node.domain or len(node.inputs) != 3:
         return None
     low, high = (_scalar(value) for value in node.inputs[1:])
-    return high if low == 0 and high is not None and 0 < high < np.inf else None
+    return high if low == 0 and high is not None and 0 < high <= _MAX_LIMIT else None
 
 
 def _scalar(value: ir.Value | None) -> float | None:
