@@ -1,7 +1,7 @@
 """What an export with its verification costs, and how large the file is.
 
-The time of ``export_onnx`` (by default with all convolutions patched; the file compared with torch in ONNX
-Runtime) over that of ``torch.onnx.export`` of the plain model and loading it once in ONNX
+The time of ``export_onnx`` (by default with all convolutions patched; the file compared with
+torch in ONNX Runtime) over that of ``torch.onnx.export`` of the plain model and loading it once in ONNX
 Runtime. The two take turns.
 
     python benchmarks/export_cost.py

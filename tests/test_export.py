@@ -26,7 +26,7 @@ from coordconv_patch.layers import coord_layers
 
 CPU = ["CPUExecutionProvider"]
 EXPORTERS = ["dynamo", "torchscript"]
-STORED = ["channels", "map", "branch"]
+STORED = ["channels", "map", "branch", "separable"]
 
 
 class Net(nn.Module):
@@ -162,19 +162,58 @@ def test_coordinates_are_constants_where_the_size_is_fixed(case: Any) -> None:
         assert "Range" in operators(path)
         return
     assert not operators(path) & {"Range", "Linspace"}
-    # Grids of (1, K, H, W), or maps of (1, C_out, H', W'); stem at 8 x 12, head reads 8 x 12.
-    numbers = 4 * 8 * 12 + 2 * 3 * 5 if lowering == "map" else 2 * 8 * 12
-    assert report.coord_constant_bytes == numbers * 4
-    if lowering != "map":
-        grid = paper_grid((8, 12)).float().numpy().reshape(1, 2, 8, 12)
-        found = [array for array in constants(path) if array.shape == grid.shape]
-        assert len(found) == 1
-        np.testing.assert_allclose(found[0], grid, atol=1e-6)
+    # Both read 8 x 12. Channels are a vector an axis each; a strip two for each image, and its
+    # shape of four whole numbers; the stem's map also has a weight, the head's 3 x 5 is whole.
+    strip = 14 * (8 + 12) * 4 + 4 * 8
+    assert (
+        report.coord_constant_bytes
+        == {
+            "channels": 2 * (8 + 12) * 4,
+            "branch": 2 * (8 + 12) * 4,
+            # The head does not pad: x and y, shifted and not, span x, y and a constant.
+            "separable": strip + 3 * (3 + 5) * 4 + 4 * 8,
+            "map": strip + 4 * 14 * 4 + 2 * 3 * 5 * 4,
+        }[lowering]
+    )
+
+
+def test_constants_are_whole_once_the_file_is_loaded(case: Any, tmp_path: Path) -> None:
+    _, lowering, path, _, model = case
+    found = [array for array in constants(folded(path, tmp_path)) if array.ndim == 4]
+    scale = model.bn.weight / (model.bn.running_var + model.bn.eps).sqrt()  # folded into the stem
+    maps = [branch_of(model.stem) * scale.reshape(-1, 1, 1), branch_of(model.head)]
+    expected = {
+        "channels": [paper_grid((8, 12)).numpy()[None]],
+        "branch": [paper_grid((8, 12)).numpy()[None]],
+        "map": [tensor.detach().numpy() for tensor in maps],
+        "separable": [],
+        "computed": [],
+    }[lowering]
+    for array in expected:
+        same = [other for other in found if other.shape == array.shape]
+        assert any(np.allclose(other, array, rtol=0, atol=1e-5) for other in same)
+
+
+def branch_of(layer: nn.Module) -> Tensor:
+    """The coordinate map of a layer that reads 8 x 12."""
+    grid = paper_grid((8, 12)).unsqueeze(0)
+    weight = layer.coord_weight.detach().double()
+    return F.conv2d(grid, weight, None, layer.stride, layer.padding)
+
+
+def folded(path: Path, folder: Path) -> Path:
+    """The file as ONNX Runtime has it in memory: constants folded."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folder / "folded.onnx")
+    ort.InferenceSession(str(path), options, providers=CPU)
+    return folder / "folded.onnx"
 
 
 def test_the_graph_has_the_form_of_its_lowering(case: Any) -> None:
     _, lowering, _path, report, _ = case
-    convs = {"channels": 2, "map": 2, "branch": 4, "computed": 4}[lowering]
+    # The stem's map is a convolution of a strip, which is folded when the file is loaded.
+    convs = {"channels": 2, "map": 3, "branch": 4, "separable": 4, "computed": 4}[lowering]
     assert report.nodes["Conv"] == convs
     assert report.nodes.get("Add", 0) == (0 if lowering == "channels" else 2)
 
@@ -257,11 +296,11 @@ def test_a_static_batch_is_static_and_its_constants_are_counted(
     assert_same(run(report.path, images(2))[0], concatenating(model)(images(2)))
     with pytest.raises(Exception, match=r"(?i)invalid"):
         run(report.path, images(3))
-    # Whatever a constant folder makes of them, the graph holds one grid's worth at least.
-    assert report.coord_constant_bytes >= 2 * 8 * 12 * 4
+    # Vectors at least; where a constant folder expanded them, two images' worth of channels.
+    assert 2 * (8 + 12) * 4 <= report.coord_constant_bytes <= 2 * 2 * 8 * 12 * 4
 
 
-def test_auto_is_the_branch_on_the_cpu_and_the_map_where_it_would_be_folded(
+def test_auto_is_the_cheaper_branch_on_the_cpu_and_the_map_where_it_would_be_folded(
     tmp_path: Path,
 ) -> None:
     forms = {}
@@ -276,7 +315,7 @@ def test_auto_is_the_branch_on_the_cpu_and_the_map_where_it_would_be_folded(
             providers=CPU,
         )
         forms[batch, size] = set(report.lowerings.values())
-    assert forms[True, False] == {"branch"}
+    assert forms[True, False] == {"separable"}  # 14 and 3 images instead of 18 taps
     assert forms[False, False] == {"map"}
     assert forms[True, True] == forms[False, True] == {"computed"}
 
@@ -738,7 +777,7 @@ def test_half_precision_stays_half(exporter: str, tmp_path: Path) -> None:
         providers=CPU,
     )
     assert {array.dtype for array in constants(report.path)} == {np.dtype(np.float16)}
-    assert report.coord_constant_bytes == 2 * 8 * 12 * 2
+    assert report.coord_constant_bytes == 14 * (8 + 12) * 2 + 4 * 8  # a strip and its shape
     (actual,) = run(report.path, images(3).half())
     assert actual.dtype == np.float16
     assert_same(actual.astype(np.float32), concatenating(model).float()(images(3)), 1e-2)
@@ -753,8 +792,9 @@ def test_a_pretrained_architecture_from_timm(tmp_path: Path) -> None:
     x = torch.rand(2, 3, 64, 96)
     report = ccp.export_onnx(model, tmp_path / "resnet18.onnx", x, providers=CPU)
     assert set(report.lowerings) == {"conv1", "layer2.0.conv1", "layer2.1.conv1"}
-    # Grids of conv1's input and of layer2's two: 64 x 96, 16 x 24 and 8 x 12.
-    assert report.coord_constant_bytes == 2 * (64 * 96 + 16 * 24 + 8 * 12) * 4
+    # A strip of each geometry, of images of the outputs' sizes: 32 x 48, and twice 8 x 12.
+    vectors = 24 * (32 + 48) + 8 * (8 + 12) + 14 * (8 + 12)
+    assert report.coord_constant_bytes == vectors * 4 + 3 * 4 * 8
     other = torch.rand(5, 3, 64, 96)
     assert_same(run(report.path, other)[0], concatenating(model)(other), 1e-4)
 
@@ -914,7 +954,10 @@ def test_a_wrong_optimizer_of_the_runtime_is_named_or_the_file_is_right(tmp_path
     [
         ({"path": "model.bin"}, r"model\.bin'?: write a file name that ends in \.onnx"),
         ({"path": "missing/model.onnx"}, "the folder .*missing does not exist"),
-        ({"lowering": "fold"}, "lowering='fold': write 'auto', 'channels', 'map'"),
+        (
+            {"lowering": "fold"},
+            "lowering='fold': write 'auto', .*'channels', 'map', 'branch', 'separable'",
+        ),
         ({"exporter": "onnxscript"}, "exporter='onnxscript': write 'auto', 'dynamo'"),
         ({"providers": ["Abacus"]}, "this ONNX Runtime has no Abacus; it has .*CPU"),
         ({"lowering": "computed"}, "the size is fixed: write dynamic_size=True"),

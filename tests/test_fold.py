@@ -266,3 +266,39 @@ class TestTheFoldedModel:
         assert torch.equal(copy.deepcopy(folded)(x), folded(x))
         ccp.export_onnx(folded, tmp_path / "folded.onnx", x)
         ccp.verify_onnx(tmp_path / "folded.onnx", model, x)
+
+
+class TiedDecoder(nn.Module):
+    """The decoder is the encoder's weight, transposed; only the encoder has a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.norm(self.encoder(x)).relu()
+        return nn.functional.conv_transpose2d(code, self.encoder.weight, padding=1)
+
+
+@pytest.mark.parametrize("shared", ["weight", "bias", "coord_weight"])
+def test_convolutions_that_share_a_parameter_keep_their_batch_norms(shared: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*layers, *copy.deepcopy(layers), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = trained(ccp.patch(model, "all"))
+    setattr(model[2], shared, getattr(model[0], shared))
+    assert_folds(model, torch.randn(2, 4, 6, 8), left=2)
+    first, second, third = fold_batch_norms_(copy.deepcopy(model))
+    assert (
+        first.obstacle
+        == second.obstacle
+        == ("the convolution shares parameters with something else")
+    )
+    assert third.convolution == "4"
+
+
+def test_a_weight_that_a_functional_convolution_reads_too_is_not_scaled() -> None:
+    torch.manual_seed(0)
+    model = trained(ccp.patch(TiedDecoder(), "encoder"))
+    assert_folds(model, torch.randn(2, 3, 6, 8), left=1)

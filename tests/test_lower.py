@@ -271,7 +271,7 @@ def functional_reference(model: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("lowering", ["map", "branch", "computed"])
+@pytest.mark.parametrize("lowering", ["map", "branch", "separable", "computed"])
 def test_functional_convolutions_in_a_graph_module(lowering: str) -> None:
     torch.manual_seed(0)
     model = filled(ccp.patch(Functional().double().eval(), "all"))
@@ -292,7 +292,7 @@ class UnbatchedFunctional(nn.Module):
         return F.conv2d(x, self.kernel)
 
 
-@pytest.mark.parametrize("lowering", ["map", "branch", "computed"])
+@pytest.mark.parametrize("lowering", ["map", "branch", "separable", "computed"])
 def test_unbatched_functional_convolution(lowering: str) -> None:
     torch.manual_seed(0)
     model = filled(ccp.patch(UnbatchedFunctional().double().eval(), "all"))
@@ -360,16 +360,48 @@ def test_a_whole_network_equals_its_concatenating_form(lowering: str) -> None:
     assert_lowers(model, x, concatenating(model)(x), lowering)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+RADIUS = ccp.Coordinates(order="yx", align_corners=False, radius=True)
+
+
+@pytest.mark.parametrize("lowering", [form for form in LOWERINGS if form != "separable"])
 def test_conventions_with_more_channels(lowering: str) -> None:
     torch.manual_seed(0)
-    convention = ccp.Coordinates(order="yx", align_corners=False, radius=True)
-    model = patched_conv(nn.Conv2d(3, 4, 3, padding=1), coords=convention)
+    model = patched_conv(nn.Conv2d(3, 4, 3, padding=1), coords=RADIUS)
     x = torch.randn(2, 3, 6, 9, dtype=torch.float64)
     layer = model[0]
     expected = concatenating_conv(
         x,
         paper_grid((6, 9), order="yx", align_corners=False, radius=True),
+        layer.weight,
+        layer.coord_weight,
+        layer.bias,
+        stride=(1, 1),
+        padding=(1, 1),
+        dilation=(1, 1),
+    )
+    assert_lowers(model, x, expected, lowering)
+
+
+def test_a_radius_has_no_separable_form_and_the_error_says_why() -> None:
+    model = patched_conv(nn.Conv2d(3, 4, 3, padding=1), coords=RADIUS)
+    with pytest.raises(
+        ExportError,
+        match=r"0 has no 'separable' form, .*\(y, x, r\).* not each depend on one axis alone: "
+        r"choose 'branch'",
+    ):
+        lower_(model, torch.zeros(1, 3, 6, 9, dtype=torch.float64), lambda site: "separable")
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_fourier_features_are_separable_too(lowering: str) -> None:
+    torch.manual_seed(0)
+    model = patched_conv(nn.Conv2d(3, 4, 3, padding=1), coords=ccp.Coordinates(fourier=2))
+    x = torch.randn(2, 3, 6, 9, dtype=torch.float64)
+    layer = model[0]
+    grid = paper_grid((6, 9), fourier=2)
+    expected = concatenating_conv(
+        x,
+        grid,
         layer.weight,
         layer.coord_weight,
         layer.bias,
@@ -427,9 +459,17 @@ def test_computed_works_at_any_size() -> None:
 def test_coordinate_channels_of_one_size_are_stored_once() -> None:
     for lowering in ("channels", "branch"):
         _, result = lowered(two_convs(), torch.randn(1, 3, 6, 8), lowering)
-        assert [tuple(tensor.shape) for tensor in result.constants] == [(1, 2, 6, 8)]
+        assert shapes_of(result) == [(1, 2, 6, 8)]
     _, result = lowered(two_convs(), torch.randn(1, 3, 6, 8), "map")
-    assert [tuple(tensor.shape) for tensor in result.constants] == [(1, 4, 6, 8)] * 2
+    assert shapes_of(result) == [(1, 4, 6, 8)] * 2
+    left, right = (constant.map_of for constant in result.constants)
+    assert left[0] is right[0]  # both maps are made of one strip
+    _, result = lowered(two_convs(), torch.randn(1, 3, 6, 8), "separable")
+    assert shapes_of(result) == [(1, 1, 6, 14 * 8)]
+
+
+def shapes_of(result: Lowered) -> list[tuple[int, ...]]:
+    return [tuple(constant.tensor.shape) for constant in result.constants]
 
 
 def test_layers_that_pad_differently_do_not_share_their_channels() -> None:
@@ -449,9 +489,9 @@ def test_each_site_gets_the_form_chosen_for_it() -> None:
     model = two_convs()
     made = copy.deepcopy(model)
     forms = {"0": "map", "1": "channels"}
-    result = lower_(made, torch.randn(1, 3, 6, 8), forms.__getitem__)
+    result = lower_(made, torch.randn(1, 3, 6, 8), lambda site: forms[site.name])
     assert result.lowerings == forms
-    assert [tuple(tensor.shape) for tensor in result.constants] == [(1, 4, 6, 8), (1, 2, 6, 8)]
+    assert shapes_of(result) == [(1, 4, 6, 8), (1, 2, 6, 8)]
     x = torch.randn(2, 3, 6, 8)
     torch.testing.assert_close(made(x), model(x))
 
@@ -490,7 +530,9 @@ def test_constants_follow_the_weights_dtype() -> None:
         model = two_convs().to(dtype)
         for lowering in STORED:
             _, result = lowered(model, torch.randn(1, 3, 6, 8, dtype=dtype), lowering)
-            assert {tensor.dtype for tensor in result.constants} == {dtype}
+            assert {constant.tensor.dtype for constant in result.constants} == {dtype}
+            parts = [part for constant in result.constants for part in constant.factors or ()]
+            assert {part.dtype for part in parts} == (set() if lowering == "map" else {dtype})
 
 
 @pytest.mark.parametrize("inputs", ["keyword", "tuple", "both"])

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.ordering import is_branch, values_without_inputs
+from coordconv_patch.export.ordering import is_branch, is_own_weight, values_without_inputs
 
 __all__ = ["carry_coordinates_"]
 
@@ -124,8 +124,8 @@ def _patched_convolution(node: ir.Node, independent: set[ir.Value]) -> _Site | N
                 _is_pointwise(branch)
                 and len(branch.inputs) == 2
                 and conv.op_type == "Conv"
-                and len(conv.outputs[0].uses()) == 1
-                and all(value is not None and _is_own_float(value) for value in conv.inputs[1:])
+                and _is_read_once(conv.outputs[0])
+                and all(value is not None and is_own_weight(value) for value in conv.inputs[1:])
             )
             return _Site(conv, branch, node) if usable else None
     return None
@@ -144,17 +144,36 @@ def _stream_from(first: _Site, sites: _Sites) -> _Stream | None:
         for user, position in value.uses():
             reader = sites.with_conv(user)
             if reader is not None and position == 0:
-                if reader.channels is not first.channels or not _is_pointwise(user):
+                if (
+                    reader.channels is not first.channels
+                    or not _is_pointwise(user)
+                    or reader.total.is_graph_output()
+                ):
                     return None
                 stream.readers.append((reader, value))
                 continue
             narrow = _other_term(user, value, sites)
-            if narrow is None or narrow.channels is not first.channels:
+            if (
+                narrow is None
+                or narrow.channels is not first.channels
+                or _width(narrow) != _width(first)  # a sum that repeats it over the channels
+            ):
                 return None
             stream.narrow.append(narrow)
             stream.terms[user.outputs[0]] = (*stream.terms[value], narrow)
             pending.append(user.outputs[0])
-    return stream if stream.readers else None
+    # A convolution without an activation behind it may read the stream and be added to it.
+    readers = {reader for reader, _ in stream.readers}
+    return stream if readers and readers.isdisjoint(stream.narrow) else None
+
+
+def _width(site: _Site) -> int:
+    """Channels that a site puts out."""
+    return len(_numbers(site.branch.inputs[1]))
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _has_room(site: _Site) -> bool:
@@ -170,15 +189,9 @@ def _other_term(node: ir.Node, value: ir.Value, sites: _Sites) -> _Site | None:
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
     assert other is not None
     site = sites.with_total(other)
-    if site is None or len(other.uses()) != 1 or not _is_ungrouped(site.conv):
+    if site is None or not _is_read_once(other) or not _is_ungrouped(site.conv):
         return None
     return site
-
-
-def _is_own_float(value: ir.Value) -> bool:
-    """Whether a value is a float32 weight that one node alone reads."""
-    tensor = value.const_value
-    return tensor is not None and tensor.dtype is ir.DataType.FLOAT and len(value.uses()) == 1
 
 
 def _is_ungrouped(conv: ir.Node) -> bool:
@@ -189,7 +202,7 @@ def _is_ungrouped(conv: ir.Node) -> bool:
 def _is_pointwise(conv: ir.Node) -> bool:
     """Whether a convolution mixes channels pixel by pixel: 1x1, one group, stride 1, unpadded."""
     weight = conv.inputs[1]
-    if conv.op_type != "Conv" or weight is None or not _is_own_float(weight):
+    if conv.op_type != "Conv" or weight is None or not is_own_weight(weight):
         return False
     auto_pad = conv.attributes.get("auto_pad")
     strides, pads = (conv.attributes.get(name) for name in ("strides", "pads"))

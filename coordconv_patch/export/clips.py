@@ -15,9 +15,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.ordering import is_branch, values_without_inputs
+from coordconv_patch.export.ordering import is_branch, is_own_weight, values_without_inputs
 
 __all__ = ["fuse_clips_"]
+
+_MAX_LIMIT = 1e6
+"""Weights times the limit must not overflow; activations that are really clipped have 1 or 6."""
 
 
 def fuse_clips_(graph: ir.Graph) -> int:
@@ -47,7 +50,7 @@ def _upper_limit(node: ir.Node) -> float | None:
     if node.op_type != "Clip" or node.domain or len(node.inputs) != 3:
         return None
     low, high = (_scalar(value) for value in node.inputs[1:])
-    return high if low == 0 and high is not None and 0 < high < np.inf else None
+    return high if low == 0 and high is not None and 0 < high <= _MAX_LIMIT else None
 
 
 def _scalar(value: ir.Value | None) -> float | None:
@@ -74,7 +77,7 @@ def _weights_behind(value: ir.Value) -> list[ir.Value] | None:
     weights = []
     for user, position in value.uses():
         weight = user.inputs[1] if user.op_type == "Conv" and position == 0 else None
-        if weight is None or weight.const_value is None or len(weight.uses()) != 1:
+        if weight is None or not is_own_weight(weight):
             return None
         weights.append(weight)
     return weights if weights and not value.is_graph_output() else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -46,13 +47,24 @@ def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batc
     """
     total = 0
     stored: dict[int, ir.Value] = {}
+    first = next((node for node in graph if node.op_type != "Constant"), None)
     for value, constant in list(_found(graph, constants, batch)):
-        size = _compact_bytes(constant)
-        if size >= _bytes_of(value) or _shape(value) != tuple(constant.tensor.shape):
+        if first is None or not _is_replaceable(value, constant):
             total += _bytes_of(value)
             continue
-        total += sum(part.nbytes for part in _replace_(graph, value, constant, stored))
+        builder = _Builder(graph, first, f"{value.name}", [])
+        _replace_(graph, value, constant, builder, stored)
+        total += sum(array.nbytes for array in builder.arrays)
     return total
+
+
+def _is_replaceable(value: ir.Value, constant: CoordConstant) -> bool:
+    """Whether a recipe is smaller, and can stand where a stored value stands."""
+    return (
+        _compact_bytes(constant) < _bytes_of(value)
+        and _shape(value) == tuple(constant.tensor.shape)
+        and not (value.is_graph_input() or value.is_graph_output())
+    )
 
 
 def _compact_bytes(constant: CoordConstant) -> float:
@@ -68,7 +80,7 @@ def _found(
     graph: ir.Graph, constants: Sequence[CoordConstant], batch: int
 ) -> Iterator[tuple[ir.Value, CoordConstant]]:
     """Stored values that hold a constant, found by their numbers: exporters rename them."""
-    wanted: dict[str, CoordConstant] = {}  # by the digest of their numbers
+    wanted: dict[str, CoordConstant] = {}  # by the digest of their type and numbers
     lengths = set()
     for constant in constants:
         tensor = constant.tensor.detach()
@@ -106,20 +118,21 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def _replace_(
-    graph: ir.Graph, value: ir.Value, constant: CoordConstant, made: dict[int, ir.Value]
-) -> list[np.ndarray]:
-    """Put the recipe in a stored value's place; returns the arrays stored for it.
+    graph: ir.Graph,
+    value: ir.Value,
+    constant: CoordConstant,
+    builder: _Builder,
+    made: dict[int, ir.Value],
+) -> None:
+    """Put the recipe in a stored value's place.
 
     Args:
         graph: The graph.
         value: The stored value.
         constant: What it holds.
+        builder: Adds the recipe's nodes.
         made: Strips that were made for other maps already, by identity.
     """
-    arrays: list[np.ndarray] = []
-    name = value.name
-    assert name is not None
-    builder = _Builder(graph, name, arrays)
     if constant.map_of is None:
         result = builder.product(constant)
     else:
@@ -135,18 +148,27 @@ def _replace_(
     producer = value.producer()
     value.replace_all_uses_with(result)
     if producer is None:
-        del graph.initializers[name]
+        assert value.name is not None
+        del graph.initializers[value.name]
     else:
         graph.remove(producer, safe=True)
-    return arrays
 
 
+@dataclass
 class _Builder:
-    """Adds nodes at the start of a graph, and what they read to what the graph stores."""
+    """Adds nodes to a graph, and what they read to what the graph stores.
 
-    def __init__(self, graph: ir.Graph, name: str, arrays: list[np.ndarray]) -> None:
-        self.graph, self.name, self.arrays = graph, name, arrays
-        self.first = next(node for node in graph if node.op_type != "Constant")
+    Attributes:
+        graph: The graph.
+        before: The node that new nodes are put before, in the order in which they are made.
+        name: Begins the names of what is stored.
+        arrays: What was stored.
+    """
+
+    graph: ir.Graph
+    before: ir.Node
+    name: str
+    arrays: list[np.ndarray]
 
     def product(self, constant: CoordConstant) -> ir.Value:
         """The product of the factors, in the constant's shape."""
@@ -181,7 +203,7 @@ class _Builder:
     ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)
         node.outputs[0].type = inputs[0].type
-        self.graph.insert_before(self.first, node)
+        self.graph.insert_before(self.before, node)
         return node.outputs[0]
 
 
@@ -193,4 +215,5 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    kind = str(array.dtype).encode()
+    return hashlib.sha256(kind + np.ascontiguousarray(array).tobytes()).hexdigest()

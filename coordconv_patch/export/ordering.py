@@ -18,7 +18,13 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["coordinate_nodes", "is_branch", "order_additions_", "values_without_inputs"]
+__all__ = [
+    "coordinate_nodes",
+    "is_branch",
+    "is_own_weight",
+    "order_additions_",
+    "values_without_inputs",
+]
 
 
 def order_additions_(graph: ir.Graph) -> int:
@@ -80,6 +86,21 @@ def is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
         producer is not None
         and producer.op_type == "Conv"
         and producer.inputs[0] in independent
+        and len(value.uses()) == 1
+    )
+
+
+def is_own_weight(value: ir.Value) -> bool:
+    """Whether a value is a float32 initializer that one node alone reads, so that it may change.
+
+    What a Constant node holds is none: its numbers stand in the node.
+    """
+    tensor = value.const_value
+    return (
+        tensor is not None
+        and tensor.dtype is ir.DataType.FLOAT
+        and value.is_initializer()
+        and not (value.is_graph_input() or value.is_graph_output())
         and len(value.uses()) == 1
     )
 

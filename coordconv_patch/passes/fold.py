@@ -11,8 +11,9 @@ coordinate map between the two would stop them, and cost a batch norm at run tim
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +90,25 @@ def fold_batch_norms_(model: nn.Module) -> tuple[Folding, ...]:
         for node in region.graph.nodes
         if node.op == "call_module"
     )
+    holders = _parameter_holders(model, regions)
     done = []
     for region in regions:
         for node in list(region.graph.nodes):
             norm = _module(region, node)
             if norm is not None and is_batch_norm(norm):
-                done.append(_fold_one_(model, region, node, norm, calls))
+                done.append(_fold_one_(model, region, node, norm, calls, holders))
     return tuple(done)
+
+
+def _parameter_holders(model: nn.Module, regions: Sequence[Region]) -> Counter[int]:
+    """How many modules and graph nodes hold each parameter, by its identity."""
+    held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    for region in regions:
+        for node in region.graph.nodes:
+            if node.op == "get_attr":
+                with contextlib.suppress(AttributeError):  # a buffer, or what is no parameter
+                    held.append(region.module.get_parameter(str(node.target)))
+    return Counter(map(id, held))
 
 
 def _module(region: Region, node: fx.Node) -> nn.Module | None:
@@ -105,7 +118,12 @@ def _module(region: Region, node: fx.Node) -> nn.Module | None:
 
 
 def _fold_one_(
-    model: nn.Module, region: Region, node: fx.Node, norm: nn.Module, calls: Mapping[int, int]
+    model: nn.Module,
+    region: Region,
+    node: fx.Node,
+    norm: nn.Module,
+    calls: Mapping[int, int],
+    holders: Mapping[int, int],
 ) -> Folding:
     name = join_names(region.name, str(node.target))
     before = node.args[0] if node.args else None
@@ -117,6 +135,8 @@ def _fold_one_(
             raise PatchError("the convolution's output has other users")
         if calls[id(conv)] > 1 or calls[id(norm)] > 1:
             raise PatchError("the convolution or the batch norm is called several times")
+        if any(holders[id(parameter)] > 1 for parameter in conv.parameters()):
+            raise PatchError("the convolution shares parameters with something else")
         if _has_hooks(norm) or _has_hooks(conv):
             raise PatchError("the convolution or the batch norm has hooks")
         affine = norm_affine(norm)

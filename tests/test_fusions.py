@@ -1,0 +1,108 @@
+"""What ONNX Runtime's CPU provider runs: beside the plain model's operators, only convolutions.
+
+An addition that is not fused, a batch norm that is not folded or a change of layout each cost a
+pass over an activation. The block of the layout is 16 channels or 8, by the processor: what is
+compared is the plain model on the same one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from onnx_graphs import CPU, assert_close, optimized_operators
+from torch import nn
+
+import coordconv_patch as ccp
+
+COSTLY = ("BatchNormalization", "ReorderInput", "ReorderOutput", "Add", "Relu", "Clip")
+
+MODELS = ("resnet10t", "mobilenetv3_small_050")
+SIZE = 64
+
+
+def larger_than_one_pixel(site: Any) -> bool:
+    return any(length > 1 for length in site.geometry.kernel_size)
+
+
+SELECTIONS: dict[str, Any] = {"first": "first", "k>1": larger_than_one_pixel, "all": "all"}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def exported(model: nn.Module, path: Path) -> ccp.ExportReport:
+    return ccp.export_onnx(model, path, torch.randn(1, 3, SIZE, SIZE), providers=CPU)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def plain(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module, Any]:
+    model = made(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "plain.onnx"
+    exported(model, path)
+    return request.param, model, optimized_operators(path)
+
+
+@pytest.fixture(scope="module", params=SELECTIONS)
+def pair(
+    request: Any, plain: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Counter[str], Counter[str], ccp.ExportReport, nn.Module]:
+    name, model, operators = plain
+    patched = ccp.patch(model, SELECTIONS[request.param])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in ccp.coord_parameters(patched):
+            parameter.normal_(std=0.05, generator=generator)
+    path = tmp_path_factory.mktemp(f"{name}-{request.param[0]}") / "patched.onnx"
+    report = exported(patched, path)
+    return f"{name} {request.param}", operators, optimized_operators(path), report, patched
+
+
+def test_no_pass_over_an_activation_is_added(pair: Any) -> None:
+    _, before, after, _, _ = pair
+    stray = {kind: after[kind] - before[kind] for kind in COSTLY if after[kind] > before[kind]}
+    assert stray == {}
+
+
+def test_every_addition_is_a_convolutions_or_was_there_before(pair: Any) -> None:
+    """Branches that were not carried are convolutions of their own, and nothing else is new."""
+    _, before, after, report, _ = pair
+    added = {kind for kind in after if after[kind] > before[kind]}
+    # One Expand of the coordinates to the batch for each size, and what computes the batch.
+    harmless = {"Expand", "Shape", "Slice", "Gather", "Concat", "Unsqueeze", "Reshape", "Cast"}
+    assert added <= {"Conv", "HardSigmoid", *harmless}
+    assert after["Conv"] - before["Conv"] <= len(report.lowerings)
+
+
+def test_the_file_computes_the_patched_model(pair: Any) -> None:
+    _, _, _, report, patched = pair
+    x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+    session = ort.InferenceSession(str(report.path), providers=CPU)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = patched.double()(x.double()).numpy()
+        plain = ccp.unpatch(patched, discard=True)(x.double()).numpy()
+        patched.float()
+    assert_close([actual], [expected], 1e-4)
+    assert abs(expected - plain).max() > 1e-2 * abs(plain).max()
+
+
+def test_the_file_is_valid_and_hardly_larger(pair: Any) -> None:
+    _, _, _, report, _ = pair
+    onnx.checker.check_model(onnx.load(report.path), full_check=True)
+    assert report.coord_constant_bytes < 0.01 * report.file_size
