@@ -153,9 +153,11 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs become the scores of classes."""
+    """The layers whose outputs become the scores of classes, and of masks' pixels."""
     if hasattr(model, "roi_heads"):
-        return [model.roi_heads.box_predictor.cls_score]
+        masks = model.roi_heads.mask_predictor
+        scores = model.roi_heads.box_predictor.cls_score
+        return [scores] if masks is None else [scores, masks.mask_fcn_logits]
     head = model.head.classification_head
     if hasattr(head, "cls_logits"):
         return [
