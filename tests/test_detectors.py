@@ -277,6 +277,22 @@ def assert_same_detections(actual: Sequence[Found], expected: Sequence[Found]) -
                 assert np.abs(sure - reference).max() < 1e-3 * np.abs(reference).max()
 
 
+def assert_found_by_one_of(actual: Sequence[Found], *references: Callable[[], Any]) -> None:
+    """The reference in float32 finds the same, or the one in float64.
+
+    Of a hundred boxes in order of their scores, rounding decides which one is the last.
+    """
+    reasons = []
+    for compute in references:
+        try:
+            assert_same_detections(actual, compute())
+        except AssertionError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise AssertionError(reasons)
+
+
 def assert_means_something(expected: Sequence[Found], dozens: int = 2) -> None:
     for found in expected:
         scores = found["scores"]
@@ -609,4 +625,8 @@ def test_torchvisions_own_detectors(
         f"| {name} | {where} | {len(expected[0]['scores'])} | {report.worst_difference:.1g} | "
         f"{report.file_size / 1e6:.0f} |"
     )
-    assert_same_detections(run(report.path, other, tuple(expected[0])), expected)
+    assert_found_by_one_of(
+        run(report.path, other, tuple(expected[0])),
+        lambda: expected,
+        lambda: reference(copy.deepcopy(model).double(), [other[0].double()]),
+    )
