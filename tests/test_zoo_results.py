@@ -59,6 +59,16 @@ def test_a_sweep_runs_what_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"sb3/dqn", "sb3/sac", "sb3/actor_critic"} < {name for name, _ in again}
 
 
+@pytest.mark.usefixtures("earlier")
+def test_the_time_limit_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[Stage, float] = {"torch": 1.0, "onnx": 2.0}
+    monkeypatch.setattr(sweep, "TIME_LIMITS", limits)
+    jobs_of(monkeypatch, "sb3/dqn")
+    assert limits == {"torch": 1.0, "onnx": 2.0}
+    jobs_of(monkeypatch, "--limit", "3", "sb3/dqn")
+    assert limits == {"torch": 3.0, "onnx": 3.0}
+
+
 def test_rows_keep_the_versions_that_made_them(earlier: dict[str, Any]) -> None:
     store("sb3/actor_critic", "onnx", {"versions": NEW, **onnx_row(3e-6)})
     store("smp/Unet", "onnx", {"versions": versions_here(), **onnx_row(3e-6)})

@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=["*"], help="entries, or globs")
     parser.add_argument("--stage", choices=STAGES, help="one stage only")
     parser.add_argument("--again", action="store_true", help="also what was run already")
+    parser.add_argument("--limit", type=float, help="seconds a model, on a slow machine")
     parser.add_argument("--workers", type=int, default=1, help="models at a time")
     options = parser.parse_args()
     names = [n for n in CATALOGUE if any(fnmatch.fnmatch(n, glob) for glob in options.names)]
@@ -141,6 +142,8 @@ def main() -> int:
     jobs = [(name, stage) for stage in stages for name in names]
     if not options.again:
         jobs = _without_row(jobs)
+    if options.limit is not None:
+        TIME_LIMITS.update(dict.fromkeys(STAGES, options.limit))
     return min(_run(jobs, options.workers), 99)
 
 
