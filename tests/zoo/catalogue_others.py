@@ -42,7 +42,10 @@ def _yolo(name: str) -> nn.Module:
         kind = tasks.RTDETRDetectionModel
     if name.startswith("yoloe"):
         kind = tasks.YOLOESegModel if name.endswith("-seg") else tasks.YOLOEModel
-    return kind(f"{name}.yaml", verbose=False)
+    model = kind(f"{name}.yaml", verbose=False)
+    if kind is tasks.RTDETRDetectionModel:
+        model.model[-1].num_queries = 10  # the order of 300 untrained scores hangs on rounding
+    return model
 
 
 _SMP = {
