@@ -90,6 +90,11 @@ def _observations() -> Tensor:
     return torch.randint(0, 256, (2, 3, 64, 80), generator=generator, dtype=torch.uint8)
 
 
+def _deterministic() -> tuple[Tensor, bool]:
+    """The policy takes its best action, and draws none."""
+    return _observations(), True
+
+
 def _policy(kind: str) -> nn.Module:
     import gymnasium
     import numpy as np
@@ -270,7 +275,7 @@ ENTRIES = [
         for name in ("efficientdet_d0", "tf_efficientdet_lite0", "mixdet_m", "resdet50")
     ),
     *(
-        Entry(f"sb3/{kind}", functools.partial(_policy, kind), _observations)
+        Entry(f"sb3/{kind}", functools.partial(_policy, kind), _deterministic)
         for kind in ("actor_critic", "actor_critic_continuous", "dqn", "sac")
     ),
     *_DIFFUSERS,
