@@ -275,8 +275,13 @@ ENTRIES = [
         for name in ("efficientdet_d0", "tf_efficientdet_lite0", "mixdet_m", "resdet50")
     ),
     *(
-        Entry(f"sb3/{kind}", functools.partial(_policy, kind), _deterministic)
-        for kind in ("actor_critic", "actor_critic_continuous", "dqn", "sac")
+        Entry(f"sb3/{kind}", functools.partial(_policy, kind), inputs)
+        for kind, inputs in {
+            "actor_critic": _deterministic,
+            "actor_critic_continuous": _deterministic,
+            "dqn": _observations,
+            "sac": _deterministic,
+        }.items()
     ),
     *_DIFFUSERS,
 ]
