@@ -153,9 +153,11 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs become the scores of classes."""
+    """The layers whose outputs become the scores of classes, and of masks' pixels."""
     if hasattr(model, "roi_heads"):
-        return [model.roi_heads.box_predictor.cls_score]
+        masks = model.roi_heads.mask_predictor
+        scores = model.roi_heads.box_predictor.cls_score
+        return [scores] if masks is None else [scores, masks.mask_fcn_logits]
     head = model.head.classification_head
     if hasattr(head, "cls_logits"):
         return [
@@ -170,8 +172,8 @@ def _fcos(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, pictures: list[Tensor]) -> None:
-    """Batch norms get the pictures' statistics; scores of the last layers get a spread of 1.5."""
+def calibrate_(model: nn.Module, pictures: list[Tensor], spread: float) -> None:
+    """Batch norms get the pictures' statistics; logits of the last layers get a spread."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
@@ -185,14 +187,16 @@ def calibrate_(model: nn.Module, pictures: list[Tensor]) -> None:
         )
         model(pictures)
         hook.remove()
-        spread = torch.cat([output.flatten() for output in outputs]).std()
+        found = torch.cat([output.flatten() for output in outputs]).std()
         for parameter in (layer.weight, getattr(layer, "coord_weight", None)):
             if parameter is not None:
-                parameter.mul_(1.5 / spread)
+                parameter.mul_(spread / found)
         layer.bias.zero_()
 
 
-def patched(kind: str, where: Any, size: tuple[int, int] = (64, 96)) -> nn.Module:
+def patched(
+    kind: str, where: Any, size: tuple[int, int] = (64, 96), spread: float = 1.5
+) -> nn.Module:
     """A calibrated detector with coordinate weights as large as its own weights."""
     torch.manual_seed(0)
     pictures = [picture(name, *size) for name in ("chelsea", "coffee", "astronaut")]
@@ -201,7 +205,7 @@ def patched(kind: str, where: Any, size: tuple[int, int] = (64, 96)) -> nn.Modul
         for module in model.modules():
             if hasattr(module, "coord_weight"):
                 module.coord_weight.normal_(std=float(module.weight.std()))
-    calibrate_(model, pictures)
+    calibrate_(model, pictures, spread)
     return model
 
 
@@ -273,6 +277,22 @@ def assert_same_detections(actual: Sequence[Found], expected: Sequence[Found]) -
                 assert np.abs(ours["keypoints"][nearest] - theirs["keypoints"][row]).max() < 0.1
                 sure, reference = ours["keypoints_scores"][nearest], theirs["keypoints_scores"][row]
                 assert np.abs(sure - reference).max() < 1e-3 * np.abs(reference).max()
+
+
+def assert_found_by_one_of(actual: Sequence[Found], *references: Callable[[], Any]) -> None:
+    """The reference in float32 finds the same, or the one in float64.
+
+    Of a hundred boxes in order of their scores, rounding decides which one is the last.
+    """
+    reasons = []
+    for compute in references:
+        try:
+            assert_same_detections(actual, compute())
+        except AssertionError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise AssertionError(reasons)
 
 
 def assert_means_something(expected: Sequence[Found], dozens: int = 2) -> None:
@@ -577,6 +597,10 @@ BUILDERS = [
 ]
 
 
+SPREADS = {"retinanet_resnet50_fpn_v2": 0.5}
+"""Of its logits' long tails with the usual 1.5, too many scores would be 0.997."""
+
+
 def built(name: str) -> nn.Module:
     family = name.split("_")[0]
     sizes = {} if family.startswith("ssd") else {"min_size": 320, "max_size": 480}
@@ -595,7 +619,7 @@ def test_torchvisions_own_detectors(
     name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MAKERS, name, lambda: built(name))
-    model = patched(name, where, (240, 320))
+    model = patched(name, where, (240, 320), SPREADS.get(name, 1.5))
     report = export(
         model, tmp_path / "detector.onnx", [picture("astronaut", 240, 320)], exporter="auto"
     )
@@ -607,4 +631,8 @@ def test_torchvisions_own_detectors(
         f"| {name} | {where} | {len(expected[0]['scores'])} | {report.worst_difference:.1g} | "
         f"{report.file_size / 1e6:.0f} |"
     )
-    assert_same_detections(run(report.path, other, tuple(expected[0])), expected)
+    assert_found_by_one_of(
+        run(report.path, other, tuple(expected[0])),
+        lambda: expected,
+        lambda: reference(copy.deepcopy(model).double(), [other[0].double()]),
+    )

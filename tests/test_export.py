@@ -627,6 +627,39 @@ def test_auto_falls_back_quietly_and_the_report_says_so(
     assert "def forward" not in printed
 
 
+class TrainedMask(nn.Module):
+    """Attention between pixels, with a trained bias of each pair, as in Swin and BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, stride=2)
+        self.qkv = nn.Linear(16, 48)
+        self.bias = nn.Parameter(torch.randn(2, 24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)  # (N, 24, 16)
+        heads = self.qkv(tokens).reshape(-1, 24, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=self.bias[None])
+        return mixed.transpose(1, 2).reshape(-1, 24, 16)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0], ids=["zero", "non-zero"])
+def test_attention_with_a_trained_mask_is_exported_by_torch_export(
+    scale: float, tmp_path: Path
+) -> None:
+    """With gradients torch takes another path through attention, and fails at its strides."""
+    model = filled(ccp.patch(fresh(TrainedMask), "all"))
+    with torch.no_grad():
+        model.stem.coord_weight.mul_(scale)
+    report = ccp.export_onnx(
+        model, tmp_path / "a.onnx", images(2), dynamic_batch=False, exporter="dynamo", providers=CPU
+    )
+    with torch.no_grad():
+        expected = concatenating(model)(images(2, seed=8))
+    assert_same(run(report.path, images(2, seed=8))[0], expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_note_on_a_fallback_gives_a_reason_without_terminal_codes(tmp_path: Path) -> None:
     report = ccp.export_onnx(
         fresh(Branches), tmp_path / "b.onnx", images(2), dynamic_batch=False, providers=CPU

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError, ExportError
@@ -318,6 +319,38 @@ def test_detections_are_found_in_what_models_return() -> None:
     assert find_fields({"boxes": boxes, "logits": scores}) == ()
     assert find_fields({"boxes": torch.rand(2, 7, 4), "scores": torch.rand(2, 7)}) == ()
     assert find_fields(torch.rand(2, 3, 6)) == ()
+
+
+class Nameless(dict):
+    """An output class whose fields' names torch is not told, as diffusers registers its own."""
+
+
+register_pytree_node(
+    Nameless, lambda d: (list(d.values()), list(d)), lambda v, k: Nameless(zip(k, v, strict=True))
+)
+
+
+class NamelessNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Nameless:
+        return Nameless(sample=self.conv(x))
+
+
+def test_outputs_of_a_class_without_field_names_are_compared(tmp_path: Path) -> None:
+    table = torch.tensor(ROWS)[None]
+    (fields,) = find_fields(Nameless(sample=torch.ones(3), table=table))
+    assert fields["scores"] == (1, (0, slice(None), 4))
+    model = ccp.patch(NamelessNet(), "all")
+    with torch.no_grad():
+        model.conv.coord_weight.normal_()
+    x = torch.randn(1, 3, 8, 8)
+    path = ccp.export_onnx(model, tmp_path / "n.onnx", x, providers=CPU).path
+    other = ccp.unpatch(model, discard=True)
+    with pytest.raises(ExportError, match="differ"):
+        verify_onnx(path, other, x, providers=CPU)
 
 
 def test_a_table_of_sorted_boxes_scores_and_classes_is_found() -> None:

@@ -329,6 +329,8 @@ def test_onnx_difference_is_judged_by_the_plain_model_and_by_float64() -> None:
     assert judge("onnx", row)[0] == "passes"
     assert judge("onnx", {**row, "difference": 6.1e-6})[0] == "fails"
     assert judge("onnx", {**row, "difference": float("inf")})[0] == "fails"
+    assert judge("onnx", {**row, "noise": 0.9, "difference": 0.019})[0] == "passes"
+    assert judge("onnx", {**row, "noise": 0.9, "difference": 0.021})[0] == "fails"
     assert judge("onnx", {"patched": "ExportError: no"})[0] == "fails"
     assert judge("onnx", {"error": "took longer than 3 seconds"})[0] == "fails"
 
@@ -340,7 +342,7 @@ def test_a_model_that_takes_too_long_is_stopped(
     monkeypatch.setattr(sweep, "_PRELOADED", [])
     monkeypatch.setitem(sweep.TIME_LIMITS, "torch", 0.01)
     row = sweep.row_of("timm/test_resnet", "torch")
-    assert row == {"error": "took longer than 0 seconds"}
+    assert row == {"error": "took longer than 0 seconds", "versions": results.versions_here()}
     assert judge("torch", row)[0] == "fails"
     assert results.load("timm/test_resnet", "torch") == row
 

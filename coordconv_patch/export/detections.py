@@ -112,7 +112,7 @@ def find_fields(outputs: Any) -> tuple[Fields, ...]:
     Args:
         outputs: What the model returned. Tensors are numbered in pytree order.
     """
-    leaves = [leaf for leaf in pytree.tree_flatten_with_path(outputs)[0] if _is_tensor(leaf[1])]
+    leaves = [leaf for leaf in _leaves_with_paths(outputs) if _is_tensor(leaf[1])]
     groups: dict[Any, dict[str, tuple[int, Tensor]]] = {}
     packed: list[Fields] = []
     for index, (path, tensor) in enumerate(leaves):
@@ -136,6 +136,13 @@ def find_fields(outputs: Any) -> tuple[Fields, ...]:
         if _is_group({name: tensor for name, (_, tensor) in group.items()})
     ]
     return (*named, *packed)
+
+
+def _leaves_with_paths(outputs: Any) -> list[tuple[Any, Any]]:
+    try:
+        return pytree.tree_flatten_with_path(outputs)[0]
+    except ValueError:  # a class that is registered without its fields' names, as diffusers' are
+        return [((), leaf) for leaf in pytree.tree_leaves(outputs)]
 
 
 def _is_tensor(value: Any) -> bool:

@@ -307,4 +307,6 @@ def _evaluation_copy(model: nn.Module) -> nn.Module:
         ) from error
     for module in copied.modules():  # not eval(): models of torch.export refuse it
         module.training = False
-    return copied
+    # With gradients, attention whose mask is trained (Swin, BEiT) takes another path through torch
+    # than in the exporter's next step, which then meets strides that it cannot view.
+    return copied.requires_grad_(False)

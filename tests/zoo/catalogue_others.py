@@ -42,7 +42,10 @@ def _yolo(name: str) -> nn.Module:
         kind = tasks.RTDETRDetectionModel
     if name.startswith("yoloe"):
         kind = tasks.YOLOESegModel if name.endswith("-seg") else tasks.YOLOEModel
-    return kind(f"{name}.yaml", verbose=False)
+    model = kind(f"{name}.yaml", verbose=False)
+    if kind is tasks.RTDETRDetectionModel:
+        model.model[-1].num_queries = 10  # the order of 300 untrained scores hangs on rounding
+    return model
 
 
 _SMP = {
@@ -85,6 +88,11 @@ def _effdet(name: str) -> nn.Module:
 def _observations() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (2, 3, 64, 80), generator=generator, dtype=torch.uint8)
+
+
+def _deterministic() -> tuple[Tensor, bool]:
+    """The policy takes its best action, and draws none."""
+    return _observations(), True
 
 
 def _policy(kind: str) -> nn.Module:
@@ -267,8 +275,13 @@ ENTRIES = [
         for name in ("efficientdet_d0", "tf_efficientdet_lite0", "mixdet_m", "resdet50")
     ),
     *(
-        Entry(f"sb3/{kind}", functools.partial(_policy, kind), _observations)
-        for kind in ("actor_critic", "actor_critic_continuous", "dqn", "sac")
+        Entry(f"sb3/{kind}", functools.partial(_policy, kind), inputs)
+        for kind, inputs in {
+            "actor_critic": _deterministic,
+            "actor_critic_continuous": _deterministic,
+            "dqn": _observations,
+            "sac": _deterministic,
+        }.items()
     ),
     *_DIFFUSERS,
 ]

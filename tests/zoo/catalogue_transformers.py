@@ -400,6 +400,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
             "decoder_layers": 2,
             "decoder_attention_heads": 2,
             "num_queries": 10,
+            "freeze_backbone_batch_norms": False,  # frozen ones let random weights' signals die out
         },
         (2, 3, 64, 96),
     ),

@@ -7,9 +7,7 @@ Entries that were not run again keep the row that the file has.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,21 +22,17 @@ from zoo.causes import cause_of
 from zoo.results import (
     RESULTS,
     STAGES,
+    Rows,
     allowed_difference,
     expected_failures,
+    gather,
     judge,
-    load_all,
 )
 from zoo.torch_stage import FINDINGS
 
 __all__ = ["TABLE", "render"]
 
 TABLE = RESULTS.with_name("zoo.md")
-
-_PACKAGES = (
-    *("torch", "torchvision", "timm", "transformers", "ultralytics", "onnxscript"),
-    *("segmentation_models_pytorch", "effdet", "stable_baselines3", "diffusers"),
-)
 
 _HEADER = """# The sweep over every model
 
@@ -67,6 +61,8 @@ cannot; see above.
 |---|---|---|---|---|---|---|---|---|
 """
 
+_STAGE_NAMES = {"torch": "torch", "onnx": "ONNX Runtime"}
+
 _BITS = ("left_alone", "eval_bits", "train_bits", "train_gradients", "buffers")
 _GRADIENT = ("coord_gradients", "coords_matter")
 _KEPT = ("class_kept", "state_dict", "deepcopy", "pickle", "unpatch")
@@ -89,37 +85,27 @@ _SUMMARY = {
 }
 assert set(_SUMMARY.values()) == set(FINDINGS)
 
-Rows = dict[str, dict[str, dict[str, Any]]]
-
-
-def gather() -> dict[str, Any]:
-    """The checked-in results, with the rows kept since put in their places."""
-    rows: Rows = {}
-    if RESULTS.exists():
-        rows = json.loads(RESULTS.read_text())["rows"]
-    for name, found in load_all(list(CATALOGUE)).items():
-        rows.setdefault(name, {}).update(found)
-    return {
-        "versions": _versions(),
-        "rows": {name: rows[name] for name in CATALOGUE if name in rows},
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        found[package] = importlib.metadata.version(package)
-    import onnxruntime
-
-    return found | {"onnxruntime": onnxruntime.__version__}
-
 
 def render(results: dict[str, Any]) -> str:
-    """The page, from what :func:`gather` returns."""
+    """The page, from what :func:`~zoo.results.gather` returns."""
     rows: Rows = results["rows"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    parts = [_HEADER, f"Versions: {versions}.\n", _summary(rows), _failures(rows), _LEGEND]
+    parts = [_HEADER, _versions(results), _summary(rows), _failures(rows), _LEGEND]
     return "\n".join(parts) + "".join(f"{line}\n" for line in _table(rows))
+
+
+def _versions(results: dict[str, Any]) -> str:
+    """Which versions made how many of the rows."""
+    made = Counter(
+        (row["versions"], stage)
+        for stages in results["rows"].values()
+        for stage, row in stages.items()
+    )
+    lines = ["Made with these versions; a row of docs/zoo_results.json names its own by number:\n"]
+    for number, versions in enumerate(results["versions"]):
+        counts = [f"{made[number, stage]} rows in {_STAGE_NAMES[stage]}" for stage in STAGES]
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"- {number} ({', '.join(counts)}): {listed}")
+    return "\n".join(lines) + "\n"
 
 
 def _summary(rows: Rows) -> str:
@@ -236,7 +222,7 @@ def _onnx_cells(row: dict[str, Any]) -> tuple[str, str]:
 
 def main() -> None:
     """Write both files."""
-    results = gather()
+    results = gather(list(CATALOGUE))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     TABLE.write_text(render(results))
 

@@ -1,10 +1,11 @@
 """Run the checks of many models, each in a process of its own with a time limit.
 
-    python tests/zoo/sweep.py                         # everything that is missing
+    python tests/zoo/sweep.py                         # what docs/zoo_results.json lacks
     python tests/zoo/sweep.py --stage torch --again   # one stage, afresh
     python tests/zoo/sweep.py 'timm/*' 'smp/Unet'     # names or globs
 
-Rows are kept one by one, so an interrupted sweep goes on where it stopped.
+Rows are kept one by one, so an interrupted sweep goes on where it stopped; report.py
+gathers them into docs/zoo_results.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if __name__ == "__main__":  # the processes that it starts find the package by P
 from tqdm.auto import tqdm
 
 from zoo.catalogue import CATALOGUE
-from zoo.results import STAGES, Stage, judge, load, store
+from zoo.results import STAGES, Stage, checked_in, judge, load, store, versions_here
 
 __all__ = ["TIME_LIMITS", "row_of"]
 
@@ -59,6 +60,7 @@ def row_of(name: str, stage: Stage) -> dict[str, Any]:
     finally:
         process.kill()
         process.join()
+    row["versions"] = versions_here()
     store(name, stage, row)
     return row
 
@@ -114,24 +116,34 @@ def _run(jobs: Sequence[tuple[str, Stage]], workers: int) -> int:
     return failed
 
 
+def _without_row(jobs: Sequence[tuple[str, Stage]]) -> list[tuple[str, Stage]]:
+    """Those that have neither a working row nor one that is checked in."""
+    done = checked_in()
+    return [
+        (name, stage)
+        for name, stage in jobs
+        if (name, stage) not in done and load(name, stage) is None
+    ]
+
+
 def main() -> int:
     """The command line; returns how many models fail by our fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=["*"], help="entries, or globs")
     parser.add_argument("--stage", choices=STAGES, help="one stage only")
     parser.add_argument("--again", action="store_true", help="also what was run already")
+    parser.add_argument("--limit", type=float, help="seconds a model, on a slow machine")
     parser.add_argument("--workers", type=int, default=1, help="models at a time")
     options = parser.parse_args()
-    stages = [options.stage] if options.stage else list(STAGES)
     names = [n for n in CATALOGUE if any(fnmatch.fnmatch(n, glob) for glob in options.names)]
     if not names:
         parser.error(f"no entry is called {options.names}")
-    jobs = [
-        (name, stage)
-        for stage in stages
-        for name in names
-        if options.again or load(name, stage) is None
-    ]
+    stages = [options.stage] if options.stage else STAGES
+    jobs = [(name, stage) for stage in stages for name in names]
+    if not options.again:
+        jobs = _without_row(jobs)
+    if options.limit is not None:
+        TIME_LIMITS.update(dict.fromkeys(STAGES, options.limit))
     return min(_run(jobs, options.workers), 99)
 
 
