@@ -1,8 +1,8 @@
 """What an export with its verification costs, and how large the file is.
 
 The time of ``export_onnx`` (by default with all convolutions patched; the file compared with
-torch in ONNX Runtime) over that of ``torch.onnx.export`` of the plain model and loading it
-once in ONNX Runtime. The two take turns.
+torch in ONNX Runtime) over that of ``torch.onnx.export`` of the plain model and loading it once
+in ONNX Runtime. The two take turns.
 
     python benchmarks/export_cost.py
 """
