@@ -10,6 +10,7 @@ from typing import Any
 from experiment import Record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +33,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str) -> tuple[
         subtitle: What was done, one or two lines.
     """
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     FigureCanvasAgg(figure)
     heading = 0.78 + 0.2 * subtitle.count("\n")
     header, body = figure.subfigures(2, 1, height_ratios=[heading, height - heading])
@@ -82,8 +84,12 @@ def curves(
                 label=name if number == 0 else None,
             )
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < tick < high])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("CPU seconds of training", color=INK)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=9.5, loc="upper left")
+    axes.set_xlabel("CPU seconds of training", color=INK, size=10.5)
     plain_axes(axes)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from experiment import Options, Run, Stopwatch, count_parameters
-from not_so_clevr import Split
+from experiment import Options, Record, Run, Stopwatch, count_parameters
+from not_so_clevr import SPLITS, Split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -149,6 +149,25 @@ def times_faster(run: Run, plain: Run, task: Task) -> float:
     if own is None or other is None:
         raise ValueError(f"{run.variant} never reached {best} on the {run.setting} split")
     return other / own
+
+
+def print_times(record: Record, plain: str, task: Task) -> None:
+    """Print how soon the patched net reached the plain one's best test score, split by split.
+
+    Args:
+        record: Has runs of ``"patched"`` and of ``plain``.
+        plain: The plain net's variant.
+        task: Says which scores are good.
+    """
+    for split in SPLITS:
+        pairs = list(zip(record.of(split, "patched"), record.of(split, plain), strict=False))
+        # A plain net that got nothing right has no best result to be reached.
+        if all(max(run.curves["test"]) > 0 for _, run in pairs) and pairs:
+            ratios = [times_faster(patched, run, task) for patched, run in pairs]
+            times = ", ".join(f"{ratio:.2g}" for ratio in ratios)
+            print(
+                f"{split}: patched, {plain}'s best test score came {times} times sooner (by seed)"
+            )
 
 
 def _sample(centers: Tensor, count: int) -> Tensor:

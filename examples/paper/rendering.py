@@ -34,7 +34,7 @@ from not_so_clevr_pictures import (
     new_figure,
     save,
 )
-from not_so_clevr_training import SCORED, Recipe, Task, fit, outputs
+from not_so_clevr_training import SCORED, Recipe, Task, fit, outputs, print_times
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> Record:
         # Once each, on the easier split, and neither gets anywhere.
         record.run("uniform", variant, 0, partial(train_tiled, variant, "uniform", options))
     record.print_table()
+    print_times(record, str(deconv), TASK)
     draw(record, str(deconv), options.out / "rendering.png")
     return record
 
@@ -171,7 +172,7 @@ def _message(record: Record, deconv: str, splits: list[str]) -> tuple[str, str]:
 def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     axes = part.subplots()
     curves(axes, record, split, LINES | {deconv: DECONV_LINE}, half="test")
-    axes.set_ylim(-0.03, 1.05)
+    axes.set_ylim(-0.03, 1.09)
     axes.set_ylabel("test IOU", color=INK)
     final = ", ".join(
         f"{name} {record.mean(split, variant, 'test IOU'):.3f}"
@@ -179,7 +180,6 @@ def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     )
     title = f"{split.capitalize()} split: {final}"
     axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
-    axes.legend(frameon=False, fontsize=10, loc="center left")
 
 
 def _draw_squares(part: Any, record: Record, deconv: str, split: str) -> None:
