@@ -151,7 +151,7 @@ def predictions(net: nn.Module) -> Tensor:
 
 
 def draw(record: Record, deconv: str, path: Path) -> None:
-    """Draw the accuracy curves and the predictions for neighbouring pixels."""
+    """Draw the accuracy curves and the predictions for neighbouring pixels, as far as recorded."""
     splits = [split for split in SPLITS if record.of(split, "patched")]
     figure, body = new_figure(13, 9, *_message(record, deconv, splits))
     for part, split in zip(np.atleast_1d(body.subfigures(1, len(splits))), splits, strict=True):
@@ -192,6 +192,7 @@ def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     final = ", ".join(
         f"{name} {record.mean(split, variant, 'test accuracy'):.0%}"
         for variant, name in (("patched", "patched"), (deconv, "transposed convs"))
+        if record.of(split, variant)
     )
     axes.set_title(
         f"{split.capitalize()} split: {final}", loc="left", size=12, weight="bold", color=INK
@@ -206,6 +207,7 @@ def _draw_neighbours(part: Any, record: Record, deconv: str, split: str) -> None
             _neighbours(record.of(split, variant)[0]),
         )
         for variant, name in (("patched", "patched"), (deconv, "transposed"))
+        if record.of(split, variant)
     }
     centers = NEIGHBOURS.tolist()
 

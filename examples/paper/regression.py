@@ -9,6 +9,7 @@ layers. Leaves ``regression.json`` and ``regression.png``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,11 +110,15 @@ def draw(record: Record, path: Path) -> None:
     grid = body.subplots(len(splits), len(PANELS), squeeze=False, sharex=True, sharey=True)
     for row, split in zip(grid, splits, strict=True):
         for axes, (variant, (colour, name)) in zip(row, PANELS.items(), strict=True):
+            if not record.of(split, variant):  # the experiment was interrupted
+                axes.set_axis_off()
+                continue
             _draw_answers(axes, record, split, variant, colour)
             error = record.mean(split, variant, "test error, px")
             count = len(record.of(split, variant))
             seeds = f"mean of {count} seeds" if count > 1 else "one seed"
-            title = f"{name}\n{error:.2g} px ({seeds})"
+            digits = f"{error:.2g}" if error > 0.001 else f"{error:.6f}"
+            title = f"{name}\n{digits} px ({seeds})"
             axes.set_title(title, loc="left", size=11, weight="bold", color=colour)
         row[0].set_ylabel(f"{split} split\ny, pixels", size=11, color=INK)
     for axes in grid[-1]:
@@ -126,11 +131,14 @@ def _message(record: Record, splits: list[str]) -> tuple[str, str]:
     worst = max(
         run.metrics["test error, px"] for split in splits for run in record.of(split, "patched")
     )
-    numbers = {variant: record.of("uniform", variant)[0].parameters for variant in PANELS}
-    title = f"Where is the bright pixel? Patched, a linear net errs by {worst:.1g} px at most"
+    numbers = {
+        variant: record.of("uniform", variant)[0].parameters for variant in ("patched", *NETS)
+    }
+    bound = 10.0 ** math.ceil(math.log10(worst))
+    title = f"Where is the bright pixel? Patched, a linear net errs by less than {bound:.10g} px"
     subtitle = (
-        "Each dot is the answer to a held-out pixel, a line leads there from the truth. "
-        "Errors are means over all held-out pixels.\n"
+        "Each dot is the answer to a held-out pixel, a line leads there from the truth; first seed. "
+        "Errors: means over all held-out pixels.\n"
         f"Parameters: patched linear net {numbers['patched']:,}, convolutions with max-pools "
         f"{numbers['pooling']:,}, strided convolutions {numbers['strided']:,}."
     )

@@ -144,7 +144,7 @@ def painted(net: nn.Module) -> Tensor:
 
 
 def draw(record: Record, deconv: str, path: Path) -> None:
-    """Draw the IOU curves and a few painted squares."""
+    """Draw the IOU curves and a few painted squares, as far as they are recorded."""
     splits = [split for split in SPLITS if record.of(split, "patched")]
     figure, body = new_figure(13, 9, *_message(record, deconv, splits))
     for part, split in zip(np.atleast_1d(body.subfigures(1, len(splits))), splits, strict=True):
@@ -177,6 +177,7 @@ def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     final = ", ".join(
         f"{name} {record.mean(split, variant, 'test IOU'):.3f}"
         for variant, name in (("patched", "patched"), (deconv, "transposed convs"))
+        if record.of(split, variant)
     )
     title = f"{split.capitalize()} split: {final}"
     axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
@@ -191,6 +192,7 @@ def _draw_squares(part: Any, record: Record, deconv: str, split: str) -> None:
             unpack_levels(record.of(split, variant)[0].extra["painted"], len(DRAWN), half, half),
         )
         for variant, name in (("patched", "patched"), (deconv, "transposed"))
+        if record.of(split, variant)
     }
     centers = DRAWN.tolist()
 
