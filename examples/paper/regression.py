@@ -137,7 +137,7 @@ def _message(record: Record, splits: list[str]) -> tuple[str, str]:
     bound = 10.0 ** math.ceil(math.log10(worst))
     title = f"Where is the bright pixel? Patched, a linear net errs by less than {bound:.10g} px"
     subtitle = (
-        "Each dot is the answer to a held-out pixel, a line leads there from the truth; first seed. "
+        "A dot is the answer to a held-out pixel, a line leads there from the truth; first seed. "
         "Errors: means over all held-out pixels.\n"
         f"Parameters: patched linear net {numbers['patched']:,}, convolutions with max-pools "
         f"{numbers['pooling']:,}, strided convolutions {numbers['strided']:,}."
