@@ -277,7 +277,7 @@ def scores(record: experiment.Record, metric: str) -> dict[str, float]:
 def test_classification_names_pixels_by_patched_coordinates_only(tmp_path: Path) -> None:
     record = quick("classification", tmp_path)
     found = scores(record, "test accuracy")
-    assert len(found) == 4
+    assert len(found) == 3
     patched = found.pop("patched")
     assert patched > 0.5
     assert max(found.values()) < 0.1 * patched
@@ -287,14 +287,14 @@ def test_rendering_learns_by_patched_coordinates_only(tmp_path: Path) -> None:
     # So few steps paint no square yet, but every pixel's loss tells.
     record = quick("rendering", tmp_path)
     losses = {run.variant: run.curves["loss"][-1] for run in record.runs}
-    assert len(losses) == 4
+    assert len(losses) == 3
     assert losses.pop("patched") < 0.6 * min(losses.values())
 
 
 def test_regression_reads_positions_off_patched_coordinates_only(tmp_path: Path) -> None:
     record = quick("regression", tmp_path)
     found = scores(record, "test error, px")
-    assert len(found) == 5
+    assert len(found) == 4
     assert found.pop("patched") < 2
     assert found.pop("pooling") > 2
     assert min(found.values()) > 10

@@ -115,7 +115,7 @@ def image_rows(
         height, width = images.shape[1:]
         extent = (left - 0.5, left + width - 0.5, top + height - 0.5, top - 0.5)
         for column, axes in enumerate(grid[row]):
-            axes.imshow(images[column], cmap="viridis", vmin=0, vmax=1, extent=extent)
+            axes.imshow(images[column].numpy(), cmap="viridis", vmin=0, vmax=1, extent=extent)
             mark(axes, column)
             axes.set_xticks([])
             axes.set_yticks([])

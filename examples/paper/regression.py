@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> Record:
             for variant in ("patched", *NETS):
                 record.run(split, variant, seed, partial(train, variant, split, options))
     for split in splits:
-        for variant in ("plain", "scrambled"):
+        for variant in ("plain",) if options.quick else ("plain", "scrambled"):
             record.run(split, variant, 0, partial(train, variant, split, options))
     record.print_table()
     for net in NETS:
@@ -151,7 +151,7 @@ def _draw_answers(axes: Any, record: Record, split: str, variant: str, colour: s
     axes.add_collection(
         LineCollection(torch.stack((true, found), 1).numpy(), colors="#9CA3AF", lw=0.5, alpha=0.6)
     )
-    axes.scatter(*found.T, s=5, color=colour, lw=0, zorder=2)
+    axes.scatter(*found.T.numpy(), s=5, color=colour, lw=0, zorder=2)
     axes.set_xlim(-2, CANVAS + 2)
     axes.set_ylim(CANVAS + 2, -2)
     axes.set_aspect("equal")
