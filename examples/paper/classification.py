@@ -178,7 +178,7 @@ def _message(record: Record, deconv: str, splits: list[str]) -> tuple[str, str]:
         f"held out; one line a seed. Patched: {patched.parameters:,} parameters, transposed "
         f"convolutions: {plain.parameters:,}.\n"
         f"Below: softmax around five neighbouring pixels of the lower right quadrant, "
-        f"each relative to its highest value; cross: the truth."
+        f"each relative to its highest value; circled: the truth."
     )
     return title, subtitle
 
@@ -212,7 +212,7 @@ def _draw_neighbours(part: Any, record: Record, deconv: str, split: str) -> None
     centers = NEIGHBOURS.tolist()
 
     def mark(axes: Any, column: int) -> None:
-        axes.plot(*centers[column], "+", color="white", ms=7, mew=0.9)
+        axes.plot(*centers[column], "o", mfc="none", mec="white", ms=10, mew=0.9)
 
     image_rows(part, rows, [f"({x}, {y})" for x, y in centers], _corner(), mark)
 
