@@ -1,0 +1,147 @@
+"""The networks of the supervised experiments, all of them plain; and what scrambles coordinates.
+
+None of them knows of coordinates: :func:`coordconv_patch.patch` adds those. Sizes are the
+released code's (https://github.com/uber-research/CoordConv) where not said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from not_so_clevr import CANVAS
+from torch import Tensor, nn
+
+import coordconv_patch as ccp
+
+
+class Tile(nn.Module):
+    """Repeats numbers ``(N, C)`` at every pixel of the canvas: ``(N, C, 64, 64)``, a view."""
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return numbers[:, :, None, None].expand(-1, -1, CANVAS, CANVAS)
+
+
+class PixelSoftmax(nn.Module):
+    """Softmax over the pixels of ``(N, 1, H, W)``, times their number: the mean is 1.
+
+    Without the factor a pixel holds 1/4096 at first, and the convolutions behind see nothing.
+    """
+
+    def forward(self, logits: Tensor) -> Tensor:
+        shares = F.softmax(logits.flatten(1), dim=1)
+        return (shares * shares.shape[1]).view_as(logits)
+
+
+def tiled_net() -> nn.Sequential:
+    """The classifier: (x, y) at every pixel, then 1x1 convolutions; 7,489 parameters plain.
+
+    From ``(N, 2)`` to logits ``(N, 1, 64, 64)``. As it stands all pixels are alike to it.
+    """
+    return nn.Sequential(Tile(), *_convolutions(2, (32, 32, 64, 64), kernel=1))
+
+
+def renderer() -> nn.Sequential:
+    """The classifier, a softmax, and 3x3 convolutions that paint; 11,786 parameters plain.
+
+    From ``(N, 2)`` to logits ``(N, 1, 64, 64)``.
+    """
+    return nn.Sequential(*tiled_net(), PixelSoftmax(), *_convolutions(1, (8, 8, 16, 16), kernel=3))
+
+
+def _convolutions(channels: int, widths: Sequence[int], *, kernel: int) -> list[nn.Module]:
+    """Convolutions and ReLUs, and a convolution to one channel."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        padding = kernel // 2
+        layers += [nn.Conv2d(channels, width, kernel, padding=padding), nn.ReLU(inplace=True)]
+        channels = width
+    return [*layers, nn.Conv2d(channels, 1, kernel, padding=kernel // 2)]
+
+
+def deconv_stack(kernel: int, multiplier: int) -> nn.Sequential:
+    """Six transposed convolutions of stride 2: ``(N, 2)`` to logits ``(N, 1, 64, 64)``.
+
+    Args:
+        kernel: Of every layer: 2, 3 or 4.
+        multiplier: Of the widths 64, 64, 64, 32, 32.
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (2, 1, 1))]
+    channels = 2
+    for width in (64, 64, 64, 32, 32):
+        width *= multiplier
+        layers += [_doubling(channels, width, kernel), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, _doubling(channels, 1, kernel))
+
+
+def _doubling(channels: int, width: int, kernel: int) -> nn.ConvTranspose2d:
+    """A transposed convolution whose output is exactly twice as wide and high as its input."""
+    padding = (kernel - 1) // 2
+    return nn.ConvTranspose2d(
+        channels, width, kernel, 2, padding, output_padding=2 - kernel + 2 * padding
+    )
+
+
+def linear_net() -> nn.Sequential:
+    """Convolutions without any activation, and the maximum over the canvas; 890 parameters plain.
+
+    From ``(N, 1, 64, 64)`` to positions ``(N, 2)``. The bright pixel lifts its surroundings so
+    high that the maximum is taken there, and coordinates are what is left to tell.
+    """
+    pointwise = [nn.Conv2d(channels, 8, 1) for channels in (1, 8, 8)]
+    local = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)]
+    return nn.Sequential(*pointwise, *local, nn.MaxPool2d(CANVAS), nn.Flatten())
+
+
+def pooling_net() -> nn.Sequential:
+    """Four 3x3 convolutions, three max-pools, two fully connected layers; 72,850 parameters.
+
+    From ``(N, 1, 64, 64)`` to positions ``(N, 2)``; the authors' plain net on the uniform split.
+    """
+    layers: list[nn.Module] = []
+    for channels in (1, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *_two_numbers(16 * (CANVAS // 8) ** 2))
+
+
+def strided_net() -> nn.Sequential:
+    """Six 3x3 convolutions of stride 2, two fully connected layers; 12,978 parameters.
+
+    From ``(N, 1, 64, 64)`` to positions ``(N, 2)``; stands for the authors' plain net on the
+    quadrant split, a strided stack of about 13,000 parameters.
+    """
+    layers: list[nn.Module] = []
+    for channels in (1, 16, 16, 16, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 3, 2, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *_two_numbers(16))
+
+
+def _two_numbers(features: int) -> list[nn.Module]:
+    """The end of a net that answers with (x, y)."""
+    return [nn.Flatten(), nn.Linear(features, 64), nn.ReLU(inplace=True), nn.Linear(64, 2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScrambledCoordinates(ccp.Coordinates):
+    """Coordinates dealt out to the pixels at random, the same way at every call: a control.
+
+    A net that gains from them gains from having more weights, or from being able to tell
+    pixels apart, and not from knowing where they are.
+
+    Args:
+        scramble_seed: Another seed, another order.
+    """
+
+    scramble_seed: int = 0
+
+    def grid(self, size: Sequence[Any], **options: Any) -> Tensor:
+        ordered = super().grid(size, **options)
+        generator = torch.Generator().manual_seed(self.scramble_seed)
+        pixels = ordered.flatten(1)
+        order = torch.randperm(pixels.shape[1], generator=generator)
+        return pixels[:, order].view_as(ordered)

@@ -1,0 +1,199 @@
+"""Training and scoring of the supervised experiments: one loop for every net and task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from experiment import Options, Record, Run, Stopwatch, count_parameters
+from not_so_clevr import SPLITS, Split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SCORED = 128
+"""Centres of each half that a point of a curve is measured on; final figures take all."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a net is given, and how its answers count; all by the centres, shape ``(N, 2)``.
+
+    Attributes:
+        net_input: From centres to the net's input.
+        loss: From the net's output and the centres to the training loss.
+        score: From the same two to the figure that the experiment is about.
+        score_name: Its name in the record.
+        higher_is_better: Whether a high score is a good one.
+    """
+
+    net_input: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Tensor, Tensor], float]
+    score_name: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net is trained: AdamW (beta2 .99, as in the paper) and one cycle of the rate.
+
+    Attributes:
+        epochs: Passes over the training centres; a fraction ends within one.
+        rate: The highest learning rate: reached after a tenth, then a cosine down to 0.
+        decay: Decoupled weight decay, of the coordinate weights as well.
+        batch: Centres a step.
+        points: Points of the curves.
+    """
+
+    epochs: float
+    rate: float
+    decay: float = 0.0
+    batch: int = 8
+    points: int = 10
+
+
+def fit(
+    model: nn.Module, split: Split, task: Task, recipe: Recipe, options: Options, label: str
+) -> Run:
+    """Train a net, in place, and score it.
+
+    Args:
+        model: The net; it is in evaluation mode afterwards.
+        split: Centres to train and to test on.
+        task: What it is to learn.
+        recipe: How.
+        options: Their budget multiplies the epochs; ``--quick`` cuts the final scoring short.
+        label: Shown beside the progress bar.
+
+    Returns:
+        A run with the metrics ``train NAME`` and ``test NAME``, and curves of both.
+    """
+    model.to(memory_format=torch.channels_last)  # 1x1 convolutions are matrix products then
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.decay
+    )
+    steps = steps_of(recipe, len(split.train), options)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+    )
+    some = {"train": _sample(split.train, SCORED), "test": _sample(split.test, SCORED)}
+    measured_at = {math.ceil(steps * (n + 1) / recipe.points) for n in range(recipe.points)}
+    curves: dict[str, list[float]] = {name: [] for name in ("step", "CPU seconds", "loss", *(some))}
+    stopwatch, losses = Stopwatch(), []
+    batches = _batches(split.train, recipe.batch, steps)
+    for step, centers in enumerate(tqdm(batches, label, steps, leave=False, disable=None), 1):
+        with stopwatch:
+            loss = task.loss(model(task.net_input(centers)), centers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        losses.append(loss.item())
+        if step in measured_at:
+            curves["step"].append(step)
+            curves["CPU seconds"].append(round(stopwatch.seconds, 2))
+            curves["loss"].append(_rounded(sum(losses) / len(losses)))
+            losses.clear()
+            for name, centers in some.items():
+                curves[name].append(_rounded(score(model, centers, task)))
+    everything = some if options.quick else {"train": split.train, "test": split.test}
+    metrics = {
+        f"{name} {task.score_name}": score(model, centers, task)
+        for name, centers in everything.items()
+    }
+    metrics["coordinate weights"] = _largest_coordinate_weight(model)
+    return Run(count_parameters(model), steps, round(stopwatch.seconds, 2), metrics, curves)
+
+
+def steps_of(recipe: Recipe, count: int, options: Options) -> int:
+    """Optimizer steps for ``count`` training centres under the options' budget."""
+    budget = 1.0 if options.quick else options.budget
+    return max(1, round(recipe.epochs * budget * math.ceil(count / recipe.batch)))
+
+
+def outputs(model: nn.Module, centers: Tensor, task: Task) -> Tensor:
+    """What the net answers, in evaluation mode, one row a centre."""
+    model.eval()
+    with torch.no_grad():
+        # Few at a time: a batch of the tiled net's activations has to fit into the cache.
+        answers = [model(task.net_input(some)) for some in centers.split(16)]
+    return torch.cat(answers)
+
+
+def score(model: nn.Module, centers: Tensor, task: Task) -> float:
+    """The task's score on these centres; the net is left in the mode that it was in."""
+    was_training = model.training
+    result = task.score(outputs(model, centers, task), centers)
+    model.train(was_training)
+    return result
+
+
+def seconds_to(run: Run, level: float, task: Task) -> float | None:
+    """CPU seconds of training after which the test curve first reached a level, if it did."""
+    for seconds, value in zip(run.curves["CPU seconds"], run.curves["test"], strict=True):
+        if value >= level if task.higher_is_better else value <= level:
+            return seconds
+    return None
+
+
+def times_faster(run: Run, plain: Run, task: Task) -> float:
+    """How many times sooner ``run`` reached the best test score that ``plain`` ever had.
+
+    Raises:
+        ValueError: If it never did.
+    """
+    best = (max if task.higher_is_better else min)(plain.curves["test"])
+    own, other = seconds_to(run, best, task), seconds_to(plain, best, task)
+    if own is None or other is None:
+        raise ValueError(f"{run.variant} never reached {best} on the {run.setting} split")
+    return other / own
+
+
+def print_times(record: Record, plain: str, task: Task) -> None:
+    """Print how soon the patched net reached the plain one's best test score, split by split.
+
+    Args:
+        record: Has runs of ``"patched"`` and of ``plain``.
+        plain: The plain net's variant.
+        task: Says which scores are good.
+    """
+    for split in SPLITS:
+        pairs = list(zip(record.of(split, "patched"), record.of(split, plain), strict=False))
+        # A plain net that got nothing right has no best result to be reached.
+        if all(max(run.curves["test"]) > 0 for _, run in pairs) and pairs:
+            ratios = [times_faster(patched, run, task) for patched, run in pairs]
+            times = ", ".join(f"{ratio:.2g}" for ratio in ratios)
+            print(
+                f"{split}: patched, {plain}'s best test score came {times} times sooner (by seed)"
+            )
+
+
+def _sample(centers: Tensor, count: int) -> Tensor:
+    """The same few centres every time, whatever the seed of the run."""
+    chosen = torch.randperm(len(centers), generator=torch.Generator().manual_seed(0))[:count]
+    return centers[chosen]
+
+
+def _batches(centers: Tensor, size: int, steps: int) -> Iterator[Tensor]:
+    """Batches of centres, in a new order every epoch, until ``steps`` are through."""
+    done = 0
+    while True:
+        for chosen in torch.randperm(len(centers)).split(size):
+            if done == steps:
+                return
+            done += 1
+            yield centers[chosen]
+
+
+def _largest_coordinate_weight(model: nn.Module) -> float:
+    """Largest absolute value of the coordinate weights; 0 for a plain net, and before training."""
+    named = model.named_parameters()
+    weights = [weight for name, weight in named if name.endswith("coord_weight")]
+    return max((weight.abs().max().item() for weight in weights), default=0.0)
+
+
+def _rounded(value: float) -> float:
+    """Six digits: enough for a curve."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,162 @@
+"""Coordinate regression: from a canvas with one bright pixel to the pixel's (x, y).
+
+    python examples/paper/regression.py
+
+A linear net of 1x1 and 3x3 convolutions with a maximum over the canvas at its end, as it is
+and after ``ccp.patch(net, "first")``, against two convolutional nets with fully connected
+layers. Leaves ``regression.json`` and ``regression.png``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from experiment import Options, Record, Run, parse_options
+from matplotlib.collections import LineCollection
+from not_so_clevr import CANVAS, SPLITS, distances, one_hot
+from not_so_clevr_nets import ScrambledCoordinates, linear_net, pooling_net, strided_net
+from not_so_clevr_packing import pack_positions, unpack_positions
+from not_so_clevr_pictures import (
+    INK,
+    OTHER,
+    PATCHED,
+    PLAIN,
+    SCRAMBLED,
+    new_figure,
+    plain_axes,
+    save,
+)
+from not_so_clevr_training import Recipe, Task, fit, outputs, print_times
+from torch import nn
+
+import coordconv_patch as ccp
+
+TASK = Task(
+    net_input=one_hot,
+    loss=lambda found, centers: F.mse_loss(found, centers / CANVAS),
+    score=lambda found, centers: distances(found * CANVAS, centers).mean().item(),
+    score_name="error, px",
+    higher_is_better=False,
+)
+
+LINEAR = Recipe(epochs=6, rate=0.01, batch=4)
+"""Small batches: with 16 the linear net stays where it answers the mean position."""
+POOLING = Recipe(epochs=8, rate=0.003, batch=8)
+STRIDED = replace(POOLING, rate=0.001)
+"""At three times the rate it answers the mean position on the uniform split."""
+QUICK_EPOCHS = 1.0
+
+NETS = {"pooling": (pooling_net, POOLING), "strided": (strided_net, STRIDED)}
+"""The authors' plain nets for the uniform and for the quadrant split; both are run on both."""
+
+PANELS = {
+    "patched": (PATCHED, "linear, patched"),
+    "scrambled": (SCRAMBLED, "linear, scrambled coordinates"),
+    "pooling": (PLAIN, "convs and max-pools, plain"),
+    "strided": (OTHER, "strided convs, plain"),
+}
+
+
+def linear(variant: str) -> nn.Module:
+    """The linear net: ``"plain"``, ``"patched"``, or ``"scrambled"``: patched, for control."""
+    net = linear_net()
+    if variant == "plain":
+        return net
+    coords = ScrambledCoordinates() if variant == "scrambled" else None
+    return ccp.patch(net, "first", coords=coords)
+
+
+def main(arguments: list[str] | None = None) -> Record:
+    """Run the experiment, or what its record lacks, and draw it."""
+    options = parse_options(__doc__, arguments)
+    record = Record("regression", options)
+    splits = ("uniform",) if options.quick else tuple(SPLITS)
+    for seed in options.seeds:
+        for split in splits:
+            for variant in ("patched", *NETS):
+                record.run(split, variant, seed, partial(train, variant, split, options))
+    for split in splits:
+        for variant in ("plain",) if options.quick else ("plain", "scrambled"):
+            record.run(split, variant, 0, partial(train, variant, split, options))
+    record.print_table()
+    for net in NETS:
+        print_times(record, net, TASK)
+    draw(record, options.out / "regression.png")
+    return record
+
+
+def train(variant: str, split: str, options: Options) -> Run:
+    """Train one of the nets; keeps its answers on the test centres for the picture."""
+    build, recipe = NETS.get(variant, (partial(linear, variant), LINEAR))
+    if options.quick:
+        recipe = replace(recipe, epochs=QUICK_EPOCHS, points=3)
+    centers = SPLITS[split]()
+    net = build()
+    run = fit(net, centers, TASK, recipe, options, f"{variant}, {split}")
+    found = outputs(net, centers.test, TASK) * CANVAS
+    return replace(run, extra={"found": pack_positions(found)})
+
+
+def draw(record: Record, path: Path) -> None:
+    """Draw where the nets of the first seed say that the held-out pixels are."""
+    splits = [split for split in SPLITS if record.of(split, "patched")]
+    figure, body = new_figure(15, 1.2 + 4.2 * len(splits), *_message(record, splits))
+    grid = body.subplots(len(splits), len(PANELS), squeeze=False, sharex=True, sharey=True)
+    for row, split in zip(grid, splits, strict=True):
+        for axes, (variant, (colour, name)) in zip(row, PANELS.items(), strict=True):
+            if not record.of(split, variant):  # the experiment was interrupted
+                axes.set_axis_off()
+                continue
+            _draw_answers(axes, record, split, variant, colour)
+            error = record.mean(split, variant, "test error, px")
+            count = len(record.of(split, variant))
+            seeds = f"mean of {count} seeds" if count > 1 else "one seed"
+            digits = f"{error:.2g}" if error > 0.001 else f"{error:.6f}"
+            title = f"{name}\n{digits} px ({seeds})"
+            axes.set_title(title, loc="left", size=11, weight="bold", color=colour)
+        row[0].set_ylabel(f"{split} split\ny, pixels", size=11, color=INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("x, pixels", color=INK)
+    save(figure, path)
+
+
+def _message(record: Record, splits: list[str]) -> tuple[str, str]:
+    """Title and subtitle, made from what was measured."""
+    worst = max(
+        run.metrics["test error, px"] for split in splits for run in record.of(split, "patched")
+    )
+    numbers = {
+        variant: record.of("uniform", variant)[0].parameters for variant in ("patched", *NETS)
+    }
+    bound = 10.0 ** math.ceil(math.log10(worst))
+    title = f"Where is the bright pixel? Patched, a linear net errs by less than {bound:.10g} px"
+    subtitle = (
+        "A dot is the answer to a held-out pixel, a line leads there from the truth; first seed. "
+        "Errors: means over all held-out pixels.\n"
+        f"Parameters: patched linear net {numbers['patched']:,}, convolutions with max-pools "
+        f"{numbers['pooling']:,}, strided convolutions {numbers['strided']:,}."
+    )
+    return title, subtitle
+
+
+def _draw_answers(axes: Any, record: Record, split: str, variant: str, colour: str) -> None:
+    true = SPLITS[split]().test.float()
+    found = unpack_positions(record.of(split, variant)[0].extra["found"])
+    axes.add_collection(
+        LineCollection(torch.stack((true, found), 1).numpy(), colors="#9CA3AF", lw=0.5, alpha=0.6)
+    )
+    axes.scatter(*found.T.numpy(), s=5, color=colour, lw=0, zorder=2)
+    axes.set_xlim(-2, CANVAS + 2)
+    axes.set_ylim(CANVAS + 2, -2)
+    axes.set_aspect("equal")
+    plain_axes(axes)
+
+
+if __name__ == "__main__":
+    main()
