@@ -24,6 +24,7 @@ from functools import cache, partial
 
 import torch
 from detection_metrics import digit_ious, iou_of_best_boxes, touches_edge
+from detection_picture import BEST_BOXES, CUT_OFF, DIGITS, UNCUT, draw
 from digit_faster_rcnn import RCNN_SITES, detect, faster_rcnn_loss, make_faster_rcnn
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from region_proposals import (
@@ -43,8 +44,6 @@ from tqdm import tqdm
 
 import coordconv_patch as ccp
 
-BEST_BOXES, DIGITS = "IOU of best boxes", "IOU of digits"
-CUT_OFF, UNCUT = "IOU of cut-off digits", "IOU of uncut digits"
 PLAIN, PATCHED, SCRAMBLED = "plain", "patched", "scrambled"
 ONE_SITE = {
     "patched: input only": PAPER_SITES[:1],
@@ -80,17 +79,16 @@ class Setting:
     variants: tuple[str, ...] = (PLAIN, PATCHED)
 
 
-RELEASED = "as released"
-WHOLE = "whole digits"
+RELEASED, WHOLE = "as released", "whole digits"
 SETTINGS = {
-    RELEASED: Setting(variants=(PLAIN, PATCHED, SCRAMBLED, *ONE_SITE)),
+    RELEASED: Setting(variants=(PLAIN, PATCHED, SCRAMBLED)),
     WHOLE: Setting(margin=0),
-    "no padding": Setting(padding="none"),
-    "zero padding": Setting(padding="zeros"),
+    "zero padding everywhere": Setting(padding="zeros"),
+    "no padding at all": Setting(padding="none"),
     "sampled by anchors": Setting(sampling=Sampling(by="anchors")),
-    "trained 3 times as long": Setting(length=3),
     "Faster R-CNN": Setting(length=0.75, faster_rcnn=True),
     "Faster R-CNN, whole digits": Setting(margin=0, length=0.75, faster_rcnn=True),
+    "trained 3 times as long": Setting(length=3),
 }
 
 
@@ -192,12 +190,15 @@ def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
     options = parse_options(__doc__, arguments)
     record = Record("detection", options)
-    for seed in options.seeds:
-        for name, setting in SETTINGS.items():
-            for variant in setting.variants:
-                one = partial(train, setting, variant, options, seed)
-                record.run(name, variant, seed, partial(one, f"{name}, {variant}, {seed}"))
+    compared = [(name, variant) for name in SETTINGS for variant in SETTINGS[name].variants]
+    compared += [(RELEASED, variant) for variant in ONE_SITE]
+    for name, variant in compared:
+        for seed in options.seeds:
+            one = partial(train, SETTINGS[name], variant, options, seed)
+            record.run(name, variant, seed, partial(one, f"{name}, {variant}, {seed}"))
     record.print_table()
+    _, test = pictures(MARGIN, options.quick)
+    draw(record, RELEASED, test, {name: name for name in SETTINGS}, options.out / "detection.png")
     return record
 
 

@@ -20,7 +20,9 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+from branches import ALL, FIRST, IMAGENET, KEPT_ON, NARROW, NETS, PRETRAINING, SCRAMBLED, SCRATCH
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
+from finetune_picture import draw
 from localisation import CupOfCoffee, DigitTask, Task
 from scrambled_coordinates import ScrambledCoordinates
 from torch import nn
@@ -28,22 +30,6 @@ from tqdm import tqdm
 
 import coordconv_patch as ccp
 
-IMAGENET = "EfficientNet-Lite0"
-NETS = {
-    "narrow view, unpadded": (False, (2, 2, 1)),
-    "narrow view, zero-padded": (True, (2, 2, 1)),
-    "wide view, unpadded": (False, (2, 2, 2, 2)),
-    "wide view, zero-padded": (True, (2, 2, 2, 2)),
-}
-"""Whether the digit localiser of a setting is padded, and the strides of its convolutions."""
-PRETRAINING = "pretraining"
-KEPT_ON, FIRST, ALL, SCRAMBLED, SCRATCH = (
-    "plain, kept on",
-    "patched: first",
-    "patched: all",
-    "patched: first, scrambled",
-    "patched: first, from scratch",
-)
 SHOWN = 3
 """Held-out pictures whose answers are kept for the picture."""
 COORD_LEARNING_RATE = 10
@@ -63,7 +49,7 @@ def lengths(setting: str, options: Options) -> tuple[int, int]:
     """Steps of the pretraining and of each branch."""
     if setting == IMAGENET:
         return options.length(60, 2), options.length(40, 2)
-    return options.length(500, 60), options.length(250, 60)
+    return options.length(500, 100), options.length(250, 100)
 
 
 def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run:
@@ -146,17 +132,25 @@ def run_seed(record: Record, setting: str, seed: int) -> None:
     record.run(setting, PRETRAINING, seed, lambda: pretrained()[1])
     for variant, make in branches.items():
         name = f"{setting}, {variant}, {seed}"
-        record.run(setting, variant, seed, lambda: train(make(), task(), steps, 1000 + seed, name))
+        record.run(setting, variant, seed, partial(_branch, make, task, steps, 1000 + seed, name))
+
+
+def _branch(
+    make: Callable[[], nn.Module], task: Callable[[], Task], steps: int, seed: int, name: str
+) -> Run:
+    return train(make(), task(), steps, seed, name)
 
 
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
     options = parse_options(__doc__, arguments)
     record = Record("finetune", options)
+    settings = [NARROW, IMAGENET] if options.quick else [*NETS, IMAGENET]
     for seed in options.seeds:
-        for setting in (*NETS, IMAGENET):
+        for setting in settings:
             run_seed(record, setting, seed)
     record.print_table()
+    draw(record, options.out / "finetune.png")
     return record
 
 

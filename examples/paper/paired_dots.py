@@ -11,7 +11,15 @@ VERMILION, BLUE, GREEN, PURPLE, ORANGE = "#D55E00", "#0072B2", "#009E73", "#CC79
 MUTED, INK = "#6B7280", "#1F2933"
 
 
-def dots(axes: Any, row: float, values: Sequence[float], colour: str, *, marker: str = "o") -> None:
+def dots(
+    axes: Any,
+    row: float,
+    values: Sequence[float],
+    colour: str,
+    *,
+    marker: str = "o",
+    reach: float = 0.32,
+) -> None:
     """One dot a seed and a bar at their mean.
 
     Args:
@@ -20,9 +28,10 @@ def dots(axes: Any, row: float, values: Sequence[float], colour: str, *, marker:
         values: One a seed.
         colour: Of the dots and the bar.
         marker: Shape of the dots.
+        reach: Half the bar's length, in rows.
     """
     axes.plot(values, [row] * len(values), marker, color=colour, alpha=0.55, ms=7, mew=0)
-    axes.plot([mean(values)] * 2, [row - 0.32, row + 0.32], color=colour, lw=3)
+    axes.plot([mean(values)] * 2, [row - reach, row + reach], color=colour, lw=3)
 
 
 def bare(axes: Any) -> None:
