@@ -84,10 +84,10 @@ SETTINGS = {
     RELEASED: Setting(variants=(PLAIN, PATCHED, SCRAMBLED)),
     WHOLE: Setting(margin=0),
     "zero padding everywhere": Setting(padding="zeros"),
-    "no padding at all": Setting(padding="none"),
-    "sampled by anchors": Setting(sampling=Sampling(by="anchors")),
     "Faster R-CNN": Setting(length=0.75, faster_rcnn=True),
     "Faster R-CNN, whole digits": Setting(margin=0, length=0.75, faster_rcnn=True),
+    "sampled by anchors": Setting(sampling=Sampling(by="anchors")),
+    "no padding at all": Setting(padding="none"),
     "trained 3 times as long": Setting(length=3),
 }
 

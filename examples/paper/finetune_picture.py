@@ -45,7 +45,7 @@ def draw(record: Record, path: Path) -> None:
     settings = [setting for setting in TITLES if record.of(setting, SCRATCH)]
     figure = Figure(figsize=(15, 8), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_message(record), size=15, weight="bold", color=INK, x=0.01, ha="left")
+    figure.suptitle(_message(record), size=14, weight="bold", color=INK, x=0.01, ha="left")
     grid: Any = figure.subplots(2, len(settings), squeeze=False, height_ratios=[1.25, 1])
     for column, setting in enumerate(settings):
         curves, finals = grid[:, column]
@@ -65,9 +65,13 @@ def _message(record: Record) -> str:
         (WIDE, "one that sees far"),
     ):
         if record.of(setting, FIRST):
-            before, after = (record.mean(setting, variant, "IOU") for variant in (KEPT_ON, FIRST))
-            parts.append(f"{net} from IOU {before:.2f} to {after:.2f}")
-    return "Patched after its training, at its first convolution: " + ",\n".join(parts)
+            variants = (KEPT_ON, FIRST, SCRAMBLED)
+            kept_on, patched, scrambled = (record.mean(setting, v, "IOU") for v in variants)
+            parts.append(
+                f"{net} from IOU {kept_on:.2f} to {patched:.2f} "
+                f"(coordinates scrambled: {scrambled:.2f})"
+            )
+    return "Patched after its training, at its first convolution:\n" + "; ".join(parts)
 
 
 def _draw_curves(axes: Any, record: Record, setting: str) -> None:
@@ -82,7 +86,7 @@ def _draw_curves(axes: Any, record: Record, setting: str) -> None:
     axes.set_title(TITLES[setting], size=12, color=INK, weight="bold")
     bare(axes)
     axes.grid(axis="y", color="#E5E7EB", lw=0.8)
-    axes.set_xlabel("optimizer steps; dashed: patched here", color=MUTED)
+    axes.set_xlabel("steps; dashed: patched", color=MUTED)
     if setting == IMAGENET:
         axes.set_ylabel(f"find a cup: {metric}, held out", color=INK)
         axes.set_ylim(0, 1.05 * before[0].curves[metric][0])
@@ -103,7 +107,7 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
         values = [run.metrics[metric] for run in runs]
         dots(axes, -row, values, colour)
         axes.annotate(
-            f"{mean(values):.2f}" if setting in NETS else f"{mean(values):.1f}",
+            f"{mean(values):.2f}" if setting in NETS else f"{mean(values):.1f} px",
             (1.0, -row),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -117,8 +121,15 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
         label.set_color(colour)
         label.set_weight("bold")
     axes.set_ylim(0.6 - len(COLOURS), 0.6)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.3 * (high - low))
+    # A net from scratch may end so far off that the others could not be told apart.
+    shown = [
+        value
+        for variant in COLOURS
+        if setting in NETS or variant != SCRATCH
+        for value in (run.metrics[metric] for run in record.of(setting, variant))
+    ]
+    reach = max(shown) - min(shown)
+    axes.set_xlim(min(shown) - 0.1 * reach, max(shown) + 0.45 * reach)
     bare(axes)
     axes.set_xlabel(
         "IOU at the end, higher is better" if setting in NETS else "px at the end, lower is better",
