@@ -49,7 +49,7 @@ def lengths(setting: str, options: Options) -> tuple[int, int]:
     """Steps of the pretraining and of each branch."""
     if setting == IMAGENET:
         return options.length(60, 2), options.length(40, 2)
-    return options.length(500, 100), options.length(250, 100)
+    return options.length(500, 150), options.length(250, 150)
 
 
 def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run:

@@ -71,7 +71,7 @@ def _message(record: Record) -> str:
                 f"{net} from IOU {kept_on:.2f} to {patched:.2f} "
                 f"(coordinates scrambled: {scrambled:.2f})"
             )
-    return "Patched after its training, at its first convolution:\n" + "; ".join(parts)
+    return "First convolution patched after training: " + ";\n".join(parts)
 
 
 def _draw_curves(axes: Any, record: Record, setting: str) -> None:
