@@ -1,0 +1,123 @@
+"""Write README.md in this folder: what the paper says, and what the records say.
+
+    python examples/paper/results_page.py
+
+Every figure on the page is read from the records in ``results/``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claims import CLAIMS, Claim, Figure
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER / "README.md"
+
+_HEADER = """# The paper's experiments, by patching plain models
+
+Each script builds a plain convolutional model, patches it with one call, and trains both for the same
+number of steps. The claims are those of Liu et al. 2018 and of the authors' post; what was measured is
+the mean over the seeds, ± their standard deviation, on small networks and short budgets that fit one
+CPU core. A negative result stands as it is.
+
+```bash
+pip install -e ".[paper]"
+python examples/paper/regression.py            # --seeds N, --budget F, --quick, --out DIR
+python examples/paper/results_page.py          # this page, from the records in results/
+```
+
+A record is kept run by run; a script that finds its record whole only draws the picture anew.
+"""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The recorded runs of one setting and variant."""
+
+    runs: Sequence[dict[str, Any]]
+
+    def cell(self, figure: Figure) -> str:
+        """Such as ``patched .996 ± .001 (3 seeds, 906 parameters, 20 CPU s)``."""
+        values = [run["metrics"][figure.metric] for run in self.runs]
+        spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else ""
+        seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+        seconds = statistics.mean(run["cpu_seconds"] for run in self.runs)
+        cost = f"{seeds}, {self.runs[0]['parameters']:,} parameters, {seconds:.0f} CPU s"
+        mean = f"{statistics.mean(values):{figure.form}}"
+        return f"{figure.label} **{mean}**{spread} ({cost})"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A record."""
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text())
+
+
+def runs_of(record: dict[str, Any], figure: Figure) -> Runs:
+    """The runs that a figure is the mean of.
+
+    Raises:
+        KeyError: If the record has none: the claim must be measured before it is reported.
+    """
+    found = [
+        run
+        for run in record["runs"]
+        if (run["setting"], run["variant"]) == (figure.setting, figure.variant)
+    ]
+    if not found:
+        raise KeyError(f"{record['experiment']}: no run of {figure.setting}, {figure.variant}")
+    return Runs(found)
+
+
+def _row(claim: Claim) -> str:
+    record = load(claim.experiment)
+    measured = "<br>".join(runs_of(record, figure).cell(figure) for figure in claim.figures)
+    return (
+        f"| {claim.claim} | {claim.paper} | {measured} | {claim.verdict} | "
+        f"[`{claim.experiment}.py`]({claim.experiment}.py) |"
+    )
+
+
+def _pictures(experiments: Iterable[str]) -> str:
+    parts = []
+    for name in dict.fromkeys(experiments):
+        picture = next((FOLDER / "results").glob(f"{name}.[pgj]*[gf]"))
+        command = load(name)["command"]
+        parts.append(f"### {name.replace('_', ' ').capitalize()}\n\n`{command}`\n")
+        parts.append(f"![{name}](results/{picture.name})\n")
+    return "\n".join(parts)
+
+
+def _machines(experiments: Iterable[str]) -> str:
+    lines = []
+    for name in dict.fromkeys(experiments):
+        record = load(name)
+        versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+        machine = record["machine"]
+        lines.append(
+            f"- {name}: {machine['processor']}, {machine['threads']} of {machine['cores']} cores; "
+            f"{versions}"
+        )
+    return "\n".join(lines)
+
+
+def render() -> str:
+    """The page."""
+    names = [claim.experiment for claim in CLAIMS]
+    rows = "\n".join(map(_row, CLAIMS))
+    return (
+        f"{_HEADER}\n## Claim by claim\n\n"
+        "| claim | the paper says | measured | reproduced? | script |\n|---|---|---|---|---|\n"
+        f"{rows}\n\n## Pictures\n\n{_pictures(names)}\n"
+        f"## Where it was measured\n\nTimes are CPU time of one thread, training alone.\n\n"
+        f"{_machines(names)}\n"
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
