@@ -20,6 +20,8 @@ TELEPORT_PIXELS = 3.0
 """A step longer than this between two frames is a teleport (see :func:`movement`)."""
 WHOLE = 0.75
 """Least match of an object that is really there; less is a faded one."""
+THERE = 0.5
+"""Least match in every frame of an object that slides along a film."""
 VISIBLE = 0.25
 """Least match at which an object has a centre at all."""
 
@@ -61,6 +63,8 @@ class Movement:
     """How objects move along films.
 
     Attributes:
+        sliding_films: Part of the objects' films in which the object is there in every frame
+            (a match of at least :data:`THERE`) and never teleports.
         teleports: Part of the steps that are longer than :data:`TELEPORT_PIXELS`.
         teleporting_films: Part of the objects' films in which there is such a step.
         longest_step: Pixels; mean over the films.
@@ -68,6 +72,7 @@ class Movement:
         half_intensity: Part of the object's light in pixels between 1/4 and 3/4.
     """
 
+    sliding_films: float
     teleports: float
     teleporting_films: float
     longest_step: float
@@ -94,15 +99,17 @@ def movement(films: Tensor, stencils: Tensor) -> Movement:
     count, frames = films.shape[:2]
     found, match = positions(films.flatten(0, 1), stencils)
     tracks = found.unflatten(0, (count, frames)).transpose(1, 2).flatten(0, 1)
-    seen = match.unflatten(0, (count, frames)).transpose(1, 2).flatten(0, 1) >= VISIBLE
+    amounts = match.unflatten(0, (count, frames)).transpose(1, 2).flatten(0, 1)
     steps = torch.stack(
-        [_steps(track, visible) for track, visible in zip(tracks, seen, strict=True)]
+        [_steps(track, seen) for track, seen in zip(tracks, amounts >= VISIBLE, strict=True)]
     )
+    teleporting = (steps > TELEPORT_PIXELS).any(1)
     light = films.clamp(0, 1)
     half = light[(light > 0.25) & (light < 0.75)]
     return Movement(
+        sliding_films=((amounts >= THERE).all(1) & ~teleporting).double().mean().item(),
         teleports=(steps > TELEPORT_PIXELS).double().mean().item(),
-        teleporting_films=(steps > TELEPORT_PIXELS).any(1).double().mean().item(),
+        teleporting_films=teleporting.double().mean().item(),
         longest_step=steps.max(1).values.mean().item(),
         faded=(match < WHOLE).double().mean().item(),
         half_intensity=(half.sum() / light.sum().clamp(min=1e-9)).item(),

@@ -70,7 +70,7 @@ class VAE(nn.Module):
         width: Channels at the finest scale.
     """
 
-    def __init__(self, setting: str, width: int = 16) -> None:
+    def __init__(self, setting: str, width: int = 8) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             *(nn.Conv2d(3, width, 4, 2, 1), nn.ReLU()),
@@ -225,7 +225,7 @@ def draw_picture(record: Record) -> None:
             LABELS[compared].replace("\n", " "),
             loc="left", fontsize=11, color=COLOURS[compared], fontweight="bold",
         )  # fmt: skip
-    loss, teleports, faded = (figure.add_subplot(grid[-1, column]) for column in range(3))
+    loss, slides, faded = (figure.add_subplot(grid[-1, column]) for column in range(3))
     for compared in COMPARED:
         for run in record.of(*compared):
             label = LABELS[compared].replace("\n", " ") if run.seed == 0 else None
@@ -237,7 +237,7 @@ def draw_picture(record: Record) -> None:
     )
     loss.legend(fontsize=8)
     for axes, metric, title in (
-        (teleports, "teleporting_films", "Films in which the square teleports"),
+        (slides, "sliding_films", "Films in which the square slides"),
         (faded, "faded", "Frames in which it is faded"),
     ):
         for place, compared in enumerate(COMPARED):
@@ -247,7 +247,8 @@ def draw_picture(record: Record) -> None:
             axes.plot(values, [place] * len(values), "o", color=COLOURS[compared], ms=5)
         fade = 100 * record.mean("reference", "cross-fade", metric)
         axes.axvline(fade, color="black", ls=":", lw=1)
-        axes.text(fade, -0.75, "a cross-fade ", ha="right", fontsize=8)
+        side = "left" if fade < 50 else "right"
+        axes.text(fade, -0.75, " a cross-fade ", ha=side, fontsize=8)
         axes.set(title=title, xlabel="%", xlim=(0, 105), ylim=(len(COMPARED) - 0.4, -1.1))
         axes.set_yticks(range(len(COMPARED)), [LABELS[c] for c in COMPARED], fontsize=9)
     figure.suptitle(headline(record), fontsize=14)
@@ -257,10 +258,10 @@ def draw_picture(record: Record) -> None:
 
 def headline(record: Record) -> str:
     """What came out, in one line."""
-    shares = [f"{record.mean(*c, 'teleporting_films'):.0%}" for c in COMPARED[:4]]
+    shares = [f"{record.mean(*c, 'sliding_films'):.0%}" for c in COMPARED[:4]]
     return (
-        "VAE: squares teleport in {} of the interpolations of a deconv decoder, patched {};\n"
-        "with the latent tiled over the map in {}, patched {}"
+        "VAE: squares slide along {} of the interpolations of a deconv decoder, patched {};\n"
+        "with the latent tiled over the map along {}, patched {}"
     ).format(*shares)
 
 
