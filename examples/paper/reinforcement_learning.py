@@ -236,6 +236,34 @@ def train_pacman(variant: str, seed: int, options: Options) -> Run:
     )
 
 
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = {"plain": "#666666", "patched": "#D55E00"}
+
+
+def draw_picture(record: Record) -> None:
+    """Learning curves of every run: success on the small task, points in Ms. Pac-Man."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 5, figsize=(15, 3.6), layout="constrained")
+    for axes, setting in zip(panels, [*SETTINGS, ATARI], strict=True):
+        metric = "return" if setting == ATARI else "success"
+        for variant in VARIANTS:
+            for run in record.of(setting, variant):
+                label = variant if run.seed == 0 else None
+                curve = run.curves["step"], run.curves[metric]
+                axes.plot(*curve, color=COLOURS[variant], label=label)
+        axes.set(title=setting, xlabel="steps")
+        if setting == ATARI:
+            axes.set_ylabel("points an episode")
+        else:
+            axes.set(ylim=(-0.02, 1.02), ylabel="success, last 100 episodes")
+        if record.of(setting, "plain"):
+            axes.legend(fontsize=9)
+    figure.suptitle("Going to a target on a grid, and the first steps of Ms. Pac-Man", fontsize=14)
+    figure.savefig(record.path.with_suffix(".png"), dpi=80)
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
     options = parse_options(__doc__, arguments, seeds=2)
@@ -250,6 +278,7 @@ def main(arguments: list[str] | None = None) -> Record:
     for variant in VARIANTS:
         record.run(ATARI, variant, 0, lambda v=variant: train_pacman(v, 0, options))
     record.print_table()
+    draw_picture(record)
     return record
 
 
