@@ -1,0 +1,71 @@
+"""The paper's reinforcement learning: the small task, the patched policies, the script."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.env_checker import check_env
+
+import coordconv_patch as ccp
+
+PAPER = Path(__file__).parents[1] / "examples" / "paper"
+sys.path.insert(0, str(PAPER))  # the scripts import their neighbours
+
+task: Any = importlib.import_module("go_to_target")
+script: Any = importlib.import_module("reinforcement_learning")
+
+
+def test_the_task_is_a_gymnasium_environment_drawn_as_said() -> None:
+    env = task.GoToTarget()
+    check_env(env)
+    picture, _ = env.reset(seed=3)
+    for channel, (x, y) in enumerate((env.agent, env.target)):
+        expected = np.zeros((36, 36), np.uint8)
+        expected[9 * y : 9 * y + 9, 9 * x : 9 * x + 9] = 255
+        assert np.array_equal(picture[channel], expected)
+
+
+def test_rewards_add_up_to_the_way_and_one_for_arriving() -> None:
+    env = task.GoToTarget()
+    env.reset(seed=0)
+    env.agent, env.target = (0, 0), (2, 1)
+    steps = [env.step(action) for action in (3, 2, 3, 3, 1)]
+    assert [step[1] for step in steps] == [1, -1, 1, 1, 2]
+    assert [step[2] for step in steps] == [False, False, False, False, True]
+    assert steps[-1][4] == {"is_success": True}
+
+
+def test_walls_stop_the_agent_and_episodes_are_cut_off() -> None:
+    env = task.GoToTarget()
+    env.reset(seed=0)
+    env.agent, env.target = (0, 0), (3, 3)
+    steps = [env.step(0) for _ in range(env.limit)]
+    assert env.agent == (0, 0)
+    assert all(step[1] == 0 for step in steps)
+    assert [step[3] for step in steps] == [False] * (env.limit - 1) + [True]
+
+
+def test_patched_extractors_start_from_the_plain_outputs() -> None:
+    space = task.GoToTarget().observation_space
+    for net in ("NatureCNN", "pooled"):
+        features = []
+        for variant in ("plain", "patched"):
+            torch.manual_seed(0)
+            extractor = script.EXTRACTORS[net, variant](space, features_dim=64).eval()
+            features.append(extractor(torch.rand(4, 2, 36, 36, generator=torch.Generator())))
+        assert len(list(ccp.coord_parameters(extractor))) == (3 if net == "NatureCNN" else 2)
+        assert features[0].shape == features[1].shape == (4, 64)
+
+
+def test_quick_run_trains_every_patched_policy_and_leaves_a_picture(tmp_path: Path) -> None:
+    record = script.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    for setting in (*script.SETTINGS, script.ATARI):
+        for variant in script.VARIANTS:
+            (run,) = record.of(setting, variant)
+            assert (run.metrics["coordinate_size"] > 0) == (variant == "patched")
+    assert (tmp_path / "reinforcement_learning.png").stat().st_size > 10_000
