@@ -116,8 +116,10 @@ def _measure(
     files = {**files, "plain again": files[PLAIN]}
     if engine == "onnxruntime":
         for selection in options.selections:
-            path = files[PLAIN].with_name(f"floor-{list(SELECTIONS).index(selection)}.optimised")
-            write_floor(files[PLAIN], path, shown, selection)
+            number = list(SELECTIONS).index(selection)
+            path = files[PLAIN].with_name(f"floor-{number}-batch-{batch}.optimised")
+            if not path.exists():
+                write_floor(files[PLAIN], path, shown, selection)
             files[f"{selection}, floor"] = path
     runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
