@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     options = parser.parse_args(arguments)
     if options.quick:
+        options.selections = ["all"]
         options.models, options.batch, options.threads = [QUICK], [2], [1]
     record = open_record(options, NAME)
     for name in [] if options.show else options.models:
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tqdm.write(f"{name}: there already")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            files = write_files(MODELS[name], Path(folder))
+            files = write_files(MODELS[name], Path(folder), options.selections)
             for key, (engine, batch, threads) in combinations.items():
                 record.measure(
                     key, _measure, files, MODELS[name], engine, batch, threads, key, options
@@ -72,7 +74,9 @@ def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str
     }
 
 
-def write_files(model: BenchModel, folder: Path) -> dict[str, Path]:
+def write_files(
+    model: BenchModel, folder: Path, selections: Sequence[str] = tuple(SELECTIONS)
+) -> dict[str, Path]:
     """Export every variant; by name, the plain model first."""
     plain = seeded(model.make)
     example = images(2, model.size)
@@ -81,15 +85,15 @@ def write_files(model: BenchModel, folder: Path) -> dict[str, Path]:
         PLAIN: write(write_plainly, plain, example),
         "plain, by export_onnx": write(write_verified, plain, example),
     }
-    for selection, where in SELECTIONS.items():
-        made = patched(plain, where, example)
+    for selection in selections:
+        made = patched(plain, SELECTIONS[selection], example)
         names = patched_names(made)
         makers[selection] = write(write_verified, made, example)
         port = ported(plain, names, BufferCoords, example)
         makers[f"{selection}, port, buffer"] = write(write_plainly, port, example)
     # Its cost beside the other port's does not depend on which convolutions have it.
     port = ported(plain, names, RuntimeCoords, example)
-    makers["all, port, run time"] = write(write_plainly, port, example)
+    makers[f"{selection}, port, run time"] = write(write_plainly, port, example)
     files: dict[str, Path] = {}
     progress = tqdm(makers.items(), disable=None, leave=False)
     for number, (name, make) in enumerate(progress):
@@ -111,9 +115,11 @@ def _measure(
     shown = images(batch, model.size)
     files = {**files, "plain again": files[PLAIN]}
     if engine == "onnxruntime":
-        for selection in SELECTIONS:
-            path = files[PLAIN].with_name(f"floor-{list(SELECTIONS).index(selection)}.optimised")
-            write_floor(files[PLAIN], path, shown, selection)
+        for selection in options.selections:
+            number = list(SELECTIONS).index(selection)
+            path = files[PLAIN].with_name(f"floor-{number}-batch-{batch}.optimised")
+            if not path.exists():
+                write_floor(files[PLAIN], path, shown, selection)
             files[f"{selection}, floor"] = path
     runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
