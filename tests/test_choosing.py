@@ -37,12 +37,12 @@ def chosen(site: LoweringSite, provider: str = CPU[0], **options: Any) -> str:
     ("conv", "form"),
     [
         (nn.Conv2d(2, 4, 1), "branch"),  # 2 taps, 2 images
-        (nn.Conv2d(2, 4, 3, padding=1), "separable"),  # 18 taps, 14 images
+        (nn.Conv2d(2, 4, 3, padding=1), "separable"),  # 18 taps, 15 images
         (nn.Conv2d(2, 4, 3, padding=1, stride=2), "separable"),  # 18 taps, 8 images
         (nn.Conv2d(2, 4, 7, padding=3, stride=2), "separable"),  # 98 taps, 24 images
         (nn.Conv2d(4, 4, 3, padding=1, groups=4), "separable"),
         (nn.ConvTranspose2d(2, 4, 2, stride=2), "branch"),  # 8 taps, 8 images
-        (nn.ConvTranspose2d(2, 4, 4, stride=2, padding=1), "separable"),
+        (nn.ConvTranspose2d(2, 4, 4, stride=2, padding=1), "branch"),  # 32 taps, 32 images
     ],
 )
 def test_on_the_cpu_the_form_with_fewer_multiplications(conv: nn.Module, form: str) -> None:
@@ -103,7 +103,7 @@ def test_a_map_of_several_sizes_counts_them_all() -> None:
     model = ccp.patch(Pyramid().eval(), "all")
     (site,) = lowering_sites(model, torch.zeros(1, 3, 8, 12))
     assert site.map_bytes == 3 * (8 * 12 + 4 * 6) * 4
-    assert site.rank == 14
+    assert site.rank == 16  # at 4 x 6; 15 at 8 x 12
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])

@@ -16,6 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
+from coordconv_patch.errors import ExportError
 from coordconv_patch.export.report import ExportReport
 
 CPU = ["CPUExecutionProvider"]
@@ -117,7 +118,7 @@ def test_a_wrong_bfloat16_file_is_found(patched: nn.Module, tmp_path: Path) -> N
     report = ccp.export_onnx(narrow, tmp_path / "b.onnx", images(2, 23).bfloat16(), providers=CPU)
     with torch.no_grad():
         ccp.coord_parameters(narrow)[0].fill_(1.0)
-    with pytest.raises(ccp.ExportError, match="differ on"):
+    with pytest.raises(ExportError, match="differ on"):
         ccp.verify_onnx(report.path, narrow, images(2, 23).bfloat16(), providers=CPU)
 
 

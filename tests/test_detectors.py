@@ -38,7 +38,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.verify import verify_onnx
-from coordconv_patch.passes import lower as lower_module
+from coordconv_patch.passes.lower import CoordConstant, LoweringSite
 
 CPU = ["CPUExecutionProvider"]
 
@@ -428,13 +428,14 @@ def test_a_wrong_lowering_is_not_put_in_place(
     fault: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = patched("retinanet", "head" if fault is not dropped_site else "all")
-    right, layers = lower_module._constant, []
+    right, layers = LoweringSite.constant, []
 
-    def wrong(layer: Any, lowering: Any, call: Any, shared: Any) -> Tensor:
-        layers.append(layer)
-        return fault(right(layer, lowering, call, shared), layer, call, layers[0])
+    def wrong(site: LoweringSite, lowering: str, call: Any) -> CoordConstant:
+        layers.append(site.layer)
+        tensor = right(site, lowering, call).tensor
+        return CoordConstant(fault(tensor, site.layer, call, layers[0]))
 
-    monkeypatch.setattr(lower_module, "_constant", wrong)
+    monkeypatch.setattr(LoweringSite, "constant", wrong)
     with pytest.raises(ExportError, match=r"differ on .* in what they detect: picture 0: "):
         export(model, tmp_path / "wrong.onnx", [ASTRONAUT])
     assert not list(tmp_path.iterdir())

@@ -465,7 +465,7 @@ def test_coordinate_channels_of_one_size_are_stored_once() -> None:
     left, right = (constant.map_of for constant in result.constants)
     assert left[0] is right[0]  # both maps are made of one strip
     _, result = lowered(two_convs(), torch.randn(1, 3, 6, 8), "separable")
-    assert shapes_of(result) == [(1, 1, 6, 14 * 8)]
+    assert shapes_of(result) == [(1, 1, 6, 15 * 8)]
 
 
 def shapes_of(result: Lowered) -> list[tuple[int, ...]]:

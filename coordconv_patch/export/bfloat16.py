@@ -18,8 +18,11 @@ _CAST_TARGET = "to"
 
 
 def has_bfloat16(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds bfloat16 weights."""
-    graph = ir.load(path).graph
+    """Whether a file holds bfloat16 weights; ``False`` if it is no ONNX file."""
+    try:
+        graph = ir.load(path).graph
+    except Exception:  # protobuf's own errors, which no package of ours names
+        return False
     return any(value.dtype is ir.DataType.BFLOAT16 for value in graph.initializers.values())
 
 

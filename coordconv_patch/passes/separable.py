@@ -4,13 +4,13 @@ A tap (k, u, v) of the coordinate weight contributes W_c[:, k, u, v] times an im
 shifted by (u, v), cut off at the border, taken at the stride. Where channel k depends on one
 axis alone, as x and y do, that image is an outer product a_u b_v. All a_u together span few
 dimensions (a constant, y, and one per border row), and so do the b_v. With e_i and f_j
-bases of the two spans, orthogonal for each channel k::
+orthogonal bases of the two spans::
 
     conv(c, W_c) = sum over taps t of W_c[:, t] a_t b_t
                  = sum over (i, j) of V[:, i, j] e_i f_j
-    V[:, i, j]   = sum over taps t of W_c[:, t] <a_t, e_i> <b_t, f_j>
+    V[:, i, j]   = sum over taps t of W_c[:, t] <a_t, e_i> <b_t, f_j> / (|e_i|^2 |f_j|^2)
 
-The images e_i f_j have the size of the *output*, and are fewer than the taps: 14 instead of
+The images e_i f_j have the size of the *output*, and are fewer than the taps: 15 instead of
 18 for 3x3, 8 with stride 2, 24 instead of 98 for 7x7 with stride 2. They depend on the
 geometry alone and are stored as vectors.
 
@@ -34,9 +34,6 @@ __all__ = ["SeparableBasis", "factors", "separable_basis"]
 
 _RELATIVE_ZERO = 1e-9
 """In float64: what is this much smaller than what it was made of is rounding error."""
-
-_SAME_DIRECTION = 1e-12
-"""How far below 1 the cosine between two directions may be that are one."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,26 @@ def separable_basis(responses: Tensor, planes: Sequence[int]) -> SeparableBasis 
     if not responses.any():
         return None
     lines = [_vectors(response, scaled=0) for response in responses]
-    by_axis = [torch.stack(axis) for axis in zip(*lines, strict=True)]
-    vectors, spans = zip(*(_axis_bases(axis, planes) for axis in by_axis), strict=True)
-    # How much of each vector of an axis is in each tap's line; orthogonal within a channel.
-    parts = [a @ v.T / v.shape[1] for a, v in zip(by_axis, vectors, strict=True)]
+    by_axis = tuple(torch.stack(axis) for axis in zip(*lines, strict=True))
+    identity = torch.eye(len(responses), dtype=responses.dtype, device=responses.device)
+    taps = SeparableBasis(by_axis, identity)
+    if not _reproduces(taps, responses):
+        return None
+    shared = _shared_basis(by_axis, planes)
+    # Tiny pictures are all border, with a vector for every pixel: then the taps are fewer.
+    return shared if shared.rank < taps.rank and _reproduces(shared, responses) else taps
+
+
+def _reproduces(basis: SeparableBasis, responses: Tensor) -> bool:
+    images = [_product([matrix[r] for matrix in basis.vectors]) for r in range(basis.rank)]
+    rest = responses - torch.tensordot(basis.coefficients, torch.stack(images), dims=1)
+    return bool(rest.abs().max() <= _RELATIVE_ZERO * responses.abs().max())
+
+
+def _shared_basis(lines: Sequence[Tensor], planes: Sequence[int]) -> SeparableBasis:
+    """Images that the taps share, from the lines of all taps along each axis."""
+    vectors, spans = zip(*(_axis_basis(axis, planes) for axis in lines), strict=True)
+    parts = [_components(axis, basis) for axis, basis in zip(lines, vectors, strict=True)]
     column: dict[tuple[int, ...], int] = {}
     entries: list[tuple[list[int], tuple[int, ...]]] = []
     for plane in dict.fromkeys(planes):
@@ -168,52 +181,48 @@ def separable_basis(responses: Tensor, planes: Sequence[int]) -> SeparableBasis 
         for index in itertools.product(*(span[plane] for span in spans)):
             column.setdefault(index, len(column))
             entries.append((taps, index))
-    coefficients = responses.new_zeros(len(responses), len(column))
+    coefficients = lines[0].new_zeros(len(planes), len(column))
     for taps, index in entries:
         chosen = [part[taps, at] for part, at in zip(parts, index, strict=True)]
         coefficients[taps, column[index]] = torch.stack(chosen).prod(0)
     matrices = [axis[list(at)] for axis, at in zip(vectors, zip(*column, strict=True), strict=True)]
-    basis = SeparableBasis(tuple(matrices), coefficients)
-    images = torch.stack(
-        [_product([matrix[r] for matrix in basis.vectors]) for r in range(basis.rank)]
-    )
-    rest = responses - torch.tensordot(coefficients, images, dims=1)
-    return basis if rest.abs().max() <= _RELATIVE_ZERO * responses.abs().max() else None
+    return SeparableBasis(tuple(matrices), coefficients)
 
 
-def _axis_bases(lines: Tensor, planes: Sequence[int]) -> tuple[Tensor, dict[int, list[int]]]:
-    """Vectors along one axis, and the numbers of those that span each channel's lines.
+def _axis_basis(lines: Tensor, planes: Sequence[int]) -> tuple[Tensor, dict[int, list[int]]]:
+    """Orthogonal vectors along one axis, and the numbers of those that each channel's lines need.
 
-    Each channel's vectors are orthogonal and of mean square 1. What all channels share comes
-    first and is stored once; so are the vectors of channels with the same span.
+    A border pixel that the lines can tell from all others has a vector of its own, and the
+    other vectors are zero there. So no value is the difference of large ones, which half
+    precision would not survive. The others have mean square 1, those of small spans first:
+    what x needs along H, a constant, y shares.
     """
-    spans: dict[int, Tensor] = {}
+    span, sizes, _ = torch.linalg.svd(lines.T, full_matrices=False)
+    span = span[:, sizes > _RELATIVE_ZERO * sizes.max()]
+    own = (span.square().sum(1) > 1 - _RELATIVE_ZERO).nonzero().flatten()
+    basis = list(torch.eye(lines.shape[1], dtype=lines.dtype, device=lines.device)[own])
+    smooth = lines.index_fill(1, own, 0.0)
+    channels = [
+        smooth[[tap for tap, at in enumerate(planes) if at == plane]]
+        for plane in dict.fromkeys(planes)
+    ]
+    channels.sort(key=lambda part: int(torch.linalg.matrix_rank(part, rtol=_RELATIVE_ZERO)))
+    for line in torch.cat(channels):
+        rest = line
+        for _ in range(2):  # once more, against the rounding of the first round
+            for known in basis:
+                rest = rest - known * (known @ rest) / (known @ known)
+        if rest.norm() > _RELATIVE_ZERO * lines.norm():
+            basis.append(rest * (len(rest) ** 0.5 / rest.norm()))
+    vectors = torch.stack(basis)
+    parts = _components(lines, vectors).abs()
+    needed = {}
     for plane in dict.fromkeys(planes):
-        own = lines[[tap for tap, at in enumerate(planes) if at == plane]]
-        left, sizes, _ = torch.linalg.svd(own.T, full_matrices=False)
-        spans[plane] = left[:, sizes > _RELATIVE_ZERO * sizes.max().clamp(min=1e-300)]
-    shared = functools.reduce(_intersection, spans.values())
-    scale = len(shared) ** 0.5
-    basis = [vector * scale for vector in shared.T]
-    remainders: list[tuple[Tensor, list[int]]] = []
-    indices: dict[int, list[int]] = {}
-    for plane, span in spans.items():
-        known = next((at for other, at in remainders if _same_span(other, span)), None)
-        if known is None:
-            left, sizes, _ = torch.linalg.svd(span - shared @ (shared.T @ span))
-            rest = left[:, : span.shape[1] - shared.shape[1]]
-            known = list(range(len(basis), len(basis) + rest.shape[1]))
-            basis += [vector * scale for vector in rest.T]
-            remainders.append((span, known))
-        indices[plane] = [*range(shared.shape[1]), *known]
-    return torch.stack(basis), indices
+        largest = parts[[tap for tap, at in enumerate(planes) if at == plane]].amax(0)
+        needed[plane] = (largest > _RELATIVE_ZERO * largest.max()).nonzero().flatten().tolist()
+    return vectors, needed
 
 
-def _intersection(left: Tensor, right: Tensor) -> Tensor:
-    """Orthonormal columns that span what both orthonormal columns span."""
-    principal, cosines, _ = torch.linalg.svd(left.T @ right)
-    return left @ principal[:, : int((cosines > 1 - _SAME_DIRECTION).sum())]
-
-
-def _same_span(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and _intersection(left, right).shape == left.shape
+def _components(lines: Tensor, vectors: Tensor) -> Tensor:
+    """How much of each orthogonal vector is in each line, shape (lines, vectors)."""
+    return lines @ vectors.T / vectors.square().sum(1)

@@ -21,10 +21,10 @@ PAGE = FOLDER / "README.md"
 
 _HEADER = """# The paper's experiments, by patching plain models
 
-Each script builds a plain convolutional model, patches it with one call, and trains both for the same
-number of steps. The claims are those of Liu et al. 2018 and of the authors' post; what was measured is
-the mean over the seeds, ± their standard deviation, on small networks and short budgets that fit one
-CPU core. A negative result stands as it is.
+Each script builds a plain convolutional model, patches it with one call, and trains both for the
+same number of steps. The claims are those of Liu et al. 2018 and of the authors' post; what was
+measured is the mean over the seeds, ± their standard deviation, on small networks and short
+budgets that fit one CPU core. A negative result stands as it is.
 
 ```bash
 pip install -e ".[paper]"
