@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError
 from coordconv_patch.export import exporters as export_module
+from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.layers import coord_layers
 
 CPU = ["CPUExecutionProvider"]
@@ -706,6 +707,22 @@ def test_nothing_of_a_failed_first_exporter_stays_beside_the_second_ones_file(
     assert "interrupted" in report.notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["n.onnx"]
     assert report.file_size == report.path.stat().st_size
+
+
+def test_a_fallback_leaves_other_files_of_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(request: Any, path: Path) -> None:
+        path.with_name(path.name + ".data").write_bytes(b"weights")
+        raise ValueError("interrupted")
+
+    monkeypatch.setattr(export_module, "_export_dynamo", half)
+    (tmp_path / "other.onnx").write_bytes(b"mine")
+    request = ExportRequest(net(), images(2), True, False, None, None, None)
+    used, _ = export_module.write_graph(request, tmp_path / "n.onnx", "auto")
+    assert used == "torchscript"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["n.onnx", "other.onnx"]
+    assert (tmp_path / "other.onnx").read_bytes() == b"mine"
 
 
 class LooksLeft(nn.Module):

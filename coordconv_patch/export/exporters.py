@@ -39,12 +39,13 @@ def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str,
     if exporter == "torchscript":
         _export_torchscript(request, path)
         return "torchscript", []
+    before = set(path.parent.iterdir())
     try:
         _export_dynamo(request, path)
     except Exception as error:
         if exporter == "dynamo":
             raise ExportError(_reason("torch.export", error, request)) from error
-        for partial in path.parent.iterdir():
+        for partial in set(path.parent.iterdir()) - before:
             partial.unlink()
         try:
             _export_torchscript(request, path)

@@ -15,7 +15,7 @@ class Figure:
     Attributes:
         label: What the page calls it.
         setting: Of the runs in the record.
-        variant: Likewise.
+        variant: Likewise; with a star at the end, the best of those that begin so.
         metric: Name of the metric.
         form: Format of the number.
     """
@@ -122,3 +122,139 @@ def _grid(setting: str, verdict: str) -> Claim:
         tuple(Figure(v, setting, v, "success", ".2f") for v in ("patched", "plain")),
         verdict,
     )
+
+
+_DECONV = "transposed convolutions, the best of a small sweep"
+
+CLAIMS = (
+    _classification(
+        "uniform",
+        (
+            Figure(_DECONV, "uniform", "deconv*", "test accuracy"),
+            Figure("the same 1x1 net, plain", "uniform", "plain", "test accuracy", ".4f"),
+            Figure("patched, coordinates scrambled", "uniform", "scrambled", "test accuracy"),
+        ),
+        "yes for CoordConv. The plain net had 30 epochs, not 1,000: its figure is no limit",
+    ),
+    _classification(
+        "quadrant",
+        (Figure(_DECONV, "quadrant", "deconv*", "test accuracy"),),
+        "yes",
+    ),
+    _rendering(
+        "uniform",
+        "CoordConv perfect; convolution at most .83",
+        (Figure(_DECONV, "uniform", "deconv*", "test IOU"),),
+        "yes, with 9 times fewer parameters (not 10 to 100 times)",
+    ),
+    _rendering(
+        "quadrant",
+        "CoordConv perfect; convolution at most .36",
+        (Figure(_DECONV, "quadrant", "deconv*", "test IOU"),),
+        "yes",
+    ),
+    _regression("uniform", "CoordConv yes; the net with max-pools is not poor here"),
+    _regression("quadrant", "yes"),
+    _detection(
+        "as released",
+        "Detection of scattered digits, as in the released code: IOU of the best boxes",
+        "IOU about 24 % better",
+        "no: the gain is within the spread of the seeds",
+        *("plain", "patched", "scrambled"),
+        *("patched: input only", "patched: RPN only", "patched: box regression only"),
+    ),
+    *(
+        _detection(setting, f"The same, {words}", "", "no gain", "plain", "patched")
+        for setting, words in (
+            ("whole digits", "digits that no edge cuts off"),
+            ("zero padding everywhere", "zero padding everywhere"),
+            ("no padding at all", "no padding at all"),
+            ("sampled by anchors", "training boxes sampled by anchors"),
+            ("trained 3 times as long", "trained three times as long"),
+            ("Faster R-CNN", "torchvision's Faster R-CNN"),
+            (
+                "Faster R-CNN, whole digits",
+                "torchvision's Faster R-CNN, digits that no edge cuts off",
+            ),
+        )
+    ),
+    Claim(
+        "Image classification, ResNet-18 on digits: test accuracy",
+        "+0.04 % top-5, not significant",
+        "image_classification",
+        tuple(
+            Figure(variant, "resnet18, digits", variant, "accuracy", ".4f")
+            for variant in ("plain", "patched")
+        ),
+        "no harm, no gain",
+    ),
+    _films(
+        "vae",
+        "deconv",
+        "VAE: films in which the square slides, decoder of transposed convolutions",
+        "no difference",
+        *("plain", "patched"),
+    ),
+    _films(
+        "vae",
+        "tiled",
+        "The same, with the latent tiled over the map",
+        "in two of three seeds: only coordinates can place the square there, and then it slides",
+        *("plain", "patched", "scrambled"),
+    ),
+    _films(
+        "gan",
+        "deconv",
+        "GAN: films in which the square slides, generator of transposed convolutions",
+        "not to be told: both are undertrained",
+        *("plain", "patched"),
+    ),
+    _films(
+        "gan", "tiled", "The same, with the latent tiled over the map", "yes", "plain", "patched"
+    ),
+    _grid("PPO, NatureCNN", "no difference, as its flattened features know places already"),
+    _grid("A2C, NatureCNN", "learning did not finish"),
+    _grid("PPO, pooled", "learning did not finish"),
+    _grid("A2C, pooled", "learning did not finish"),
+    Claim(
+        "A2C on Ms. Pac-Man: points an episode, at the end of a short run",
+        "CoordConv better",
+        "reinforcement_learning",
+        tuple(
+            Figure(variant, "A2C, Ms. Pac-Man", variant, "return", ".0f")
+            for variant in ("plain", "patched")
+        ),
+        "not to be told: one seed, and far too few frames",
+    ),
+    _finetuning(
+        "narrow view, unpadded",
+        "Patched after training: a localiser that sees 15 x 15 pixels, IOU",
+        "IOU",
+        ".3f",
+        "helps; scrambled coordinates help as much, so what it lacked were places, not their order",
+    ),
+    _finetuning(
+        "narrow view, zero-padded", "The same, zero-padded", "IOU", ".3f", "helps; scrambled alike"
+    ),
+    _finetuning(
+        "wide view, unpadded",
+        "One that sees 31 x 31 pixels, unpadded",
+        "IOU",
+        ".3f",
+        "helps less; scrambled alike",
+    ),
+    _finetuning(
+        "wide view, zero-padded",
+        "The same, zero-padded",
+        "IOU",
+        ".3f",
+        "helps less; scrambled alike",
+    ),
+    _finetuning(
+        "EfficientNet-Lite0",
+        "ImageNet EfficientNet-Lite0, a cup at 64 pixels: median error in pixels",
+        "median error, px",
+        ".1f",
+        "all patched: yes; the first alone: no. (No scrambled control of all.)",
+    ),
+)

