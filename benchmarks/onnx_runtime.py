@@ -32,6 +32,10 @@ NAME = "onnx_runtime"
 PLAIN = "plain"
 
 
+DRAWN = ("first", "k>1", "all", "all, floor", "all, port, buffer")
+"""What the picture shows; the table has everything."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__ or "", tuple(name for name in MODELS if name != QUICK))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panels: dict[str, dict[str, Any]] = {}
     for key, result in record.results.items():
         name, engine, rest = key.split(", ", 2)
-        ratios = {name: ratio for name, ratio in ratios_of(result).items() if name != PLAIN}
+        ratios = {name: ratio for name, ratio in ratios_of(result).items() if name in DRAWN}
         panels.setdefault(f"{MODELS[name].title}, {engine}", {})[rest] = ratios
     draw_ratios(panels, "Time of exported files over the plain model's", options.picture)
 
