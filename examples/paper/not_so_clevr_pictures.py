@@ -17,7 +17,7 @@ from torch import Tensor
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 PATCHED = "#0072B2"
 PLAIN = "#D55E00"
-SCRAMBLED = "#009E73"
+SCRAMBLED = "#E69F00"
 OTHER = "#CC79A7"
 MUTED = "#6B7280"
 INK = "#1F2933"

@@ -163,11 +163,17 @@ def print_times(record: Record, plain: str, task: Task) -> None:
         pairs = list(zip(record.of(split, "patched"), record.of(split, plain), strict=False))
         # A plain net that got nothing right has no best result to be reached.
         if all(max(run.curves["test"]) > 0 for _, run in pairs) and pairs:
-            ratios = [times_faster(patched, run, task) for patched, run in pairs]
-            times = ", ".join(f"{ratio:.2g}" for ratio in ratios)
+            times = ", ".join(_times(patched, run, task) for patched, run in pairs)
             print(
                 f"{split}: patched, {plain}'s best test score came {times} times sooner (by seed)"
             )
+
+
+def _times(run: Run, plain: Run, task: Task) -> str:
+    try:
+        return f"{times_faster(run, plain, task):.2g}"
+    except ValueError:  # a run that did not learn
+        return "never"
 
 
 def _sample(centers: Tensor, count: int) -> Tensor:

@@ -54,6 +54,9 @@ class Runs:
         seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
         seconds = statistics.mean(run["cpu_seconds"] for run in self.runs)
         cost = f"{seeds}, {self.runs[0]['parameters']:,} parameters, {seconds:.0f} CPU s"
+        if figure.by_seed:
+            shown = ", ".join(f"{value:{figure.form}}" for value in values)
+            return f"{figure.label} **{shown}** ({cost})"
         mean = f"{self.mean(figure.metric):{figure.form}}"
         return f"{figure.label} **{mean}**{spread} ({cost})"
 
