@@ -26,6 +26,7 @@ import not_so_clevr_deconv as deconv  # noqa: E402
 import not_so_clevr_nets as nets  # noqa: E402
 import not_so_clevr_packing as packing  # noqa: E402
 import not_so_clevr_training as training  # noqa: E402
+from scrambled_coordinates import ScrambledCoordinates  # noqa: E402
 
 SPLITS = {name: make() for name, make in data.SPLITS.items()}
 SOME = torch.tensor([[4, 59], [33, 32], [59, 4], [20, 41]])
@@ -172,8 +173,8 @@ def test_the_pixel_softmax_has_mean_one_and_keeps_the_order() -> None:
 
 def test_scrambled_coordinates_are_the_same_pairs_at_other_pixels() -> None:
     ordered = ccp.Coordinates().grid((64, 64)).flatten(1)
-    scrambled = nets.ScrambledCoordinates().grid((64, 64)).flatten(1)
-    assert torch.equal(scrambled, nets.ScrambledCoordinates().grid((64, 64)).flatten(1))
+    scrambled = ScrambledCoordinates().grid((64, 64)).flatten(1)
+    assert torch.equal(scrambled, ScrambledCoordinates().grid((64, 64)).flatten(1))
     assert {tuple(pair) for pair in ordered.T.tolist()} == {
         tuple(pair) for pair in scrambled.T.tolist()
     }
@@ -181,10 +182,10 @@ def test_scrambled_coordinates_are_the_same_pairs_at_other_pixels() -> None:
 
 
 def test_a_net_can_be_patched_with_scrambled_coordinates() -> None:
-    patched = ccp.patch(nn.Conv2d(1, 2, 1, bias=False), "first", coords=nets.ScrambledCoordinates())
+    patched = ccp.patch(nn.Conv2d(1, 2, 1, bias=False), "first", coords=ScrambledCoordinates())
     with torch.no_grad():
         ccp.coord_parameters(patched)[0].copy_(torch.eye(2)[:, :, None, None])
-    grid = nets.ScrambledCoordinates().grid((64, 64))
+    grid = ScrambledCoordinates().grid((64, 64))
     torch.testing.assert_close(patched(torch.zeros(1, 1, 64, 64))[0], grid)
 
 

@@ -7,15 +7,10 @@ released code's (https://github.com/uber-research/CoordConv) where not said othe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from not_so_clevr import CANVAS
 from torch import Tensor, nn
-
-import coordconv_patch as ccp
 
 
 class Tile(nn.Module):
@@ -124,24 +119,3 @@ def strided_net() -> nn.Sequential:
 def _two_numbers(features: int) -> list[nn.Module]:
     """The end of a net that answers with (x, y)."""
     return [nn.Flatten(), nn.Linear(features, 64), nn.ReLU(inplace=True), nn.Linear(64, 2)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScrambledCoordinates(ccp.Coordinates):
-    """Coordinates dealt out to the pixels at random, the same way at every call: a control.
-
-    A net that gains from them gains from having more weights, or from being able to tell
-    pixels apart, and not from knowing where they are.
-
-    Args:
-        scramble_seed: Another seed, another order.
-    """
-
-    scramble_seed: int = 0
-
-    def grid(self, size: Sequence[Any], **options: Any) -> Tensor:
-        ordered = super().grid(size, **options)
-        generator = torch.Generator().manual_seed(self.scramble_seed)
-        pixels = ordered.flatten(1)
-        order = torch.randperm(pixels.shape[1], generator=generator)
-        return pixels[:, order].view_as(ordered)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from experiment import Options, Record, Run, parse_options
 from matplotlib.collections import LineCollection
 from not_so_clevr import CANVAS, SPLITS, distances, one_hot
-from not_so_clevr_nets import ScrambledCoordinates, linear_net, pooling_net, strided_net
+from not_so_clevr_nets import linear_net, pooling_net, strided_net
 from not_so_clevr_packing import pack_positions, unpack_positions
 from not_so_clevr_pictures import (
     INK,
@@ -32,6 +32,7 @@ from not_so_clevr_pictures import (
     save,
 )
 from not_so_clevr_training import Recipe, Task, fit, outputs, print_times
+from scrambled_coordinates import ScrambledCoordinates
 from torch import nn
 
 import coordconv_patch as ccp

@@ -21,7 +21,7 @@ from experiment import Options, Record, Run, parse_options
 from matplotlib.patches import Rectangle
 from not_so_clevr import CANVAS, RADIUS, SPLITS, mean_iou, scaled, squares
 from not_so_clevr_deconv import DeconvSetting, best_setting
-from not_so_clevr_nets import ScrambledCoordinates, renderer
+from not_so_clevr_nets import renderer
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
     INK,
@@ -35,6 +35,7 @@ from not_so_clevr_pictures import (
     save,
 )
 from not_so_clevr_training import SCORED, Recipe, Task, fit, outputs, print_times
+from scrambled_coordinates import ScrambledCoordinates
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
