@@ -108,7 +108,7 @@ def test_a_map_of_several_sizes_counts_them_all() -> None:
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_auto_adds_at_most_its_share_to_the_file(dynamic_batch: bool, tmp_path: Path) -> None:
-    """A radius of many pixels in a model of few weights: whole maps would be most of the file."""
+    """Many pixels in a model of few weights: whole maps would be most of the file."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)]
     plain = nn.Sequential(*layers).eval()

@@ -432,6 +432,36 @@ def test_names_and_opset_are_the_callers(tmp_path: Path) -> None:
         assert list(report.dynamic_axes) == ["image"]
 
 
+@pytest.mark.parametrize("lowering", [*STORED, "auto"])
+@pytest.mark.parametrize("opset", [11, 13])
+def test_an_old_operator_set(opset: int, lowering: Any, tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "old.onnx"
+    report = ccp.export_onnx(
+        *(model, path, images(2)),
+        lowering=lowering,
+        opset=opset,
+        exporter="torchscript",
+        providers=CPU,
+    )
+    assert report.opset == opset == onnx.load(path).opset_import[0].version
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert_same(run(path, images(3))[0], model(images(3)))
+
+
+@pytest.mark.parametrize("lowering", [*STORED, "auto"])
+def test_weights_too_large_for_the_file_lie_beside_it(
+    lowering: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    model, path = net(), tmp_path / "large.onnx"
+    report = ccp.export_onnx(model, path, images(2), lowering=lowering, providers=CPU)
+    beside = tmp_path / "large.onnx.data"
+    assert sorted(tmp_path.iterdir()) == [path, beside]
+    assert report.file_size == path.stat().st_size + beside.stat().st_size
+    assert report.coord_constant_bytes > 0
+    assert_same(run(path, images(3))[0], model(images(3)))
+
+
 class Several(nn.Module):
     """Three inputs, of which one may be a constant; outputs in a dict, out of order."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -22,6 +23,7 @@ from coordconv_patch.export.verify import tensors_in
 from coordconv_patch.inputs import split_inputs
 
 __all__ = [
+    "evaluation_copy",
     "write_graph",
 ]
 
@@ -30,6 +32,25 @@ _MAX_PROTOBUF_BYTES = 2_000_000_000
 
 
 _BFLOAT16_OPSET = 22
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and without gradients, for an exporter.
+
+    Raises:
+        ExportError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise ExportError(
+            f"the model cannot be deep-copied, which an export needs: {error}"
+        ) from error
+    for module in copied.modules():  # not eval(): models of torch.export refuse it
+        module.training = False
+    # With gradients, attention whose mask is trained (Swin, BEiT) takes another path through torch
+    # than in the exporter's next step, which then meets strides that it cannot view.
+    return copied.requires_grad_(False)
 
 
 def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str, list[str]]:

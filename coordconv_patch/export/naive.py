@@ -15,7 +15,6 @@ sees ``C / groups + K``. (The ports themselves refuse such convolutions.)
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.errors import ExportError
 from coordconv_patch.export.axes import ExportRequest
-from coordconv_patch.export.exporters import write_graph
+from coordconv_patch.export.exporters import evaluation_copy, write_graph
 from coordconv_patch.export.verify import run_torch, verify_onnx
 from coordconv_patch.geometry import CONV_FUNCTIONS
 from coordconv_patch.inputs import in_signature_order
@@ -62,14 +60,7 @@ def export_naive(
         ExportError: If a patched convolution has no such form (functional ones have none),
             the exporters fail, or the file and torch disagree.
     """
-    try:
-        widened = copy.deepcopy(model)
-    except Exception as error:
-        raise ExportError(
-            f"the model cannot be deep-copied, which an export needs: {error}"
-        ) from error
-    for module in widened.modules():  # not eval(): models of torch.export refuse it
-        module.training = False
+    widened = evaluation_copy(model)
     inputs = in_signature_order(model, example_inputs)
     _widen_(widened)
     lower_(widened, inputs, lambda site: "channels")

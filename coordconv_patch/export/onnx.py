@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
-from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
     ExportRequest,
@@ -32,7 +32,7 @@ from coordconv_patch.export.choosing import MAX_GROWTH, Chooser, check_lowering
 from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
-from coordconv_patch.export.exporters import write_graph
+from coordconv_patch.export.exporters import evaluation_copy, write_graph
 from coordconv_patch.export.ordering import coordinate_nodes, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
@@ -121,7 +121,7 @@ def export_onnx(
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
     with replacing(path) as temporary, progress:
-        folded_model = _evaluation_copy(model)
+        folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         writer = _Writer(folded_model, request, exporter, working, lowering in ("auto", "autotune"))
         trials: tuple[Trial, ...] = ()
@@ -296,17 +296,3 @@ def _check_path(path: Path) -> None:
     obstacle = obstacle_to_writing(path)
     if obstacle:
         raise ArgumentError(obstacle)
-
-
-def _evaluation_copy(model: nn.Module) -> nn.Module:
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise ExportError(
-            f"the model cannot be deep-copied, which an export needs: {error}"
-        ) from error
-    for module in copied.modules():  # not eval(): models of torch.export refuse it
-        module.training = False
-    # With gradients, attention whose mask is trained (Swin, BEiT) takes another path through torch
-    # than in the exporter's next step, which then meets strides that it cannot view.
-    return copied.requires_grad_(False)

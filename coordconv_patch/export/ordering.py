@@ -157,7 +157,8 @@ def _rebuild_(
             break
         node = ir.node("Add", pair)
         node.outputs[0].type = total.outputs[0].type
-        node.outputs[0].shape = total.outputs[0].shape
+        # A partial sum may be smaller than the whole, where a term is broadcast.
+        node.outputs[0].shape = term.shape if term.shape == running.shape else None
         graph.insert_before(total, node)
         running = node.outputs[0]
     graph.remove(before, safe=True)

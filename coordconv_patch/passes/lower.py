@@ -175,9 +175,7 @@ class LoweringSite:
         dtype = self.layer.coord_weight.dtype
 
         def make() -> CoordConstant:
-            parts = tuple(factor.to(dtype) for factor in basis.strip_factors())
-            product = functools.reduce(torch.mul, parts)
-            return CoordConstant(product.flatten(-2).unsqueeze(0), parts)
+            return CoordConstant(basis.strip(dtype), basis.strip_factors(dtype))
 
         return cast(CoordConstant, self._once("strip", call, dtype, make))
 
@@ -208,8 +206,9 @@ class LoweringSite:
     def _once(self, kind: str, call: Call, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
         """What is made from coordinates and geometry alone, made once for all sites."""
         geometry = dataclasses.replace(self.geometry, in_channels=0, out_channels=0, groups=1)
+        device = self.layer.coord_weight.device
         key: tuple[Any, ...] = (
-            *(kind, self.layer.coords, self.layer.coord_padding, geometry, call, dtype),
+            *(kind, self.layer.coords, self.layer.coord_padding, geometry, call, dtype, device),
         )
         if kind == "grid":  # of many geometries: told apart by how they pad
             padded = tuple(_padded(self.layer, self._grid(call)).shape)
@@ -222,6 +221,7 @@ class LoweringSite:
                 call.input_size,
                 padded,
                 dtype,
+                device,
             )
         if key not in self._shared:
             self._shared[key] = make()

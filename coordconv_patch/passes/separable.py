@@ -53,7 +53,7 @@ class SeparableBasis:
         """R, the number of images."""
         return self.coefficients.shape[1]
 
-    def strip_factors(self) -> tuple[Tensor, ...]:
+    def strip_factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Vectors whose broadcast product is the strip, but for its shape.
 
         (1, H, R, 1) and (1, 1, R, W), whose product has the pixels of (1, 1, H, R * W) in
@@ -67,11 +67,12 @@ class SeparableBasis:
             )
             for at, matrix in enumerate(others)
         ]
-        return (*shaped, last.reshape(1, *ones, self.rank, -1))
+        factors = (*shaped, last.reshape(1, *ones, self.rank, -1))
+        return tuple(factor.to(dtype) for factor in factors)
 
-    def strip(self) -> Tensor:
-        """The images side by side, shape (1, 1, H, R * W)."""
-        product = functools.reduce(torch.mul, self.strip_factors())
+    def strip(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The images side by side, shape (1, 1, H, R * W), as its factors give them."""
+        product = functools.reduce(torch.mul, self.strip_factors(dtype))
         return product.flatten(-2).unsqueeze(0)
 
     def weight(self, coord_weight: Tensor) -> Tensor:
