@@ -1,10 +1,10 @@
 """What coordinates cost in exported files: ONNX Runtime's CPU provider, and OpenVINO.
 
 Each model is timed with its first, every larger than 1x1, and all convolutions patched (by
-``export_onnx`` with its defaults), beside the plain model and concatenating ports, all
-exported for any batch size. "plain" is what ``torch.onnx.export`` makes of the plain model;
-"plain again" is the same file in a second session, and shows this machine's noise. The
-floor is explained in shared/floor.py.
+``export_onnx``: with its defaults, and for OpenVINO with ``lowering="map"``), beside the
+plain model and concatenating ports, all exported for any batch size. "plain" is what
+``torch.onnx.export`` makes of the plain model; "plain again" is the same file in a second
+session, and shows this machine's noise. The floor is explained in shared/floor.py.
 
     python benchmarks/onnx_runtime.py
 """
@@ -15,10 +15,11 @@ import argparse
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shared.engines import ENGINES
+from shared.engines import ENGINES, LOWERINGS
 from shared.floor import write_floor
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.selections = ["all"]
         options.models, options.batch, options.threads = [QUICK], [2], [1]
     record = open_record(options, NAME)
-    for name in [] if options.show else options.models:
-        combinations = _combinations(name, options)
+    for name, engine in [] if options.show else product(options.models, options.engines):
+        combinations = _combinations(name, engine, options)
         if all(key in record.results for key in combinations):
-            tqdm.write(f"{name}: there already")
+            tqdm.write(f"{name}, {engine}: there already")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            files = write_files(MODELS[name], Path(folder), options.selections)
-            for key, (engine, batch, threads) in combinations.items():
+            files = write_files(MODELS[name], Path(folder), options.selections, engine)
+            for key, (batch, threads) in combinations.items():
                 record.measure(
                     key, _measure, files, MODELS[name], engine, batch, threads, key, options
                 )
@@ -67,21 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_ratios(panels, "Time of exported files over the plain model's", options.picture)
 
 
-def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str, int, int]]:
-    """By key: engine, batch, threads. OpenVINO runs with the most threads only."""
+def _combinations(name: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
+    """By key: batch and threads. OpenVINO runs with the most threads only."""
+    numbers = options.threads if engine == "onnxruntime" else [max(options.threads)]
     return {
-        f"{name}, {engine}, batch {batch}, threads {threads}": (engine, batch, threads)
-        for engine in options.engines
-        for batch in options.batch
-        for threads in options.threads
-        if engine != "openvino" or threads == max(options.threads)
+        f"{name}, {engine}, batch {batch}, threads {threads}": (batch, threads)
+        for batch, threads in product(options.batch, numbers)
     }
 
 
 def write_files(
-    model: BenchModel, folder: Path, selections: Sequence[str] = tuple(SELECTIONS)
+    model: BenchModel, folder: Path, selections: Sequence[str], engine: str
 ) -> dict[str, Path]:
-    """Export every variant; by name, the plain model first."""
+    """Export every variant for an engine; by name, the plain model first."""
     plain = seeded(model.make)
     example = images(2, model.size)
     write = functools.partial
@@ -92,7 +91,7 @@ def write_files(
     for selection in selections:
         made = patched(plain, SELECTIONS[selection], example)
         names = patched_names(made)
-        makers[selection] = write(write_verified, made, example)
+        makers[selection] = write(write_verified, made, example, lowering=LOWERINGS[engine])
         port = ported(plain, names, BufferCoords, example)
         makers[f"{selection}, port, buffer"] = write(write_plainly, port, example)
     # Its cost beside the other port's does not depend on which convolutions have it.

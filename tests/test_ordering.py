@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,7 +47,7 @@ class Graph:
         self.initializers.append(value)
         return value
 
-    def node(self, kind: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    def node(self, kind: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
         node = ir.node(kind, inputs, attributes=attributes)
         output = node.outputs[0]
         output.name = f"{kind.lower()}_{len(self.nodes)}"
@@ -133,6 +134,28 @@ def test_a_residual_goes_to_the_main_convolution(
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4)
     assert "Add" not in kinds
     assert kinds.count("Relu") == 0  # in the convolutions
+
+
+@pytest.mark.parametrize("residual_first", [False, True])
+def test_a_residual_that_the_runtime_cannot_fuse_is_added_last(
+    residual_first: bool, tmp_path: object
+) -> None:
+    """As in the plain model: one addition that runs by itself, and not two."""
+    graph = Graph()
+    main, branch = graph.main(), graph.branch()
+    swapped = graph.node("Transpose", [graph.x], perm=[0, 1, 3, 2])
+    residual = graph.node("Relu", [swapped])
+    inner = graph.add(main, branch)
+    outer = graph.add(residual, inner) if residual_first else graph.add(inner, residual)
+    model = graph.model(outer)
+    before, _ = run(model, tmp_path)
+    assert order_additions_(model.graph) == 1
+    first, second = operands(model)
+    assert first == (branch.name, main.name)
+    assert second[1] == residual.name
+    after, kinds = run(model, tmp_path)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4)
+    assert kinds.count("Add") == 1
 
 
 def test_two_branches_of_one_sum(tmp_path: object) -> None:

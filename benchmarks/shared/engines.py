@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from coordconv_patch.export.binding import BoundRun
 from coordconv_patch.export.providers import CPU, make_session
 
-__all__ = ["ENGINES", "onnxruntime_run", "openvino_run"]
+__all__ = ["ENGINES", "LOWERINGS", "onnxruntime_run", "openvino_run"]
 
 
 def onnxruntime_run(path: Path, images: Tensor, threads: int) -> Callable[[], Any]:
@@ -52,3 +52,6 @@ ENGINES: dict[str, Callable[[Path, Tensor, int], Callable[[], Any]]] = {
     "onnxruntime": onnxruntime_run,
     "openvino": openvino_run,
 }
+
+LOWERINGS: dict[str, Literal["auto", "map"]] = {"onnxruntime": "auto", "openvino": "map"}
+"""What files are lowered to for each engine: "auto" writes for ONNX Runtime's own fusions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,13 +16,15 @@ from coordconv_patch.export.providers import CPU
 __all__ = ["write_plainly", "write_verified"]
 
 
-def write_verified(model: nn.Module, example: Tensor, path: Path) -> None:
+def write_verified(
+    model: nn.Module, example: Tensor, path: Path, lowering: Literal["auto", "map"] = "auto"
+) -> None:
     """Export with this package: lowered, ordered and compared with torch; any batch size.
 
     Random weights make activations that rounding moves more than trained ones do, so the
     tolerance is that of a quick check.
     """
-    ccp.export_onnx(model, path, example, providers=[CPU], tolerance=1e-3)
+    ccp.export_onnx(model, path, example, lowering=lowering, providers=[CPU], tolerance=1e-3)
 
 
 def write_plainly(model: nn.Module, example: Tensor, path: Path) -> None:

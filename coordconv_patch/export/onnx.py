@@ -36,6 +36,7 @@ from coordconv_patch.export.exporters import evaluation_copy, write_graph
 from coordconv_patch.export.ordering import coordinate_nodes, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
+from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.passes.fold import fold_batch_norms_
@@ -272,6 +273,7 @@ def _rewritten(
     stored = compact_constants_(graph, constants, batch)
     if fuse and carry_coordinates_(graph):
         RemoveUnusedNodesPass()(model)
+    fold_scales_(graph)
     order_additions_(graph)
     if fuse:
         fuse_clips_(graph)

@@ -10,6 +10,11 @@ residual, as in the plain model, and the branch is added in place into what that
 has just written, while it is in the processor's cache. (ResNet-50, every convolution, one
 thread: 1.17 of the plain model in the exporter's order, 1.11 with ``conv(x) + (branch +
 residual)``, 1.06 so.) An activation that follows goes into the last of them.
+
+A residual that is not in the kernels' blocks of channels (it comes from a transpose, as behind
+a LayerNorm) cannot be fused in the plain model either, and is added last::
+
+    residual + (branch + conv(x))
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ def order_additions_(graph: ir.Graph) -> int:
         How many sums were rewritten.
     """
     independent = values_without_inputs(graph)
+    in_blocks = _values_in_blocks(graph, independent)
     totals = [node for node in graph if _is_addition(node) and not _continues(node.outputs[0])]
     count = 0
     for total in totals:
@@ -44,7 +50,12 @@ def order_additions_(graph: ir.Graph) -> int:
         branches = [term for term in terms if is_branch(term, independent)]
         others = [term for term in terms if term not in branches]
         if branches and others:
-            _rebuild_(graph, total, others, branches)
+            fusable = [term for term in others if term in in_blocks]
+            outside = [term for term in others if term not in in_blocks]
+            if fusable:
+                _rebuild_(graph, total, fusable, branches, outside)
+            else:
+                _rebuild_(graph, total, others, branches, [])
             count += 1
     if count:
         graph.sort()
@@ -105,6 +116,28 @@ def is_own_weight(value: ir.Value) -> bool:
     )
 
 
+_MAKE_BLOCKS = frozenset({"Conv"})
+_KEEP_BLOCKS = frozenset(
+    {
+        *("Add", "Sum", "Mul", "Concat", "Resize", "Upsample", "BatchNormalization"),
+        *("Relu", "Sigmoid", "Tanh", "HardSigmoid"),
+        *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
+    }
+)
+"""What ONNX Runtime's ``NchwcTransformer`` computes on blocks of channels."""
+
+
+def _values_in_blocks(graph: ir.Graph, independent: set[ir.Value]) -> set[ir.Value]:
+    """The activations that ONNX Runtime's CPU provider keeps in blocks of channels."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None and value not in independent]
+        keeps = node.op_type in _KEEP_BLOCKS and inputs and all(v in found for v in inputs)
+        if node.op_type in _MAKE_BLOCKS or keeps:
+            found.update(node.outputs)
+    return found
+
+
 def _is_addition(node: ir.Node) -> bool:
     return node.op_type == "Add" and node.domain == ""
 
@@ -142,13 +175,26 @@ def _additions_below(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _rebuild_(
-    graph: ir.Graph, total: ir.Node, others: list[ir.Value], branches: list[ir.Value]
+    graph: ir.Graph,
+    total: ir.Node,
+    first: list[ir.Value],
+    branches: list[ir.Value],
+    last: list[ir.Value],
 ) -> None:
-    """Make ``total`` the sum of the other terms and then of the branches, each a first operand."""
+    """Make ``total`` the sum of some terms, then of the branches, each a first operand, then more.
+
+    Args:
+        graph: The graph.
+        total: The outermost addition.
+        first: Terms that are added up first.
+        branches: The coordinate branches among the terms.
+        last: Terms that are added last.
+    """
     before = list(_additions_below(total))
-    running, *rest = others
+    running, *rest = first
     operands: list[tuple[ir.Value, bool]] = [(term, False) for term in rest]
     operands += [(branch, True) for branch in branches]
+    operands += [(term, False) for term in last]
     for index, (term, goes_first) in enumerate(operands):
         pair = (term, running) if goes_first else (running, term)
         if index == len(operands) - 1:
