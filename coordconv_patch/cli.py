@@ -24,6 +24,7 @@ from coordconv_patch.export.providers import working_providers
 from coordconv_patch.export.verify import torch_outputs, verify_onnx
 from coordconv_patch.inputs import split_inputs, takes_image_list
 from coordconv_patch.layers import coord_layers
+from coordconv_patch.passes.lower import LOWERINGS
 from coordconv_patch.patching import patch
 from coordconv_patch.plan import plan, survey
 from coordconv_patch.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
@@ -65,6 +66,9 @@ Checkpoint = Annotated[
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the zoo's weights.")]
 CoordWeights = Annotated[
     Path | None, typer.Option("--coord-weights", help="A file of save_coords; sets the sites.")
+]
+LoweringName = Annotated[
+    str, typer.Option("--lowering", help=f"auto, autotune, {', '.join(LOWERINGS)}.")
 ]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
 
@@ -166,7 +170,7 @@ def export_command(
     coord_weights: CoordWeights = None,
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch.")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any image size.")] = False,
-    lowering: Annotated[str, typer.Option(help="auto, channels, map, branch, computed.")] = "auto",
+    lowering: LoweringName = "auto",
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: Provider = None,

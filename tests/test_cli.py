@@ -549,6 +549,11 @@ def test_the_help_of_each_command_has_an_example(command: str) -> None:
     assert f"Example: coordconv-patch {command}" in result.output
 
 
+def test_the_help_of_export_names_every_lowering() -> None:
+    result = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "300"})
+    assert "auto, autotune, channels, map, branch, separable, computed" in result.output
+
+
 def test_the_root_help_names_the_commands_and_the_exit_codes() -> None:
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0
