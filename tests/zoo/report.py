@@ -133,6 +133,14 @@ def _summary(rows: Rows) -> str:
             f"\nOf the exports, {without} were compared without ONNX Runtime's optimizer "
             "Pad_Fusion, with which the plain model is wrong."
         )
+    fixed = sum("fixed_batch" in row for row in exported)
+    weaker = sum("strength" in row for row in exported)
+    lines.append(
+        f"\n{len(exported) - fixed} patched models were exported with a dynamic batch, {fixed} "
+        "with a fixed one, because the model or an exporter can have no other (`fixed_batch` in "
+        f"docs/zoo_results.json). {weaker} have weaker coordinate weights than the others: with "
+        "strong ones they magnify float32's rounding to the size of their outputs."
+    )
     other = [row for row in exported if row["exporter"] != row["plain_exporter"]]
     lines.append(f"\n{len(other)} patched models needed another exporter than the plain model.")
     refused = {name: row["torch"]["refused"] for name, row in rows.items() if _refused(row)}
