@@ -239,14 +239,15 @@ def main(arguments: list[str] | None = None) -> Record:
     options = parse_options(__doc__, arguments)
     record = Record("detection", options)
     compared = [(name, variant) for name in SETTINGS for variant in SETTINGS[name].variants]
-    compared += [(SEEN, variant) for variant in ONE_SITE]
+    compared += [(name, variant) for name in (SEEN, ABSOLUTE) for variant in ONE_SITE]
     for name, variant in compared:
         for seed in options.seeds:
             one = partial(train, SETTINGS[name], variant, options, seed)
             record.run(name, variant, seed, partial(one, f"{name}, {variant}, {seed}"))
     record.print_table()
     _, test = pictures(MARGIN, options.quick)
-    draw(record, Story(RELEASED, BY_ANCHORS, ABSOLUTE), test, options.out / "detection.png")
+    story = Story(tuple(SETTINGS), main=RELEASED, relative=BY_ANCHORS, absolute=ABSOLUTE)
+    draw(record, story, test, options.out / "detection.png")
     return record
 
 

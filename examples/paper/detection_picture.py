@@ -32,14 +32,16 @@ def gains(record: Record, setting: str, variant: str, metric: str) -> list[float
 
 @dataclass(frozen=True)
 class Story:
-    """Which settings the picture is about; all share their test pictures.
+    """Which settings the picture is about.
 
     Attributes:
-        main: The one that the others differ from.
+        settings: All of them, in order.
+        main: The one whose boxes are shown, beside those of ``absolute``, on the same pictures.
         relative: Whose moves start from anchors.
         absolute: The same, but for moves that say where on the canvas a box is.
     """
 
+    settings: tuple[str, ...]
     main: str
     relative: str
     absolute: str
@@ -51,28 +53,24 @@ def draw(record: Record, story: Story, test: Scenes, path: Path) -> None:
     Args:
         record: Of ``detection.py``.
         story: Which settings are shown beside each other.
-        test: Their test pictures.
+        test: The pictures of these two.
         path: The PNG file to write.
     """
     figure = Figure(figsize=(13, 12), dpi=90, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_message(record, story), size=15, weight="bold", color=INK, x=0.01, ha="left")
-    pictures, charts = figure.subfigures(2, 1, height_ratios=[1, 3])
+    pictures, charts = figure.subfigures(2, 1, height_ratios=[1, 3.6])
     for part, setting in zip(pictures.subfigures(1, 2), (story.main, story.absolute), strict=True):
         part.suptitle(setting, size=12, color=INK, weight="bold")
         _draw_boxes(part, record, setting, test)
     _draw_legend(pictures)
     left, right = charts.subfigures(1, 2, width_ratios=[1.1, 1])
-    settings = [name for name in _settings(record) if name != story.absolute]
+    settings = [name for name in story.settings if name != story.absolute]
     _draw_gains(left.subplots(), record, settings, BEST_BOXES, "all boxes: released measure")
     above, below = right.subplots(2, 1, height_ratios=[1, 1.6])
     _draw_mechanism(above, record, story)
     _draw_parts(below, record, settings)
     figure.savefig(path)
-
-
-def _settings(record: Record) -> list[str]:
-    return list(dict.fromkeys(run.setting for run in record.runs))
 
 
 def _message(record: Record, story: Story) -> str:
@@ -129,36 +127,43 @@ def _frames(
         )
 
 
+def _variants(record: Record, setting: str) -> list[str]:
+    return list(dict.fromkeys(run.variant for run in record.runs if run.setting == setting))
+
+
+def _colour(variant: str) -> str:
+    colours = {"plain": VERMILION, "patched": BLUE, "scrambled": PURPLE}
+    return colours.get(variant, GREEN)  # of those patched at one site
+
+
 def _draw_mechanism(axes: Any, record: Record, story: Story) -> None:
     """The IOU of each variant, a dot a seed, for moves from anchors and for absolute ones."""
-    colours = {"plain": VERMILION, "patched": BLUE, "scrambled": PURPLE}
     rows = [
         (setting, words, variant)
         for setting, words in ((story.relative, "from anchors"), (story.absolute, "absolute"))
-        for variant in colours
-        if record.of(setting, variant)
+        for variant in _variants(record, setting)
     ]
     for row, (setting, _, variant) in enumerate(rows):
         values = [run.metrics[BEST_BOXES] for run in record.of(setting, variant)]
-        dots(axes, -row, values, colours[variant])
+        colour = _colour(variant)
+        dots(axes, -row, values, colour)
         axes.annotate(
             f"{mean(values):.3f}",
             (1.0, -row),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="center",
-            color=colours[variant],
+            color=colour,
             weight="bold",
         )
-    axes.set_yticks(
-        [-row for row in range(len(rows))], [f"{words}, {variant}" for _, words, variant in rows]
-    )
+    names = [f"{words}, {variant.removeprefix('patched: ')}" for _, words, variant in rows]
+    axes.set_yticks([-row for row in range(len(rows))], names)
     axes.set_ylim(0.6 - len(rows), 0.6)
     bare(axes)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.15 * (high - low))
     axes.set_title(
-        "does a move say where from its anchor, or where?",
+        "moves from anchors, and absolute ones",
         size=12,
         color=INK,
         weight="bold",
@@ -174,12 +179,12 @@ def _draw_gains(
     rows = [
         (setting, variant)
         for setting in settings
-        for variant in dict.fromkeys(r.variant for r in record.runs if r.setting == setting)
+        for variant in _variants(record, setting)
         if variant != "plain"
     ]
     names = []
     for row, (setting, variant) in enumerate(rows):
-        colour = PURPLE if variant == "scrambled" else GREEN if ":" in variant else BLUE
+        colour = _colour(variant)
         dots(axes, -row, gains(record, setting, variant, metric), colour)
         plain, changed = (record.mean(setting, v, metric) for v in ("plain", variant))
         axes.annotate(
@@ -197,7 +202,7 @@ def _draw_gains(
     axes.axvline(0, color=INK, lw=1)
     bare(axes)
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.35 * (high - low))
+    axes.set_xlim(low, high + 0.45 * (high - low))
     axes.set_title(title, size=12, color=INK, weight="bold", loc="left")
     axes.set_xlabel("gain over the plain model in %, one dot a seed", color=MUTED)
 
