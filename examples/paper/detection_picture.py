@@ -163,7 +163,7 @@ def _draw_mechanism(axes: Any, record: Record, story: Story) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.15 * (high - low))
     axes.set_title(
-        "moves from anchors, and absolute ones",
+        "from anchors, or absolute",
         size=12,
         color=INK,
         weight="bold",
@@ -229,5 +229,5 @@ def _draw_parts(axes: Any, record: Record, settings: Sequence[str]) -> None:
     ]
     axes.legend(
         handles, ["digits cut off at the edge", "whole digits"], loc="upper center",
-        bbox_to_anchor=(0.5, -0.09), ncols=2, frameon=False,
+        bbox_to_anchor=(0.4, -0.09), ncols=2, frameon=False,
     )  # fmt: skip

@@ -37,10 +37,10 @@ COLOURS = {
 }
 TITLES = {
     NARROW: "sees 15 × 15 px\nunpadded",
+    NEW_PLACES: "15 × 15 px, unpadded\ntested at new places",
     NARROW_PADDED: "sees 15 × 15 px\nzero-padded",
     WIDE: "sees 31 × 31 px\nunpadded",
     WIDE_PADDED: "sees 31 × 31 px\nzero-padded",
-    NEW_PLACES: "15 × 15 px, unpadded\ntested at new places",
     IMAGENET: "EfficientNet-Lite0\nImageNet weights",
 }
 
@@ -73,7 +73,7 @@ def _message(record: Record) -> str:
     for setting, net, patched, scrambled, form in (
         (NARROW, "A net that sees 15 px: IOU", FIRST, SCRAMBLED, ".2f"),
         (NEW_PLACES, "tested at places new to it:", FIRST, SCRAMBLED, ".2f"),
-        (IMAGENET, "EfficientNet-Lite0, all patched: error", ALL, ALL_SCRAMBLED, ".1f"),
+        (IMAGENET, "EfficientNet-Lite0, all patched: px off", ALL, ALL_SCRAMBLED, ".1f"),
     ):
         if runs := record.of(setting, scrambled):
             before, after, control = (
@@ -81,7 +81,7 @@ def _message(record: Record) -> str:
                 for variant in (KEPT_ON, patched, scrambled)
             )
             parts.append(f"{net} {before} to {after} (scrambled: {control})")
-    return "Patched after training, against the plain net kept on.\n" + "; ".join(parts)
+    return "Patched after training, against the plain net kept on. " + ";\n".join(parts)
 
 
 def _draw_curves(axes: Any, record: Record, setting: str) -> None:
@@ -125,6 +125,7 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
             color=colour,
             weight="bold",
         )
+    bare(axes)
     names = list(COLOURS) if with_names else [""] * len(COLOURS)
     axes.set_yticks([-row for row in range(len(COLOURS))], names)
     for label, colour in zip(axes.get_yticklabels(), COLOURS.values(), strict=True):
@@ -140,7 +141,6 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
     ]
     reach = max(shown) - min(shown)
     axes.set_xlim(min(shown) - 0.1 * reach, max(shown) + 0.45 * reach)
-    bare(axes)
     axes.set_xlabel(
         "IOU at the end, higher is better" if setting in NETS else "px at the end, lower is better",
         color=MUTED,
