@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -277,6 +278,18 @@ def test_quick_detection_moves_every_coordinate_weight(tmp_path: Path) -> None:
     detection.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
     assert (tmp_path / "detection.json").stat().st_mtime_ns == before
     assert len(stored["runs"]) == len(record.runs)
+
+
+def test_short_training_needs_true_coordinates_for_absolute_boxes(tmp_path: Path) -> None:
+    detection = load("detection")
+    options = load("experiment").parse_options(None, ["--quick", "--out", str(tmp_path)])
+    setting = dataclasses.replace(detection.SETTINGS[detection.ABSOLUTE], length=8)
+    iou = {}
+    for variant in setting.variants:
+        torch.manual_seed(0)
+        run = detection.train(setting, variant, options, 0, variant)
+        iou[variant] = run.metrics[detection.BEST_BOXES]
+    assert iou["patched"] > 1.2 * max(iou["plain"], iou["scrambled"])
 
 
 def test_quick_classification_moves_the_coordinate_weights(tmp_path: Path) -> None:

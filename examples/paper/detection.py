@@ -111,6 +111,7 @@ SETTINGS = {
         sampling=_UNCUT, targets="all", widths=(32, 64), batch_size=1, length=10
     ),
     UNCUT_BOXES: Setting(sampling=_UNCUT, targets="seen", variants=ALL),
+    f"{UNCUT_BOXES}, 3 times as long": Setting(sampling=_UNCUT, targets="seen", length=3),
     SEEN: Setting(variants=ALL),
     WHOLE: Setting(margin=0),
     "zero padding everywhere": Setting(padding="zeros"),
@@ -175,7 +176,7 @@ def train(setting: Setting, variant: str, options: Options, seed: int, name: str
     training, test = pictures(setting.margin, options.quick)
     boxes, counted = truth_of(training, setting.targets)
     model, compute_loss = make_model(setting, variant), make_loss(setting)
-    steps = round(setting.length * options.length(300, 12))
+    steps = round(setting.length * options.length(300, 8))
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1

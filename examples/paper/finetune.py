@@ -27,7 +27,6 @@ from branches import (
     FIRST,
     IMAGENET,
     KEPT_ON,
-    NARROW,
     NETS,
     NEW_PLACES,
     PRETRAINING,
@@ -63,7 +62,7 @@ def lengths(setting: str, options: Options) -> tuple[int, int]:
     """Steps of the pretraining and of each branch."""
     if setting == IMAGENET:
         return options.length(60, 2), options.length(40, 2)
-    return options.length(500, 150), options.length(250, 150)
+    return options.length(500, 120), options.length(250, 120)
 
 
 def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run:
@@ -160,7 +159,7 @@ def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
     options = parse_options(__doc__, arguments)
     record = Record("finetune", options)
-    settings = [NARROW, NEW_PLACES, IMAGENET] if options.quick else [*NETS, IMAGENET]
+    settings = [NEW_PLACES, IMAGENET] if options.quick else [*NETS, IMAGENET]
     for seed in options.seeds:
         for setting in settings:
             run_seed(record, setting, seed)

@@ -73,7 +73,7 @@ def _message(record: Record) -> str:
     for setting, net, patched, scrambled, form in (
         (NARROW, "A net that sees 15 px: IOU", FIRST, SCRAMBLED, ".2f"),
         (NEW_PLACES, "tested at places new to it:", FIRST, SCRAMBLED, ".2f"),
-        (IMAGENET, "EfficientNet-Lite0, all patched: px off", ALL, ALL_SCRAMBLED, ".1f"),
+        (IMAGENET, "EfficientNet-Lite0, all patched: error in px", ALL, ALL_SCRAMBLED, ".1f"),
     ):
         if runs := record.of(setting, scrambled):
             before, after, control = (

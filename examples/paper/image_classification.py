@@ -64,9 +64,11 @@ def train(name: str, variant: str, options: Options, seed: int) -> Run:
     """Train and measure one model."""
     size = 16 if options.quick else 32
     training, test = training_and_test_digits()
+    if options.quick:
+        test = test.of(torch.arange(90))
     images, test_images = enlarged(training, size), enlarged(test, size)
     model = make_model(name, variant).train()
-    steps = 3 * options.length(30, 3)
+    steps = 3 * options.length(30, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
