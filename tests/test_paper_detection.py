@@ -283,7 +283,7 @@ def test_quick_detection_moves_every_coordinate_weight(tmp_path: Path) -> None:
 def test_short_training_needs_true_coordinates_for_absolute_boxes(tmp_path: Path) -> None:
     detection = load("detection")
     options = load("experiment").parse_options(None, ["--quick", "--out", str(tmp_path)])
-    setting = dataclasses.replace(detection.SETTINGS[detection.ABSOLUTE], length=8)
+    setting = dataclasses.replace(detection.SETTINGS[detection.ABSOLUTE], length=15)
     iou = {}
     for variant in setting.variants:
         torch.manual_seed(0)
