@@ -190,10 +190,26 @@ def test_an_unseen_digit_makes_the_first_box_positive() -> None:
     assert positive.tolist() == [[True, True, True, False]]
     assert negative.tolist() == [[False, False, False, True]]
     assert digit[positive].tolist() == [0, 2, 1]
-    outside = boxes + torch.tensor([30.0, 0.0, 30.0, 0.0])
-    positive, negative, _ = rpn.sample(outside, truth[:, :1], visible[:, :1], sampling)
-    assert positive.tolist() == [[True, False, False, False]]
-    assert not negative.any()
+    # Of boxes that reach beyond the canvas, on whichever side, none is a negative.
+    for shift in ([45.0, 0.0], [-31.0, 0.0], [0.0, 60.0], [0.0, -35.0]):
+        low = torch.tensor(shift)
+        moved = boxes[:, 1:3] + torch.cat([low, low])
+        outside = torch.cat([boxes[:, :1], moved], dim=1)
+        sampling = rpn.Sampling(each=3, within=64)
+        positive, negative, _ = rpn.sample(outside, truth[:, :1], visible[:, :1], sampling)
+        assert positive.tolist() == [[True, False, False]]
+        beyond = (moved < 0).any(2) | (moved > 64).any(2)
+        assert negative[:, 1:].tolist() == (~beyond).tolist()
+        assert beyond.any()
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_boxes_are_cut_off_at_the_canvas_only_if_asked(cut: bool) -> None:
+    model = load("region_proposals").RegionProposals("released", (4, 4), 4, cut=cut)
+    moves = torch.zeros(2, len(model.anchors), 4)
+    expected = model.anchors.clamp(0, 64) if cut else model.anchors
+    assert not torch.equal(model.anchors, model.anchors.clamp(0, 64))
+    torch.testing.assert_close(model.boxes(moves, 64), expected.expand(2, -1, -1))
 
 
 def test_samples_are_what_their_overlap_says() -> None:

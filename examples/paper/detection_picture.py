@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def draw(record: Record, story: Story, test: Scenes, path: Path) -> None:
         test: The pictures of these two.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(13, 12), dpi=90, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(14, 12.5), dpi=85, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_message(record, story), size=15, weight="bold", color=INK, x=0.01, ha="left")
     pictures, charts = figure.subfigures(2, 1, height_ratios=[1, 3.6])
@@ -127,6 +128,10 @@ def _frames(
         )
 
 
+def _wrapped(name: str) -> str:
+    return textwrap.fill(name, 30)
+
+
 def _variants(record: Record, setting: str) -> list[str]:
     return list(dict.fromkeys(run.variant for run in record.runs if run.setting == setting))
 
@@ -161,7 +166,7 @@ def _draw_mechanism(axes: Any, record: Record, story: Story) -> None:
     axes.set_ylim(0.6 - len(rows), 0.6)
     bare(axes)
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.15 * (high - low))
+    axes.set_xlim(low, high + 0.3 * (high - low))
     axes.set_title(
         "from anchors, or absolute",
         size=12,
@@ -196,7 +201,7 @@ def _draw_gains(
             color=colour,
         )
         extra = {"patched": ""}.get(variant, f", {variant.removeprefix('patched: ')}")
-        names.append(f"{setting}{extra}")
+        names.append(_wrapped(f"{setting}{extra}"))
     axes.set_yticks([-row for row in range(len(rows))], names)
     axes.set_ylim(0.6 - len(rows), 0.6)
     axes.axvline(0, color=INK, lw=1)
@@ -217,17 +222,17 @@ def _draw_parts(axes: Any, record: Record, settings: Sequence[str]) -> None:
             values = gains(record, setting, "patched", metric)
             if values:
                 dots(axes, shift - row, values, colour, marker=marker, reach=0.15)
-    axes.set_yticks([-row for row in range(len(settings))], settings)
+    axes.set_yticks([-row for row in range(len(settings))], [_wrapped(name) for name in settings])
     axes.set_ylim(0.6 - len(settings), 0.6)
     axes.axvline(0, color=INK, lw=1)
     bare(axes)
     axes.set_title("IOU of digits, by kind", size=12, color=INK, weight="bold", loc="left")
-    axes.set_xlabel("gain over the plain model in %, one dot a seed", color=MUTED)
+    axes.set_xlabel("gain in %, one dot a seed", color=MUTED)
     handles = [
         Line2D([], [], color=BLUE, marker="o", ls=""),
         Line2D([], [], color=VERMILION, marker="s", ls=""),
     ]
     axes.legend(
         handles, ["digits cut off at the edge", "whole digits"], loc="upper center",
-        bbox_to_anchor=(0.4, -0.09), ncols=2, frameon=False,
+        bbox_to_anchor=(0.4, -0.1), ncols=2, frameon=False,
     )  # fmt: skip
