@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -134,6 +135,83 @@ def test_moving_anchors_to_the_digits_gives_the_digits_boxes() -> None:
     torch.testing.assert_close(model.boxes(moves[None], 64)[0], truth)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_only_coordinates_let_an_absolute_box_follow_its_digit(absolute: bool) -> None:
+    digits, rpn = load("scattered_digits"), load("region_proposals")
+    digit = digits.training_and_test_digits()[0].of(torch.tensor([0, 0]))
+    corner = torch.tensor([[20.0, 20.0], [24.0, 20.0]])  # one place to the right of the other
+    images = digits.draw(digit, torch.cat([corner, corner + 18], dim=1), 64)
+    torch.manual_seed(0)
+    model = rpn.RegionProposals("none", (4, 8), 8, absolute=absolute)
+    torch.nn.init.normal_(model.box_regression[-1].weight, std=0.01)
+
+    def by_place(net: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The boxes of both pictures at places that see the same of the digit."""
+        boxes = net.boxes(net(images)[1], 64).reshape(2, 9, 9, 9, 4)
+        return boxes[0, 2:7, 2:6], boxes[1, 2:7, 3:7]
+
+    first, second = by_place(model)
+    step = 0.0 if absolute else 4.0
+    torch.testing.assert_close(first + torch.tensor([step, 0.0, step, 0.0]), second)
+    patched = ccp.patch(model, list(rpn.PAPER_SITES))
+    for weight in ccp.coord_parameters(patched):
+        torch.nn.init.normal_(weight, std=0.1)
+    first, second = by_place(patched)
+    assert ((second - first)[..., 0] - step).abs().max() > 0.1
+
+
+def test_whole_boxes_are_cut_off_to_the_boxes_that_can_be_seen() -> None:
+    digits, detection = load("scattered_digits"), load("detection")
+    layout = digits.Layout(margin=28)
+    scenes = digits.scatter(digits.training_and_test_digits()[0], 200, layout, generator())
+    assert torch.equal(scenes.whole.clamp(0, 64), scenes.boxes)
+    assert -28 <= scenes.whole.min() < -20
+    assert 84 < scenes.whole.max() <= 92
+    assert 0.6 < scenes.visible.float().mean() < 0.8
+    expected = {
+        "cut": (scenes.boxes, scenes.visible),
+        "seen": (scenes.whole, scenes.visible),
+        "all": (scenes.whole, torch.ones(200, 5, dtype=torch.bool)),
+    }
+    for targets, (boxes, counted) in expected.items():
+        found = detection.truth_of(scenes, targets)
+        assert torch.equal(found[0], boxes)
+        assert torch.equal(found[1], counted)
+
+
+def test_an_unseen_digit_makes_the_first_box_positive() -> None:
+    rpn = load("region_proposals")
+    boxes = torch.tensor([[[0.0, 0, 20, 20], [30, 30, 50, 50], [50, 30, 70, 50], [40, 0, 60, 20]]])
+    truth = torch.tensor([[[100.0, 100, 120, 120], [52, 30, 72, 50], [31, 30, 51, 50]]])
+    visible = torch.ones(1, 3, dtype=torch.bool)
+    sampling = rpn.Sampling(each=4, within=64)
+    positive, negative, digit = rpn.sample(boxes, truth, visible, sampling)
+    # The third reaches beyond 64 pixels: positive as the best box of a digit, and so it stays.
+    assert positive.tolist() == [[True, True, True, False]]
+    assert negative.tolist() == [[False, False, False, True]]
+    assert digit[positive].tolist() == [0, 2, 1]
+    # Of boxes that reach beyond the canvas, on whichever side, none is a negative.
+    for shift in ([45.0, 0.0], [-31.0, 0.0], [0.0, 60.0], [0.0, -35.0]):
+        low = torch.tensor(shift)
+        moved = boxes[:, 1:3] + torch.cat([low, low])
+        outside = torch.cat([boxes[:, :1], moved], dim=1)
+        sampling = rpn.Sampling(each=3, within=64)
+        positive, negative, _ = rpn.sample(outside, truth[:, :1], visible[:, :1], sampling)
+        assert positive.tolist() == [[True, False, False]]
+        beyond = (moved < 0).any(2) | (moved > 64).any(2)
+        assert negative[:, 1:].tolist() == (~beyond).tolist()
+        assert beyond.any()
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_boxes_are_cut_off_at_the_canvas_only_if_asked(cut: bool) -> None:
+    model = load("region_proposals").RegionProposals("released", (4, 4), 4, cut=cut)
+    moves = torch.zeros(2, len(model.anchors), 4)
+    expected = model.anchors.clamp(0, 64) if cut else model.anchors
+    assert not torch.equal(model.anchors, model.anchors.clamp(0, 64))
+    torch.testing.assert_close(model.boxes(moves, 64), expected.expand(2, -1, -1))
+
+
 def test_samples_are_what_their_overlap_says() -> None:
     rpn = load("region_proposals")
     truth = torch.rand(3, 4, 4, generator=generator()) * 30
@@ -216,6 +294,18 @@ def test_quick_detection_moves_every_coordinate_weight(tmp_path: Path) -> None:
     detection.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
     assert (tmp_path / "detection.json").stat().st_mtime_ns == before
     assert len(stored["runs"]) == len(record.runs)
+
+
+def test_short_training_needs_true_coordinates_for_absolute_boxes(tmp_path: Path) -> None:
+    detection = load("detection")
+    options = load("experiment").parse_options(None, ["--quick", "--out", str(tmp_path)])
+    setting = dataclasses.replace(detection.SETTINGS[detection.ABSOLUTE], length=15)
+    iou = {}
+    for variant in setting.variants:
+        torch.manual_seed(0)
+        run = detection.train(setting, variant, options, 0, variant)
+        iou[variant] = run.metrics[detection.BEST_BOXES]
+    assert iou["patched"] > 1.2 * max(iou["plain"], iou["scrambled"])
 
 
 def test_quick_classification_moves_the_coordinate_weights(tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_the_digit_task_measures_mean_iou_and_its_loss_falls_to_zero() -> None:
     assert task.loss(Oracle(task.pictures, 0.1), chosen) > 0.01
 
 
+def test_new_places_are_a_quadrant_that_training_never_shows() -> None:
+    make = load("localisation").DigitTask
+    task = make(False, (2, 2, 1), pictures=200, held_out=100, seed=0, new_places=True)
+    for scenes, new in ((task.pictures, False), (task.held_out, True)):
+        x0, y0, x1, y1 = scenes.boxes[:, 0].unbind(1)
+        assert torch.equal((x0 + x1 > 64) & (y0 + y1 > 64), torch.full((len(scenes),), new))
+        assert len(scenes) == len(scenes.images) == len(scenes.labels) == len(scenes.visible)
+    assert 120 < len(task.pictures) < 180
+    assert 70 < len(task.held_out) < 130
+
+
 def test_the_cup_task_measures_the_median_distance_in_pixels() -> None:
     task = load("localisation").CupOfCoffee(pictures=4, held_out=6, seed=0, size=32)
 
@@ -106,23 +117,29 @@ def test_the_cup_task_measures_the_median_distance_in_pixels() -> None:
     assert task.measure(Constant()) == pytest.approx(float(distances.median()))
 
 
-def test_quick_fine_tuning_helps_the_net_that_sees_little(tmp_path: Path) -> None:
+def test_quick_fine_tuning_carries_true_coordinates_over_to_new_places(tmp_path: Path) -> None:
     finetune, branches = load("finetune"), load("branches")
     record = finetune.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
-    iou = {run.variant: run.metrics["IOU"] for run in record.runs if run.setting == branches.NARROW}
-    assert iou[branches.FIRST] > 1.3 * iou[branches.KEPT_ON]
-    assert iou[branches.ALL] > 1.3 * iou[branches.KEPT_ON]
+    runs = [run for run in record.runs if run.setting == branches.NEW_PLACES]
+    iou = {run.variant: run.metrics["IOU"] for run in runs}
+    for true, scrambled in (
+        (branches.FIRST, branches.SCRAMBLED),
+        (branches.ALL, branches.ALL_SCRAMBLED),
+    ):
+        assert iou[true] > 2 * iou[branches.KEPT_ON]
+        assert iou[true] > 1.3 * iou[scrambled]
     for run in record.runs:
         moved = run.extra["largest coordinate weights"]
         plain = run.variant in (branches.PRETRAINING, branches.KEPT_ON)
         assert bool(moved) != plain
-        if run.setting == branches.NARROW:
+        if run.setting == branches.NEW_PLACES:
             assert all(value > 0 for value in moved)
         elif not plain:
             # On maps of 1 x 1 every coordinate is 0, and small pictures end in such maps.
             assert any(value > 0 for value in moved)
-    start = record.of(branches.NARROW, branches.PRETRAINING)[0].metrics["IOU"]
-    for variant in (branches.KEPT_ON, branches.FIRST, branches.ALL, branches.SCRAMBLED):
+    start = iou[branches.PRETRAINING]
+    from_the_pretrained = (branches.ALL, branches.SCRAMBLED, branches.ALL_SCRAMBLED)
+    for variant in (branches.KEPT_ON, branches.FIRST, *from_the_pretrained):
         # Patching changes no output, so every branch begins where the pretraining ended.
-        assert record.of(branches.NARROW, variant)[0].curves["IOU"][0] == start
+        assert record.of(branches.NEW_PLACES, variant)[0].curves["IOU"][0] == start
     assert (tmp_path / "finetune.png").stat().st_size > 10_000

@@ -8,12 +8,14 @@ from typing import Any
 
 from branches import (
     ALL,
+    ALL_SCRAMBLED,
     FIRST,
     IMAGENET,
     KEPT_ON,
     NARROW,
     NARROW_PADDED,
     NETS,
+    NEW_PLACES,
     PRETRAINING,
     SCRAMBLED,
     SCRATCH,
@@ -23,11 +25,19 @@ from branches import (
 from experiment import Record, Run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from paired_dots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION, bare, dots
+from paired_dots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION, VIOLET, bare, dots
 
-COLOURS = {KEPT_ON: VERMILION, FIRST: BLUE, ALL: GREEN, SCRAMBLED: PURPLE, SCRATCH: ORANGE}
+COLOURS = {
+    KEPT_ON: VERMILION,
+    FIRST: BLUE,
+    ALL: GREEN,
+    SCRAMBLED: PURPLE,
+    ALL_SCRAMBLED: VIOLET,
+    SCRATCH: ORANGE,
+}
 TITLES = {
     NARROW: "sees 15 × 15 px\nunpadded",
+    NEW_PLACES: "15 × 15 px, unpadded\ntested at new places",
     NARROW_PADDED: "sees 15 × 15 px\nzero-padded",
     WIDE: "sees 31 × 31 px\nunpadded",
     WIDE_PADDED: "sees 31 × 31 px\nzero-padded",
@@ -43,7 +53,7 @@ def draw(record: Record, path: Path) -> None:
         path: The PNG file to write.
     """
     settings = [setting for setting in TITLES if record.of(setting, SCRATCH)]
-    figure = Figure(figsize=(15, 8), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(18, 8.4), dpi=85, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_message(record), size=14, weight="bold", color=INK, x=0.01, ha="left")
     grid: Any = figure.subplots(2, len(settings), squeeze=False, height_ratios=[1.25, 1])
@@ -58,20 +68,20 @@ def draw(record: Record, path: Path) -> None:
 
 
 def _message(record: Record) -> str:
-    """What the patch does where the net sees little of the picture, and where it sees much."""
+    """What the patch does to three of the nets, and what scrambled coordinates do."""
     parts = []
-    for setting, net in (
-        (NARROW, "a net that sees little of the picture"),
-        (WIDE, "one that sees far"),
+    for setting, net, patched, scrambled, form in (
+        (NARROW, "A net that sees 15 px: IOU", FIRST, SCRAMBLED, ".2f"),
+        (NEW_PLACES, "tested at places new to it:", FIRST, SCRAMBLED, ".2f"),
+        (IMAGENET, "EfficientNet-Lite0, all patched: error in px", ALL, ALL_SCRAMBLED, ".1f"),
     ):
-        if record.of(setting, FIRST):
-            variants = (KEPT_ON, FIRST, SCRAMBLED)
-            kept_on, patched, scrambled = (record.mean(setting, v, "IOU") for v in variants)
-            parts.append(
-                f"{net} from IOU {kept_on:.2f} to {patched:.2f} "
-                f"(coordinates scrambled: {scrambled:.2f})"
+        if runs := record.of(setting, scrambled):
+            before, after, control = (
+                f"{record.mean(setting, variant, _metric(runs[0])):{form}}"
+                for variant in (KEPT_ON, patched, scrambled)
             )
-    return "First convolution patched after training: " + ";\n".join(parts)
+            parts.append(f"{net} {before} to {after} (scrambled: {control})")
+    return "Patched after training, against the plain net kept on. " + ";\n".join(parts)
 
 
 def _draw_curves(axes: Any, record: Record, setting: str) -> None:
@@ -115,6 +125,7 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
             color=colour,
             weight="bold",
         )
+    bare(axes)
     names = list(COLOURS) if with_names else [""] * len(COLOURS)
     axes.set_yticks([-row for row in range(len(COLOURS))], names)
     for label, colour in zip(axes.get_yticklabels(), COLOURS.values(), strict=True):
@@ -130,7 +141,6 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
     ]
     reach = max(shown) - min(shown)
     axes.set_xlim(min(shown) - 0.1 * reach, max(shown) + 0.45 * reach)
-    bare(axes)
     axes.set_xlabel(
         "IOU at the end, higher is better" if setting in NETS else "px at the end, lower is better",
         color=MUTED,

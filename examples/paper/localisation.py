@@ -60,6 +60,9 @@ class DigitTask:
         pictures: Number of training pictures.
         held_out: Number of held-out pictures, of other digits.
         seed: Of the pictures.
+        new_places: Whether held-out digits, and they alone, have their centres in the quadrant at
+            the lower right (the paper's quadrant split). About a quarter of the training
+            pictures is left out for it.
     """
 
     metric = "IOU"
@@ -68,13 +71,30 @@ class DigitTask:
     layout = Layout(canvas=64, digits=1, sizes=(12.0, 18.0))
 
     def __init__(
-        self, padded: bool, strides: tuple[int, ...], pictures: int, held_out: int, seed: int
+        self,
+        padded: bool,
+        strides: tuple[int, ...],
+        pictures: int,
+        held_out: int,
+        seed: int,
+        *,
+        new_places: bool = False,
     ) -> None:
         self.padded, self.strides = padded, strides
         generator = torch.Generator().manual_seed(seed)
         training, test = training_and_test_digits()
         self.pictures = scatter(training, pictures, self.layout, generator)
-        self.held_out: Scenes = scatter(test, held_out, self.layout, generator)
+        # A quarter of the digits lies in the quadrant.
+        drawn = 4 * held_out if new_places else held_out
+        self.held_out: Scenes = scatter(test, drawn, self.layout, generator)
+        if new_places:
+            self.pictures = self.pictures.of(~self._in_quadrant(self.pictures))
+            self.held_out = self.held_out.of(self._in_quadrant(self.held_out))
+
+    def _in_quadrant(self, scenes: Scenes) -> Tensor:
+        """Whether each digit's centre lies in the quadrant at the lower right, shape ``(N,)``."""
+        corners = scenes.boxes[:, 0].reshape(-1, 2, 2)
+        return (corners.mean(1) > self.layout.canvas / 2).all(1)
 
     def __len__(self) -> int:
         return len(self.pictures)

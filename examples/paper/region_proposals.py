@@ -36,13 +36,18 @@ class RegionProposals(nn.Module):
         widths: Channels of the two 5x5 convolutions; 32 and 64 in the released code.
         hidden: Channels of the 3x3 convolutions; 32 in the released code.
         canvas: Height and width of the pictures in pixels.
+        cut: Whether moved boxes are cut off at the canvas.
+        absolute: Whether a move starts from the same box in the middle of the canvas at every
+            place, so that it says where on the canvas the digit is, and not where from the anchor.
 
     Attributes:
         anchors: Shape ``(A, 4)``: x0, y0, x1, y1 in pixels; the anchors of one place together,
             places row by row.
+        origins: The boxes that moves start from, ``(A, 4)``: the anchors, unless ``absolute``.
     """
 
     anchors: Tensor
+    origins: Tensor
 
     def __init__(
         self,
@@ -50,8 +55,12 @@ class RegionProposals(nn.Module):
         widths: tuple[int, int] = (32, 64),
         hidden: int = 32,
         canvas: int = 64,
+        *,
+        cut: bool = True,
+        absolute: bool = False,
     ) -> None:
         super().__init__()
+        self.cut = cut
         per_place = len(ANCHOR_SIDES) ** 2
         wide = 2 if padding == "zeros" else 0
         narrow = 0 if padding == "none" else 1
@@ -73,7 +82,11 @@ class RegionProposals(nn.Module):
         nn.init.zeros_(self.box_regression[-1].weight)
         with torch.no_grad():
             places = self.score(self.rpn(self.features(torch.zeros(1, 1, canvas, canvas))))
-        self.register_buffer("anchors", centred_anchors(places.shape[-1], canvas))
+        anchors = centred_anchors(places.shape[-1], canvas)
+        # Of a map of one place, the middle one: the square of 20 pixels in the canvas's middle.
+        middle = centred_anchors(1, canvas)[per_place // 2]
+        self.register_buffer("anchors", anchors)
+        self.register_buffer("origins", middle.repeat(len(anchors), 1) if absolute else anchors)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and moves of the anchors.
@@ -83,7 +96,7 @@ class RegionProposals(nn.Module):
 
         Returns:
             Logits that there is a digit, ``(N, A)``; moves as in Faster R-CNN, ``(N, A, 4)``:
-            of the centre in anchor sizes, of the size in its logarithm.
+            of the centre in sizes of the box of origin, of the size in its logarithm.
         """
         shared = self.rpn(self.features(images))
         scores, moves = self.score(shared), self.box_regression(shared)
@@ -92,9 +105,11 @@ class RegionProposals(nn.Module):
         return scores.permute(0, 2, 3, 1).flatten(1), moves.reshape(count, -1, 4)
 
     def boxes(self, moves: Tensor, canvas: int) -> Tensor:
-        """Anchors moved, cut off at the canvas, shape ``(N, A, 4)``."""
-        moved = _CODER.decode_single(moves.flatten(0, 1), self.anchors.repeat(len(moves), 1))
-        return clip_boxes_to_image(moved, (canvas, canvas)).reshape(moves.shape)
+        """The origins moved, cut off at the canvas if the detector does that, ``(N, A, 4)``."""
+        moved = _CODER.decode_single(moves.flatten(0, 1), self.origins.repeat(len(moves), 1))
+        if self.cut:
+            moved = clip_boxes_to_image(moved, (canvas, canvas))
+        return moved.reshape(moves.shape)
 
 
 def centred_anchors(places: int, canvas: int, stride: int = 4) -> Tensor:
@@ -126,12 +141,15 @@ class Sampling:
         positive: Least IOU of a positive; the best box of each digit is one in any case.
         negative: A negative's IOU with every digit is below this.
         each: Positives, and negatives, per picture.
+        within: Pixels of a canvas; a box that reaches beyond it is a positive only as the best
+            of a digit, and never a negative. ``None``: it may be either.
     """
 
     by: Literal["moved", "anchors"] = "moved"
     positive: float = 0.5
     negative: float = 0.1
     each: int = 6
+    within: int | None = None
 
 
 def loss(
@@ -154,7 +172,7 @@ def loss(
         positive, negative, digit = sample(compared, truth, visible, sampling)
     picture = torch.arange(len(images))[:, None].expand_as(positive)[positive]
     anchor = positive.nonzero()[:, 1]
-    target = _CODER.encode_single(truth[picture, digit[positive]], model.anchors[anchor])
+    target = _CODER.encode_single(truth[picture, digit[positive]], model.origins[anchor])
     sampled = torch.cat([scores[positive], scores[negative]])
     labels = torch.cat([torch.ones(len(anchor)), torch.zeros(len(sampled) - len(anchor))])
     moving = F.smooth_l1_loss(moves[positive], target, reduction="none").sum(1).mean()
@@ -180,10 +198,14 @@ def sample(
     overlap = overlap.masked_fill(~visible[:, None], -1.0)
     best, digit = overlap.max(2)
     closest = torch.zeros_like(overlap, dtype=torch.bool)
+    # The first box of all is the best of a digit that none overlaps, as in the released code.
     closest.scatter_(1, overlap.argmax(1, keepdim=True), visible[:, None])
     digit = torch.where(closest.any(2), closest.int().argmax(2), digit)
-    positive = closest.any(2) | (best > sampling.positive)
-    negative = (best < sampling.negative) & ~positive
+    allowed = torch.ones_like(best, dtype=torch.bool)
+    if sampling.within is not None:
+        allowed = ((boxes >= 0) & (boxes <= sampling.within)).all(2)
+    positive = closest.any(2) | (allowed & (best > sampling.positive))
+    negative = allowed & (best < sampling.negative) & ~positive
     return _some(positive, sampling.each), _some(negative, sampling.each), digit
 
 

@@ -7,7 +7,7 @@ released code's field of MNIST. Test pictures are made of digits that no trainin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -84,17 +84,23 @@ class Scenes:
         images: Shape ``(N, 1, S, S)``, values 0 to 1.
         boxes: Shape ``(N, D, 4)``: x0, y0, x1, y1 of each digit in pixel edges, the first
             pixel reaching from 0 to 1; cut off at the canvas.
+        whole: The same, not cut off.
         labels: Shape ``(N, D)``: which digit, 0 to 9.
         visible: Shape ``(N, D)``: whether any of the digit's box lies on the canvas.
     """
 
     images: Tensor
     boxes: Tensor
+    whole: Tensor
     labels: Tensor
     visible: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def of(self, chosen: Tensor) -> Scenes:
+        """The pictures for which ``chosen``, shape ``(N,)``, is true."""
+        return Scenes(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def scatter(digits: Digits, count: int, layout: Layout, generator: torch.Generator) -> Scenes:
@@ -123,6 +129,7 @@ def scatter(digits: Digits, count: int, layout: Layout, generator: torch.Generat
     return Scenes(
         images=images.clamp(max=1),
         boxes=on_canvas.reshape(*shape, 4),
+        whole=boxes.reshape(*shape, 4),
         labels=chosen.labels.reshape(shape),
         visible=(sides > 0).all(1).reshape(shape),
     )
