@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 SCORED = 128
 """Centres of each half that a point of a curve is measured on; final figures take all."""
+QUICK_POINTS = 3
+"""Points of the curves when only the mechanism is to be shown."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Recipe:
         decay: Decoupled weight decay, of the coordinate weights as well.
         batch: Centres a step.
         points: Points of the curves.
+        quick_epochs: Passes when only the mechanism is to be shown.
     """
 
     epochs: float
@@ -52,6 +55,15 @@ class Recipe:
     decay: float = 0.0
     batch: int = 8
     points: int = 10
+    quick_epochs: float = 0.2
+
+    def passes(self, options: Options) -> float:
+        """Passes over the training centres under these options."""
+        return self.quick_epochs if options.quick else self.epochs * options.budget
+
+    def curve_points(self, options: Options) -> int:
+        """Points of the curves under these options."""
+        return QUICK_POINTS if options.quick else self.points
 
 
 def fit(
@@ -64,7 +76,7 @@ def fit(
         split: Centres to train and to test on.
         task: What it is to learn.
         recipe: How.
-        options: Their budget multiplies the epochs; ``--quick`` cuts the final scoring short.
+        options: Their budget multiplies the epochs; ``--quick`` cuts training and scoring short.
         label: Shown beside the progress bar.
 
     Returns:
@@ -79,7 +91,8 @@ def fit(
         optimizer, recipe.rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
     )
     some = {"train": _sample(split.train, SCORED), "test": _sample(split.test, SCORED)}
-    measured_at = {math.ceil(steps * (n + 1) / recipe.points) for n in range(recipe.points)}
+    points = recipe.curve_points(options)
+    measured_at = {math.ceil(steps * (n + 1) / points) for n in range(points)}
     curves: dict[str, list[float]] = {name: [] for name in ("step", "CPU seconds", "loss", *(some))}
     stopwatch, losses = Stopwatch(), []
     batches = _batches(split.train, recipe.batch, steps)
@@ -109,8 +122,7 @@ def fit(
 
 def steps_of(recipe: Recipe, count: int, options: Options) -> int:
     """Optimizer steps for ``count`` training centres under the options' budget."""
-    budget = 1.0 if options.quick else options.budget
-    return max(1, round(recipe.epochs * budget * math.ceil(count / recipe.batch)))
+    return max(1, round(recipe.passes(options) * math.ceil(count / recipe.batch)))
 
 
 def outputs(model: nn.Module, centers: Tensor, task: Task) -> Tensor:
