@@ -27,6 +27,7 @@ import not_so_clevr_experiment as supervised  # noqa: E402
 import not_so_clevr_nets as nets  # noqa: E402
 import not_so_clevr_packing as packing  # noqa: E402
 import not_so_clevr_training as training  # noqa: E402
+import training_times  # noqa: E402
 from scrambled_coordinates import ScrambledCoordinates  # noqa: E402
 
 SPLITS = {name: make() for name, make in data.SPLITS.items()}
@@ -165,6 +166,15 @@ def test_pixels_are_alike_to_the_plain_tiled_net_and_not_to_the_patched_one() ->
     assert (patched(inputs).flatten(1).std(1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fresh_linear_net_has_its_maximum_around_the_bright_pixel(seed: int) -> None:
+    torch.manual_seed(seed)
+    convolutions = nets.linear_net()[:-2]
+    highest = convolutions(data.one_hot(SOME)).flatten(2).argmax(2)  # (N, 2)
+    found = torch.stack((highest % 64, highest // 64), -1)
+    assert ((found - SOME[:, None]).abs() <= 2).all()  # as far as two 3x3 kernels reach
+
+
 def test_the_pixel_softmax_has_mean_one_and_keeps_the_order() -> None:
     logits = torch.randn(3, 1, 8, 8)
     shares = nets.PixelSoftmax()(logits)
@@ -202,18 +212,21 @@ def test_packed_pictures_and_positions_come_back() -> None:
     torch.testing.assert_close(unpacked, positions, rtol=0, atol=0.001 + 1e-5)
 
 
-def test_times_faster_compares_the_moments_of_the_plain_nets_best() -> None:
-    def run(seconds: list[float], test: list[float]) -> experiment.Run:
-        return experiment.Run(1, 1, 1.0, {}, {"CPU seconds": seconds, "test": test})
+def test_times_sooner_compares_the_moments_of_the_plain_nets_best() -> None:
+    def curves(seconds: list[float], test: list[float]) -> training_times.Curves:
+        return {"CPU seconds": seconds, "test": test}
 
-    plain = run([10.0, 20.0, 30.0], [0.2, 0.6, 0.5])
-    patched = run([1.0, 2.0, 4.0], [0.1, 0.6, 1.0])
-    high = training.Task(data.scaled, nn.MSELoss(), data.accuracy, "accuracy")
-    assert training.times_faster(patched, plain, high) == 20 / 2
-    low = training.Task(data.scaled, nn.MSELoss(), data.accuracy, "error", higher_is_better=False)
-    assert training.times_faster(run([1.0, 3.0], [0.4, 0.1]), plain, low) == 10 / 3
-    with pytest.raises(ValueError, match="never reached"):
-        training.times_faster(plain, patched, high)
+    def sooner(ours: training_times.Curves, other: training_times.Curves) -> float | None:
+        return training_times.times_sooner(ours, other, higher_is_better=True)
+
+    plain = curves([10.0, 20.0, 30.0], [0.2, 0.6, 0.5])
+    patched = curves([1.0, 2.0, 4.0], [0.1, 0.6, 1.0])
+    assert sooner(patched, plain) == 20 / 2
+    assert sooner(plain, patched) is None
+    errors = curves([1.0, 3.0], [0.4, 0.1])
+    assert training_times.times_sooner(errors, plain, higher_is_better=False) == 10 / 3
+    with pytest.raises(ValueError, match="nothing to reach"):
+        sooner(patched, curves([1.0], [0.0]))
 
 
 def test_the_best_setting_is_one_of_the_finalists_trained_to_the_end(tmp_path: Path) -> None:
@@ -246,7 +259,7 @@ def test_all_nets_are_run_with_every_seed_and_the_controls_with_one(tmp_path: Pa
     tiled = supervised.Net(nets.tiled_net, training.Recipe(1, 0.1))
     plain = supervised.Net(nets.linear_net, training.Recipe(1, 0.1))
     untrained = Untrained(record, options, task, {})
-    untrained.compare(tiled, {"other": plain}, untrained.splits)
+    untrained.compare(tiled, {"other": plain})
     assert {(run.variant, run.parameters) for run in record.runs} == {
         ("patched", 7553),
         ("other", 890),

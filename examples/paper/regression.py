@@ -41,13 +41,11 @@ TASK = Task(
     higher_is_better=False,
 )
 
-LINEAR = Net(linear_net, Recipe(epochs=6, rate=0.01, batch=4, quick_epochs=1))
-"""Small batches: with 16 the linear net stays where it answers the mean position."""
+LINEAR = Net(linear_net, Recipe(epochs=3, rate=0.01, batch=4, quick_epochs=1))
 
 PLAIN_NETS = {
     "pooling": Net(pooling_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
-    # At three times the rate it answers the mean position on the uniform split.
-    "strided": Net(strided_net, Recipe(epochs=8, rate=0.001, quick_epochs=1)),
+    "strided": Net(strided_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
 }
 """The authors' plain nets for the uniform and for the quadrant split; both are run on both."""
 
@@ -64,7 +62,7 @@ def main(arguments: list[str] | None = None) -> Record:
     options = parse_options(__doc__, arguments)
     record = Record("regression", options)
     experiment = Supervised(record, options, TASK, {"found": found_positions})
-    experiment.compare(LINEAR, PLAIN_NETS, control_splits=experiment.splits)
+    experiment.compare(LINEAR, PLAIN_NETS)
     record.print_table()
     for net in PLAIN_NETS:
         print_times(record, net, TASK)

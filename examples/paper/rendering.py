@@ -49,9 +49,13 @@ SWEEP = Sweep(
         DeconvSetting(3, 1, 0.01),
         DeconvSetting(3, 1, 0.03),
         DeconvSetting(4, 1, 0.01),
+        DeconvSetting(3, 2, 0.01),
+        DeconvSetting(3, 2, 0.005),
+        DeconvSetting(3, 3, 0.005),
+        DeconvSetting(4, 2, 0.005),
     ),
-    epochs=14,
-    brief_epochs=3,
+    epochs=20,
+    brief_epochs=5,
 )
 """What the plain net's best is chosen from."""
 
@@ -78,7 +82,7 @@ def main(arguments: list[str] | None = None) -> Record:
     )
     best = SWEEP.settings[1] if options.quick else SWEEP.best(experiment)
     deconv = str(best)
-    experiment.compare(RENDERER, {deconv: best.net(SWEEP.epochs)}, control_splits=["uniform"])
+    experiment.compare(RENDERER, {deconv: best.net(SWEEP.epochs)})
     record.print_table()
     print_times(record, deconv, TASK)
     draw(record, deconv, options.out / "rendering.png")
