@@ -92,7 +92,8 @@ def draw(record: Record, path: Path) -> None:
             _draw_answers(axes, record, split, variant, colour)
             errors = [run.metrics["test error, px"] for run in record.of(split, variant)]
             digits = ", ".join(f"{e:.2g}" if e > 0.001 else f"{e:.6f}" for e in errors)
-            title = f"{name}\n{digits} px by seed"
+            unit = "px by seed" if len(errors) > 1 else "px"
+            title = f"{name}\n{digits} {unit}"
             axes.set_title(title, loc="left", size=11, weight="bold", color=colour)
         row[0].set_ylabel(f"{split} split\ny, pixels", size=11, color=INK)
     for axes in grid[-1]:

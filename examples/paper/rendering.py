@@ -55,7 +55,7 @@ SWEEP = Sweep(
         DeconvSetting(4, 2, 0.005),
     ),
     epochs=20,
-    brief_epochs=5,
+    brief_epochs=3,
 )
 """What the plain net's best is chosen from."""
 
