@@ -54,7 +54,7 @@ SWEEP = Sweep(
         DeconvSetting(3, 3, 0.005),
         DeconvSetting(4, 2, 0.005),
     ),
-    epochs=20,
+    epochs=14,
     brief_epochs=3,
 )
 """What the plain net's best is chosen from."""
