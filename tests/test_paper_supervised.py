@@ -259,7 +259,7 @@ def test_all_nets_are_run_with_every_seed_and_the_controls_with_one(tmp_path: Pa
     tiled = supervised.Net(nets.tiled_net, training.Recipe(1, 0.1))
     plain = supervised.Net(nets.linear_net, training.Recipe(1, 0.1))
     untrained = Untrained(record, options, task, {})
-    untrained.compare(tiled, {"other": plain})
+    untrained.compare(tiled, {"other": plain}, untrained.splits)
     assert {(run.variant, run.parameters) for run in record.runs} == {
         ("patched", 7553),
         ("other", 890),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -69,20 +69,21 @@ class Supervised:
         run = fit(model, centers, self.task, net.recipe, self.options, f"{label}, {split}")
         return replace(run, extra={name: keep(model, centers) for name, keep in self.kept.items()})
 
-    def compare(self, patchable: Net, plain: dict[str, Net]) -> None:
+    def compare(self, patchable: Net, plain: dict[str, Net], control_splits: Iterable[str]) -> None:
         """Run what the record lacks: the patched net and the plain ones, on all splits and seeds.
 
         Args:
-            patchable: The net that is patched. It is trained plain and with scrambled
-                coordinates as well, with one seed, for neither gets anywhere.
+            patchable: The net that is patched.
             plain: The nets that it is compared with, by their name in the record.
+            control_splits: Where ``patchable`` is trained plain and with scrambled coordinates
+                as well: with one seed, for neither gets anywhere.
         """
         nets = {"patched": patchable.variant("patched"), **plain}
         for seed in self.options.seeds:
             for split in self.splits:
                 for name, net in nets.items():
                     self.record.run(split, name, seed, partial(self.train, net, split, name))
-        for split in self.splits:
+        for split in control_splits:
             for name in self.controls:
                 net = patchable.variant(name)
                 self.record.run(split, name, 0, partial(self.train, net, split, name))

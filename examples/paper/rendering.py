@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> Record:
     )
     best = SWEEP.settings[1] if options.quick else SWEEP.best(experiment)
     deconv = str(best)
-    experiment.compare(RENDERER, {deconv: best.net(SWEEP.epochs)})
+    experiment.compare(RENDERER, {deconv: best.net(SWEEP.epochs)}, control_splits=["uniform"])
     record.print_table()
     print_times(record, deconv, TASK)
     draw(record, deconv, options.out / "rendering.png")
