@@ -187,7 +187,7 @@ CLAIMS = (
     _rendering(
         "uniform",
         "CoordConv perfect; convolution at most .83",
-        "yes; stacks of twice the width and more gain nothing by it",
+        "yes; twice the width gained the stack next to nothing (one seed)",
     ),
     _rendering("quadrant", "CoordConv perfect; convolution at most .36", "yes"),
     _regression(
