@@ -55,3 +55,39 @@ def test_a_claim_without_a_run_is_an_error(page: Any) -> None:
     figure = claims.Figure("nothing", "no such split", "patched", "test IOU")
     with pytest.raises(KeyError, match="no run of no such split, patched"):
         page.runs_of(page.load("rendering"), figure)
+
+
+def test_a_comparison_tells_time_and_parameters_from_the_record(page: Any) -> None:
+    def run(variant: str, seed: int, test: list[float], parameters: int) -> dict[str, Any]:
+        curves = {"CPU seconds": [2.0, 4.0, 12.0], "test": test}
+        metrics = {"test IOU": test[-1]}
+        return {
+            **{"setting": "uniform", "variant": variant, "seed": seed, "metrics": metrics},
+            **{"parameters": parameters, "curves": curves},
+        }
+
+    claims = importlib.import_module("claims")
+    comparison = claims.Comparison("the deconvs", "uniform", "deconv*", "test IOU")
+    runs = [
+        run("deconv a", 1, [0.1, 0.2, 0.3], 300),  # seeds are paired, whatever their order
+        run("deconv a", 0, [0.1, 0.2, 0.8], 300),
+        run("deconv b", 0, [0.1, 0.2, 0.9], 600),  # better, but it lacks a seed
+        run("patched", 0, [0.1, 0.9, 1.0], 100),
+        run("patched", 1, [0.1, 0.2, 0.2], 100),
+    ]
+    assert page.cell({"experiment": "e", "runs": runs}, comparison) == (
+        "best test score of the deconvs: reached **3, never** times sooner, by seed; "
+        "**3.0** times fewer parameters"
+    )
+
+
+def test_a_plain_net_that_scored_nothing_has_no_best_to_be_reached(page: Any) -> None:
+    claims = importlib.import_module("claims")
+    comparison = claims.Comparison("the deconvs", "quadrant", "deconv*", "test accuracy")
+    run = {
+        **{"setting": "quadrant", "seed": 0, "metrics": {"test accuracy": 0.0}, "parameters": 10},
+        "curves": {"CPU seconds": [1.0], "test": [0.0]},
+    }
+    runs = [run | {"variant": "patched"}, run | {"variant": "deconv a"}]
+    text = page.cell({"experiment": "e", "runs": runs}, comparison)
+    assert "none, as the plain net's test score stayed 0" in text

@@ -9,18 +9,17 @@ Leaves ``classification.json`` and ``classification.png``.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiment import Options, Record, Run, parse_options
+from experiment import Record, Run, parse_options
 from matplotlib.ticker import PercentFormatter
 from not_so_clevr import CANVAS, SPLITS, accuracy, pixel_index, scaled
-from not_so_clevr_deconv import DeconvSetting, best_setting
+from not_so_clevr_deconv import DeconvSetting, Sweep
+from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import tiled_net
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
@@ -34,11 +33,8 @@ from not_so_clevr_pictures import (
     new_figure,
     save,
 )
-from not_so_clevr_training import SCORED, Recipe, Task, fit, outputs, print_times
-from scrambled_coordinates import ScrambledCoordinates
+from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
 from torch import Tensor, nn
-
-import coordconv_patch as ccp
 
 TASK = Task(
     net_input=scaled,
@@ -48,23 +44,23 @@ TASK = Task(
 )
 
 
-SWEEP = (
-    DeconvSetting(2, 1, 0.01),
-    DeconvSetting(3, 1, 0.003),
-    DeconvSetting(3, 1, 0.01),
-    DeconvSetting(3, 1, 0.03),
-    DeconvSetting(3, 1, 0.01, decay=0.1),
-    DeconvSetting(4, 1, 0.01),
-    DeconvSetting(3, 2, 0.005),
+SWEEP = Sweep(
+    settings=(
+        DeconvSetting(2, 1, 0.01),
+        DeconvSetting(3, 1, 0.003),
+        DeconvSetting(3, 1, 0.01),
+        DeconvSetting(3, 1, 0.03),
+        DeconvSetting(3, 1, 0.01, decay=0.1),
+        DeconvSetting(4, 1, 0.01),
+        DeconvSetting(3, 2, 0.005),
+    ),
+    epochs=30,
+    brief_epochs=6,
 )
 """What the plain net's best is chosen from."""
 
-TILED = Recipe(epochs=3, rate=0.01, decay=0.1)
+TILED = Net(tiled_net, Recipe(epochs=3, rate=0.01, decay=0.1, quick_epochs=0.5))
 """Half as long is enough on the uniform split, but not with every seed on the quadrant split."""
-TILED_QUICK = replace(TILED, epochs=0.5, points=3)
-DECONV = Recipe(epochs=30, rate=0.01, batch=16, points=20)
-SWEEP_EPOCHS = 6
-DECONV_QUICK_EPOCHS = 0.2
 
 NEIGHBOURS = torch.tensor([[x, 46] for x in range(44, 49)])
 """Centres whose predictions are drawn; all of them are in the quadrant split's test set."""
@@ -79,64 +75,20 @@ LINES = {
 DECONV_LINE = (PLAIN, "transposed convs")
 
 
-def tiled(variant: str) -> nn.Module:
-    """The tiled 1x1 net: ``"plain"``, ``"patched"``, or ``"scrambled"``: patched, for control."""
-    net = tiled_net()
-    if variant == "plain":
-        return net
-    coords = ScrambledCoordinates() if variant == "scrambled" else None
-    return ccp.patch(net, "first", coords=coords)
-
-
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment, or what its record lacks, and draw it."""
     options = parse_options(__doc__, arguments)
     record = Record("classification", options)
-    deconv = SWEEP[2] if options.quick else best_deconv(record, options)
-    splits = ("uniform",) if options.quick else tuple(SPLITS)
-    for seed in options.seeds:
-        for split in splits:
-            record.run(split, "patched", seed, partial(train_tiled, "patched", split, options))
-            record.run(split, str(deconv), seed, partial(train_deconv, deconv, split, options))
-    for variant in ("plain",) if options.quick else ("plain", "scrambled"):
-        # Once each: neither gets anywhere, and the plain net cannot tell any two pixels apart.
-        record.run("uniform", variant, 0, partial(train_tiled, variant, "uniform", options))
+    experiment = Supervised(
+        record, options, TASK, {"neighbours": lambda net, _: pack_levels(predictions(net))}
+    )
+    best = SWEEP.settings[2] if options.quick else SWEEP.best(experiment)
+    deconv = str(best)
+    experiment.compare(TILED, {deconv: best.net(SWEEP.epochs)}, control_splits=["uniform"])
     record.print_table()
-    print_times(record, str(deconv), TASK)
-    draw(record, str(deconv), options.out / "classification.png")
+    print_times(record, deconv, TASK)
+    draw(record, deconv, options.out / "classification.png")
     return record
-
-
-def best_deconv(record: Record, options: Options) -> DeconvSetting:
-    """The setting of the transposed convolutions that serves them best."""
-
-    def train_briefly(deconv: DeconvSetting) -> Run:
-        return train_deconv(deconv, "uniform", options, SWEEP_EPOCHS)
-
-    def train_fully(deconv: DeconvSetting) -> Run:
-        return train_deconv(deconv, "uniform", options)
-
-    return best_setting(record, SWEEP, train_briefly, train_fully, "test accuracy")
-
-
-def train_tiled(variant: str, split: str, options: Options) -> Run:
-    """Train a tiled 1x1 net."""
-    recipe = TILED_QUICK if options.quick else TILED
-    return _train(tiled(variant), recipe, split, options, f"{variant} 1x1, {split}")
-
-
-def train_deconv(
-    deconv: DeconvSetting, split: str, options: Options, epochs: float = DECONV.epochs
-) -> Run:
-    """Train a stack of transposed convolutions."""
-    epochs = DECONV_QUICK_EPOCHS if options.quick else epochs
-    recipe = replace(DECONV, epochs=epochs, rate=deconv.rate, decay=deconv.decay)
-    return _train(deconv.build(), recipe, split, options, f"{deconv}, {split}")
-
-
-def _train(net: nn.Module, recipe: Recipe, split: str, options: Options, label: str) -> Run:
-    run = fit(net, SPLITS[split](), TASK, recipe, options, label)
-    return replace(run, extra={"neighbours": pack_levels(predictions(net))})
 
 
 def predictions(net: nn.Module) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from experiment import Record, Run
+from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import deconv_stack
-from torch import nn
+from not_so_clevr_training import Recipe
 
 FINALISTS = 2
 """So many of the settings are trained to the end before one is chosen."""
@@ -30,44 +29,45 @@ class DeconvSetting:
     rate: float
     decay: float = 0.0
 
-    def build(self) -> nn.Sequential:
-        """A fresh stack of this size."""
-        return deconv_stack(self.kernel, self.multiplier)
+    def net(self, epochs: float) -> Net:
+        """A stack of this size, trained for so many passes over the centres."""
+        recipe = Recipe(epochs, self.rate, self.decay, batch=16, points=20)
+        return Net(partial(deconv_stack, self.kernel, self.multiplier), recipe)
 
     def __str__(self) -> str:
         size = f"deconv {self.kernel}x{self.kernel}, width {self.multiplier}, lr {self.rate:g}"
         return size + (f", decay {self.decay:g}" if self.decay else "")
 
 
-def best_setting(
-    record: Record,
-    settings: Sequence[DeconvSetting],
-    train_briefly: Callable[[DeconvSetting], Run],
-    train_fully: Callable[[DeconvSetting], Run],
-    metric: str,
-) -> DeconvSetting:
-    """The setting that serves the plain net best on the uniform split, with the first seed.
+@dataclass(frozen=True)
+class Sweep:
+    """Settings among which the plain net's best is found.
 
-    All are trained briefly, the best few of them to the end. They are compared by a *test*
-    score, which favours the plain net.
-
-    Args:
-        record: Where the runs go: the brief ones under ``"sweep"``, the others under
-            ``"uniform"``; the variant is the setting's text.
+    Attributes:
         settings: What to choose from.
-        train_briefly: Trains a setting on the uniform split for a fraction of the time.
-        train_fully: Trains it for as long as the experiment does.
-        metric: The test score, higher is better.
+        epochs: Passes over the training centres until the end.
+        brief_epochs: Passes after which most settings are dropped.
     """
-    for setting in settings:
-        record.run("sweep", str(setting), 0, partial(train_briefly, setting))
-    by_sweep = partial(_score, record, "sweep", metric)
-    finalists = sorted(settings, key=by_sweep, reverse=True)[:FINALISTS]
-    for setting in finalists:
-        record.run("uniform", str(setting), 0, partial(train_fully, setting))
-    return max(finalists, key=partial(_score, record, "uniform", metric))
 
+    settings: tuple[DeconvSetting, ...]
+    epochs: float
+    brief_epochs: float
 
-def _score(record: Record, where: str, metric: str, setting: DeconvSetting) -> float:
-    """Of the first seed alone, so that later seeds do not change the choice."""
-    return record.of(where, str(setting))[0].metrics[metric]
+    def best(self, experiment: Supervised) -> DeconvSetting:
+        """The setting that serves the plain net best on the uniform split, with the first seed.
+
+        All are trained briefly, the best few of them to the end. They are compared by a *test*
+        score, which favours the plain net. The brief runs stand in the record under ``"sweep"``.
+        """
+        by_sweep = partial(self._score, experiment, "sweep", self.brief_epochs)
+        finalists = sorted(self.settings, key=by_sweep, reverse=True)[:FINALISTS]
+        return max(finalists, key=partial(self._score, experiment, "uniform", self.epochs))
+
+    def _score(
+        self, experiment: Supervised, where: str, epochs: float, setting: DeconvSetting
+    ) -> float:
+        """Of the first seed alone, so that later seeds do not change the choice."""
+        name = str(setting)
+        train = partial(experiment.train, setting.net(epochs), "uniform", name)
+        run = experiment.record.run(where, name, 0, train)
+        return run.metrics[f"test {experiment.task.score_name}"]

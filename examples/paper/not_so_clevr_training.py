@@ -11,9 +11,12 @@ from experiment import Options, Record, Run, Stopwatch, count_parameters
 from not_so_clevr import SPLITS, Split
 from torch import Tensor, nn
 from tqdm import tqdm
+from training_times import times_sooner
 
 SCORED = 128
 """Centres of each half that a point of a curve is measured on; final figures take all."""
+QUICK_POINTS = 3
+"""Points of the curves when only the mechanism is to be shown."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Recipe:
         decay: Decoupled weight decay, of the coordinate weights as well.
         batch: Centres a step.
         points: Points of the curves.
+        quick_epochs: Passes when only the mechanism is to be shown.
     """
 
     epochs: float
@@ -52,6 +56,15 @@ class Recipe:
     decay: float = 0.0
     batch: int = 8
     points: int = 10
+    quick_epochs: float = 0.2
+
+    def passes(self, options: Options) -> float:
+        """Passes over the training centres under these options."""
+        return self.quick_epochs if options.quick else self.epochs * options.budget
+
+    def curve_points(self, options: Options) -> int:
+        """Points of the curves under these options."""
+        return QUICK_POINTS if options.quick else self.points
 
 
 def fit(
@@ -64,7 +77,7 @@ def fit(
         split: Centres to train and to test on.
         task: What it is to learn.
         recipe: How.
-        options: Their budget multiplies the epochs; ``--quick`` cuts the final scoring short.
+        options: Their budget multiplies the epochs; ``--quick`` cuts training and scoring short.
         label: Shown beside the progress bar.
 
     Returns:
@@ -79,7 +92,8 @@ def fit(
         optimizer, recipe.rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
     )
     some = {"train": _sample(split.train, SCORED), "test": _sample(split.test, SCORED)}
-    measured_at = {math.ceil(steps * (n + 1) / recipe.points) for n in range(recipe.points)}
+    points = recipe.curve_points(options)
+    measured_at = {math.ceil(steps * (n + 1) / points) for n in range(points)}
     curves: dict[str, list[float]] = {name: [] for name in ("step", "CPU seconds", "loss", *(some))}
     stopwatch, losses = Stopwatch(), []
     batches = _batches(split.train, recipe.batch, steps)
@@ -109,8 +123,7 @@ def fit(
 
 def steps_of(recipe: Recipe, count: int, options: Options) -> int:
     """Optimizer steps for ``count`` training centres under the options' budget."""
-    budget = 1.0 if options.quick else options.budget
-    return max(1, round(recipe.epochs * budget * math.ceil(count / recipe.batch)))
+    return max(1, round(recipe.passes(options) * math.ceil(count / recipe.batch)))
 
 
 def outputs(model: nn.Module, centers: Tensor, task: Task) -> Tensor:
@@ -130,27 +143,6 @@ def score(model: nn.Module, centers: Tensor, task: Task) -> float:
     return result
 
 
-def seconds_to(run: Run, level: float, task: Task) -> float | None:
-    """CPU seconds of training after which the test curve first reached a level, if it did."""
-    for seconds, value in zip(run.curves["CPU seconds"], run.curves["test"], strict=True):
-        if value >= level if task.higher_is_better else value <= level:
-            return seconds
-    return None
-
-
-def times_faster(run: Run, plain: Run, task: Task) -> float:
-    """How many times sooner ``run`` reached the best test score that ``plain`` ever had.
-
-    Raises:
-        ValueError: If it never did.
-    """
-    best = (max if task.higher_is_better else min)(plain.curves["test"])
-    own, other = seconds_to(run, best, task), seconds_to(plain, best, task)
-    if own is None or other is None:
-        raise ValueError(f"{run.variant} never reached {best} on the {run.setting} split")
-    return other / own
-
-
 def print_times(record: Record, plain: str, task: Task) -> None:
     """Print how soon the patched net reached the plain one's best test score, split by split.
 
@@ -160,20 +152,19 @@ def print_times(record: Record, plain: str, task: Task) -> None:
         task: Says which scores are good.
     """
     for split in SPLITS:
-        pairs = list(zip(record.of(split, "patched"), record.of(split, plain), strict=False))
-        # A plain net that got nothing right has no best result to be reached.
-        if all(max(run.curves["test"]) > 0 for _, run in pairs) and pairs:
-            times = ", ".join(_times(patched, run, task) for patched, run in pairs)
-            print(
-                f"{split}: patched, {plain}'s best test score came {times} times sooner (by seed)"
-            )
+        pairs = zip(record.of(split, "patched"), record.of(split, plain), strict=False)
+        for patched, other in pairs:
+            print(f"{split}, seed {other.seed}: {_sooner(patched, other, task)}")
 
 
-def _times(run: Run, plain: Run, task: Task) -> str:
+def _sooner(patched: Run, plain: Run, task: Task) -> str:
     try:
-        return f"{times_faster(run, plain, task):.2g}"
-    except ValueError:  # a run that did not learn
-        return "never"
+        times = times_sooner(patched.curves, plain.curves, higher_is_better=task.higher_is_better)
+    except ValueError as nothing:
+        return str(nothing)
+    if times is None:
+        return f"patched, {plain.variant}'s best test score never came"
+    return f"patched, {plain.variant}'s best test score came {times:.2g} times sooner"
 
 
 def _sample(centers: Tensor, count: int) -> Tensor:

@@ -9,16 +9,15 @@ layers. Leaves ``regression.json`` and ``regression.png``.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import Options, Record, Run, parse_options
+from experiment import Record, parse_options
 from matplotlib.collections import LineCollection
-from not_so_clevr import CANVAS, SPLITS, distances, one_hot
+from not_so_clevr import CANVAS, SPLITS, Split, distances, one_hot
+from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import linear_net, pooling_net, strided_net
 from not_so_clevr_packing import pack_positions, unpack_positions
 from not_so_clevr_pictures import (
@@ -31,11 +30,8 @@ from not_so_clevr_pictures import (
     plain_axes,
     save,
 )
-from not_so_clevr_training import Recipe, Task, fit, outputs, print_times
-from scrambled_coordinates import ScrambledCoordinates
+from not_so_clevr_training import Recipe, Task, outputs, print_times
 from torch import nn
-
-import coordconv_patch as ccp
 
 TASK = Task(
     net_input=one_hot,
@@ -45,14 +41,12 @@ TASK = Task(
     higher_is_better=False,
 )
 
-LINEAR = Recipe(epochs=6, rate=0.01, batch=4)
-"""Small batches: with 16 the linear net stays where it answers the mean position."""
-POOLING = Recipe(epochs=8, rate=0.003, batch=8)
-STRIDED = replace(POOLING, rate=0.001)
-"""At three times the rate it answers the mean position on the uniform split."""
-QUICK_EPOCHS = 1.0
+LINEAR = Net(linear_net, Recipe(epochs=3, rate=0.01, batch=4, quick_epochs=1))
 
-NETS = {"pooling": (pooling_net, POOLING), "strided": (strided_net, STRIDED)}
+PLAIN_NETS = {
+    "pooling": Net(pooling_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
+    "strided": Net(strided_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
+}
 """The authors' plain nets for the uniform and for the quadrant split; both are run on both."""
 
 PANELS = {
@@ -63,44 +57,22 @@ PANELS = {
 }
 
 
-def linear(variant: str) -> nn.Module:
-    """The linear net: ``"plain"``, ``"patched"``, or ``"scrambled"``: patched, for control."""
-    net = linear_net()
-    if variant == "plain":
-        return net
-    coords = ScrambledCoordinates() if variant == "scrambled" else None
-    return ccp.patch(net, "first", coords=coords)
-
-
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment, or what its record lacks, and draw it."""
     options = parse_options(__doc__, arguments)
     record = Record("regression", options)
-    splits = ("uniform",) if options.quick else tuple(SPLITS)
-    for seed in options.seeds:
-        for split in splits:
-            for variant in ("patched", *NETS):
-                record.run(split, variant, seed, partial(train, variant, split, options))
-    for split in splits:
-        for variant in ("plain",) if options.quick else ("plain", "scrambled"):
-            record.run(split, variant, 0, partial(train, variant, split, options))
+    experiment = Supervised(record, options, TASK, {"found": found_positions})
+    experiment.compare(LINEAR, PLAIN_NETS, control_splits=experiment.splits)
     record.print_table()
-    for net in NETS:
+    for net in PLAIN_NETS:
         print_times(record, net, TASK)
     draw(record, options.out / "regression.png")
     return record
 
 
-def train(variant: str, split: str, options: Options) -> Run:
-    """Train one of the nets; keeps its answers on the test centres for the picture."""
-    build, recipe = NETS.get(variant, (partial(linear, variant), LINEAR))
-    if options.quick:
-        recipe = replace(recipe, epochs=QUICK_EPOCHS, points=3)
-    centers = SPLITS[split]()
-    net = build()
-    run = fit(net, centers, TASK, recipe, options, f"{variant}, {split}")
-    found = outputs(net, centers.test, TASK) * CANVAS
-    return replace(run, extra={"found": pack_positions(found)})
+def found_positions(net: nn.Module, centers: Split) -> str:
+    """The net's answers on the test centres, packed."""
+    return pack_positions(outputs(net, centers.test, TASK) * CANVAS)
 
 
 EXACT = 0.01
@@ -120,7 +92,8 @@ def draw(record: Record, path: Path) -> None:
             _draw_answers(axes, record, split, variant, colour)
             errors = [run.metrics["test error, px"] for run in record.of(split, variant)]
             digits = ", ".join(f"{e:.2g}" if e > 0.001 else f"{e:.6f}" for e in errors)
-            title = f"{name}\n{digits} px by seed"
+            unit = "px by seed" if len(errors) > 1 else "px"
+            title = f"{name}\n{digits} {unit}"
             axes.set_title(title, loc="left", size=11, weight="bold", color=colour)
         row[0].set_ylabel(f"{split} split\ny, pixels", size=11, color=INK)
     for axes in grid[-1]:
@@ -133,7 +106,7 @@ def _message(record: Record, splits: list[str]) -> tuple[str, str]:
     runs = [run for split in splits for run in record.of(split, "patched")]
     exact = sum(run.metrics["test error, px"] < EXACT for run in runs)
     numbers = {
-        variant: record.of("uniform", variant)[0].parameters for variant in ("patched", *NETS)
+        variant: record.of("uniform", variant)[0].parameters for variant in ("patched", *PLAIN_NETS)
     }
     title = (
         f"Where is the bright pixel? Patched, a linear net says it to {EXACT} px "

@@ -9,18 +9,17 @@ A stack of transposed convolutions, the authors' plain net, against the 1x1 clas
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiment import Options, Record, Run, parse_options
+from experiment import Record, parse_options
 from matplotlib.patches import Rectangle
 from not_so_clevr import CANVAS, RADIUS, SPLITS, mean_iou, scaled, squares
-from not_so_clevr_deconv import DeconvSetting, best_setting
+from not_so_clevr_deconv import DeconvSetting, Sweep
+from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import renderer
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
@@ -34,11 +33,8 @@ from not_so_clevr_pictures import (
     new_figure,
     save,
 )
-from not_so_clevr_training import SCORED, Recipe, Task, fit, outputs, print_times
-from scrambled_coordinates import ScrambledCoordinates
+from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
 from torch import Tensor, nn
-
-import coordconv_patch as ccp
 
 TASK = Task(
     net_input=scaled,
@@ -47,20 +43,24 @@ TASK = Task(
     score_name="IOU",
 )
 
-SWEEP = (
-    DeconvSetting(2, 1, 0.01),
-    DeconvSetting(3, 1, 0.01),
-    DeconvSetting(3, 1, 0.03),
-    DeconvSetting(4, 1, 0.01),
+SWEEP = Sweep(
+    settings=(
+        DeconvSetting(2, 1, 0.01),
+        DeconvSetting(3, 1, 0.01),
+        DeconvSetting(3, 1, 0.03),
+        DeconvSetting(4, 1, 0.01),
+        DeconvSetting(3, 2, 0.01),
+        DeconvSetting(3, 2, 0.005),
+        DeconvSetting(3, 3, 0.005),
+        DeconvSetting(4, 2, 0.005),
+    ),
+    epochs=14,
+    brief_epochs=3,
 )
 """What the plain net's best is chosen from."""
 
-RENDERER = Recipe(epochs=4, rate=0.01, decay=0.15)
+RENDERER = Net(renderer, Recipe(epochs=4, rate=0.01, decay=0.15, quick_epochs=0.4))
 """Without the weight decay the painted squares fall apart in the quadrant that is held out."""
-QUICK = replace(RENDERER, epochs=0.4, points=2)
-DECONV = Recipe(epochs=14, rate=0.01, batch=16, points=14)
-SWEEP_EPOCHS = 3
-DECONV_QUICK_EPOCHS = 0.2
 
 DRAWN = torch.tensor([[36, 36], [45, 41], [58, 58], [34, 57]])
 """Centres whose painted squares are drawn; all are in the quadrant split's test set."""
@@ -73,64 +73,20 @@ LINES = {
 DECONV_LINE = (PLAIN, "transposed convs")
 
 
-def tiled_renderer(variant: str) -> nn.Module:
-    """The renderer: ``"plain"``, ``"patched"``, or ``"scrambled"``: patched, for control."""
-    net = renderer()
-    if variant == "plain":
-        return net
-    coords = ScrambledCoordinates() if variant == "scrambled" else None
-    return ccp.patch(net, "first", coords=coords)
-
-
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment, or what its record lacks, and draw it."""
     options = parse_options(__doc__, arguments)
     record = Record("rendering", options)
-    deconv = SWEEP[1] if options.quick else best_deconv(record, options)
-    splits = ("uniform",) if options.quick else tuple(SPLITS)
-    for seed in options.seeds:
-        for split in splits:
-            record.run(split, "patched", seed, partial(train_tiled, "patched", split, options))
-            record.run(split, str(deconv), seed, partial(train_deconv, deconv, split, options))
-    for variant in ("plain",) if options.quick else ("plain", "scrambled"):
-        # Once each, on the easier split, and neither gets anywhere.
-        record.run("uniform", variant, 0, partial(train_tiled, variant, "uniform", options))
+    experiment = Supervised(
+        record, options, TASK, {"painted": lambda net, _: pack_levels(painted(net))}
+    )
+    best = SWEEP.settings[1] if options.quick else SWEEP.best(experiment)
+    deconv = str(best)
+    experiment.compare(RENDERER, {deconv: best.net(SWEEP.epochs)}, control_splits=["uniform"])
     record.print_table()
-    print_times(record, str(deconv), TASK)
-    draw(record, str(deconv), options.out / "rendering.png")
+    print_times(record, deconv, TASK)
+    draw(record, deconv, options.out / "rendering.png")
     return record
-
-
-def best_deconv(record: Record, options: Options) -> DeconvSetting:
-    """The setting of the transposed convolutions that serves them best."""
-
-    def train_briefly(deconv: DeconvSetting) -> Run:
-        return train_deconv(deconv, "uniform", options, SWEEP_EPOCHS)
-
-    def train_fully(deconv: DeconvSetting) -> Run:
-        return train_deconv(deconv, "uniform", options)
-
-    return best_setting(record, SWEEP, train_briefly, train_fully, "test IOU")
-
-
-def train_tiled(variant: str, split: str, options: Options) -> Run:
-    """Train a tiled renderer."""
-    recipe = QUICK if options.quick else RENDERER
-    return _train(tiled_renderer(variant), recipe, split, options, f"{variant} renderer, {split}")
-
-
-def train_deconv(
-    deconv: DeconvSetting, split: str, options: Options, epochs: float = DECONV.epochs
-) -> Run:
-    """Train a stack of transposed convolutions."""
-    epochs = DECONV_QUICK_EPOCHS if options.quick else epochs
-    recipe = replace(DECONV, epochs=epochs, rate=deconv.rate, decay=deconv.decay)
-    return _train(deconv.build(), recipe, split, options, f"{deconv}, {split}")
-
-
-def _train(net: nn.Module, recipe: Recipe, split: str, options: Options, label: str) -> Run:
-    run = fit(net, SPLITS[split](), TASK, recipe, options, label)
-    return replace(run, extra={"painted": pack_levels(painted(net))})
 
 
 def painted(net: nn.Module) -> Tensor:
