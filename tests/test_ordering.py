@@ -213,13 +213,17 @@ def test_a_sum_that_is_used_twice_stays_a_sum(tmp_path: object) -> None:
     np.testing.assert_allclose(run(model, tmp_path)[0], before, rtol=1e-5, atol=1e-4)
 
 
-def test_a_partial_sum_of_terms_that_are_broadcast_is_not_said_to_have_the_sums_shape() -> None:
+@pytest.mark.parametrize("width", [1, SIZE])
+def test_a_partial_sum_of_terms_that_are_broadcast_is_not_said_to_have_the_sums_shape(
+    width: int,
+) -> None:
     graph = Graph()
-    left, right = (graph.initializer(name, constant(1, CHANNELS, 1, 1)) for name in "ab")
+    left = graph.initializer("a", constant(1, CHANNELS, 1, 1))
+    right = graph.initializer("b", constant(1, CHANNELS, 1, width))
     inner = graph.add(left, graph.branch())
     model = graph.model(graph.add(inner, right))
     assert order_additions_(model.graph) == 1
     partial = next(node.outputs[0] for node in model.graph if node.op_type == "Add")
-    assert partial.shape == left.shape
+    assert partial.shape == (left.shape if width == 1 else None)
     model.graph.outputs[0].type, model.graph.outputs[0].shape = graph.x.type, graph.x.shape
     onnx.checker.check_model(ir.to_proto(model), full_check=True)

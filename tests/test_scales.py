@@ -102,12 +102,11 @@ def test_a_factor_that_differs_along_other_axes(shape: tuple[int, ...]) -> None:
     assert_untouched(graph.model(graph.node("Relu", scaled)))
 
 
-def test_a_factor_of_more_axes_than_the_sum() -> None:
+@pytest.mark.parametrize("shape", [(1, 1, CHANNELS, 1, 1), (1, 1, 1, 1, 1)])
+def test_a_factor_of_more_axes_than_the_sum(shape: tuple[int, ...]) -> None:
     graph = made()
-    shape = (1, 1, CHANNELS, 1, 1)
-    scaled = graph.node(
-        "Mul", graph.site(graph.x, (8, CHANNELS)), graph.stored(graph.random(*shape))
-    )
+    scale = graph.stored(graph.random(*shape))
+    scaled = graph.node("Mul", graph.site(graph.x, (8, CHANNELS)), scale)
     assert_untouched(graph.model(graph.node("Relu", scaled)))
 
 
