@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,27 @@ def test_quick_run_trains_every_patched_policy_and_leaves_a_picture(tmp_path: Pa
         (run,) = record.of(setting, variant)
         assert (run.metrics["coordinate_size"] > 0) == (variant != "plain")
     assert (tmp_path / "reinforcement_learning.png").stat().st_size > 10_000
+
+
+def steps_to(success: float, curves: dict[str, list[float]]) -> float:
+    """Steps after which the success rate was first reached."""
+    return next(
+        step
+        for step, reached in zip(curves["step"], curves["success"], strict=True)
+        if reached >= success
+    )
+
+
+def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_ones() -> None:
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in json.loads((PAPER / "results" / "reinforcement_learning.json").read_text())["runs"]:
+        runs.setdefault((run["setting"], run["variant"]), []).append(run)
+    for algorithm in script.ALGORITHMS:
+        plain, patched, scrambled = (
+            runs[f"{algorithm}, pooled", variant] for variant in ("plain", "patched", "scrambled")
+        )
+        assert len(plain) == len(patched) == len(scrambled) == 3
+        assert max(run["metrics"]["success"] for run in plain) < 0.25
+        assert min(run["metrics"]["success"] for run in patched) > 0.95
+        latest = max(steps_to(0.9, run["curves"]) for run in patched)
+        assert latest < min(steps_to(0.9, run["curves"]) for run in scrambled)
