@@ -197,14 +197,15 @@ CLAIMS = (
         "vae",
         "deconv",
         "VAE: films in which the square slides, decoder of transposed convolutions",
-        "no difference",
+        "no: the patched one slides no more often",
         *("plain", "patched"),
     ),
     _films(
         "vae",
         "tiled",
         "The same, with the latent tiled over the map",
-        "in two of three seeds: only coordinates can place the square there, and then it slides",
+        "yes, with every seed: only coordinates place the square there, and then it slides; "
+        "scrambled ones paint a blur in its place, slowly",
         *("plain", "patched", "scrambled"),
     ),
     _films(

@@ -122,7 +122,7 @@ def train(setting: str, variant: str, options: Options) -> Run:
     """Train one autoencoder and measure its films."""
     training, test = squares()
     vae = as_variant(VAE(setting), variant)
-    steps = options.length(800, 25)
+    steps = options.length(1_600, 25)
     # One rate for all weights, those of coordinates too: no variant is tuned more.
     optimizer = torch.optim.Adam(vae.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
