@@ -217,3 +217,11 @@ def test_the_recorded_vae_slides_where_the_latent_is_tiled_only_with_coordinates
     for control in ("plain", "scrambled"):
         assert max(metrics["sliding_films"] for metrics in runs["tiled", control]) < 0.2
         assert worst < min(metrics["loss"] for metrics in runs["tiled", control])
+
+
+def test_the_recorded_gan_slides_where_the_latent_is_tiled_only_with_coordinates() -> None:
+    runs = recorded("gan")
+    assert len(runs["tiled", "patched"]) == 3
+    assert min(metrics["sliding_films"] for metrics in runs["tiled", "patched"]) > 0.9
+    for control in ("plain", "scrambled"):
+        assert max(metrics["sliding_films"] for metrics in runs["tiled", control]) < 0.5

@@ -143,7 +143,7 @@ class Game:
 def train(setting: str, variant: str, options: Options) -> Run:
     """Train one pair of nets and measure the generator's pictures and films."""
     training, _ = squares()
-    steps = options.length(1_200, 25)
+    steps = options.length(3_600, 25)
     game = Game(setting, variant, steps)
     curves: dict[str, list[float]] = {"step": [], "generator": [], "discriminator": []}
     point = max(1, steps // 25)
