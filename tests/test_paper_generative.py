@@ -205,12 +205,23 @@ def test_gan_quick_run_trains_coordinates_and_leaves_a_picture(tmp_path: Path) -
     for setting, variant in gan.COMPARED:
         (run,) = record.of(setting, variant)
         for net in ("generator", "discriminator"):
-            assert (run.metrics[f"{net}_coordinate_size"] > 0) == (variant == "patched")
+            assert (run.metrics[f"{net}_coordinate_size"] > 0) == (variant != "plain")
     assert (tmp_path / "gan.png").stat().st_size > 10_000
 
 
-def test_the_recorded_vae_draws_where_the_latent_is_tiled_only_with_coordinates() -> None:
+def test_the_recorded_vae_slides_where_the_latent_is_tiled_only_with_coordinates() -> None:
     runs = recorded("vae")
+    assert len(runs["tiled", "patched"]) == 3
+    assert min(metrics["sliding_films"] for metrics in runs["tiled", "patched"]) > 0.9
     worst = max(metrics["loss"] for metrics in runs["tiled", "patched"])
     for control in ("plain", "scrambled"):
+        assert max(metrics["sliding_films"] for metrics in runs["tiled", control]) < 0.2
         assert worst < min(metrics["loss"] for metrics in runs["tiled", control])
+
+
+def test_the_recorded_gan_slides_where_the_latent_is_tiled_only_with_coordinates() -> None:
+    runs = recorded("gan")
+    assert len(runs["tiled", "patched"]) == 3
+    assert min(metrics["sliding_films"] for metrics in runs["tiled", "patched"]) > 0.9
+    for control in ("plain", "scrambled"):
+        assert max(metrics["sliding_films"] for metrics in runs["tiled", control]) < 0.5

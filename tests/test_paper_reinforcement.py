@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from stable_baselines3.common.env_checker import check_env
 
@@ -52,20 +54,64 @@ def test_walls_stop_the_agent_and_episodes_are_cut_off() -> None:
 
 def test_patched_extractors_start_from_the_plain_outputs() -> None:
     space = task.GoToTarget().observation_space
-    for net in ("NatureCNN", "pooled"):
-        features = []
-        for variant in ("plain", "patched"):
+    pictures = torch.rand(4, 2, 36, 36)
+    for (net, variant), extractor in script.EXTRACTORS.items():
+        outputs = []
+        for made in (script.EXTRACTORS[net, "plain"], extractor):
             torch.manual_seed(0)
-            extractor = script.EXTRACTORS[net, variant](space, features_dim=64).eval()
-            features.append(extractor(torch.rand(4, 2, 36, 36, generator=torch.Generator())))
-        assert len(list(ccp.coord_parameters(extractor))) == (3 if net == "NatureCNN" else 2)
-        assert features[0].shape == features[1].shape == (4, 64)
+            model = made(space, features_dim=64)
+            outputs.append(model(pictures))
+        assert torch.equal(*outputs)
+        if variant != "plain":
+            convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+            assert len(list(ccp.coord_parameters(model))) == len(convs)
+
+
+@pytest.mark.parametrize("variant", ["plain", "patched"])
+def test_only_coordinates_tell_the_pooled_net_where_the_agent_is(variant: str) -> None:
+    env = task.GoToTarget()
+    env.reset(seed=0)
+    pictures = []
+    for cell in ((0, 0), (2, 1)):
+        env.agent, env.target = cell, (3, 3)
+        pictures.append(torch.from_numpy(env.picture()) / 255)
+    torch.manual_seed(0)
+    model = script.EXTRACTORS["pooled", variant](env.observation_space)
+    if variant == "patched":
+        for weight in ccp.coord_parameters(model):
+            torch.nn.init.normal_(weight, std=0.1)
+    here, there = model(torch.stack(pictures))
+    assert torch.allclose(here, there, atol=1e-6) == (variant == "plain")
 
 
 def test_quick_run_trains_every_patched_policy_and_leaves_a_picture(tmp_path: Path) -> None:
     record = script.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
-    for setting in (*script.SETTINGS, script.ATARI):
-        for variant in script.VARIANTS:
-            (run,) = record.of(setting, variant)
-            assert (run.metrics["coordinate_size"] > 0) == (variant == "patched")
+    pacman = [(script.ATARI, variant) for variant in script.PACMAN_VARIANTS]
+    for setting, variant in (*script.COMPARED, *pacman):
+        (run,) = record.of(setting, variant)
+        assert (run.metrics["coordinate_size"] > 0) == (variant != "plain")
     assert (tmp_path / "reinforcement_learning.png").stat().st_size > 10_000
+
+
+def steps_to(success: float, curves: dict[str, list[float]]) -> float:
+    """Steps after which the success rate was first reached."""
+    return next(
+        step
+        for step, reached in zip(curves["step"], curves["success"], strict=True)
+        if reached >= success
+    )
+
+
+def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_ones() -> None:
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in json.loads((PAPER / "results" / "reinforcement_learning.json").read_text())["runs"]:
+        runs.setdefault((run["setting"], run["variant"]), []).append(run)
+    for algorithm in script.ALGORITHMS:
+        plain, patched, scrambled = (
+            runs[f"{algorithm}, pooled", variant] for variant in ("plain", "patched", "scrambled")
+        )
+        assert len(plain) == len(patched) == len(scrambled) == 3
+        assert max(run["metrics"]["success"] for run in plain) < 0.25
+        assert min(run["metrics"]["success"] for run in patched) > 0.95
+        latest = max(steps_to(0.9, run["curves"]) for run in patched)
+        assert latest < min(steps_to(0.9, run["curves"]) for run in scrambled)

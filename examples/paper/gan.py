@@ -1,14 +1,10 @@
 """Generative adversarial network of a coloured shape: does it slide along an interpolation?
 
-    python examples/paper/gan.py --seeds 2
+    python examples/paper/gan.py --seeds 3
 
 A plain DCGAN, and the same with every convolution of the generator and of the discriminator
 patched by ``ccp.patch(net, "all")``, learn pictures of an orange square, one for each position. The
-settings differ in the generator, as in ``vae.py``:
-
-- ``deconv``: a fully connected layer draws the first 4 x 4 map (Radford et al. 2016);
-- ``tiled``: the latent is repeated over a 16 x 16 map, so that positions can come from
-  coordinates alone, or leak in through zero padding.
+settings differ in the generator, see :mod:`generative`; ``deconv`` is that of Radford et al. 2016.
 """
 
 from __future__ import annotations
@@ -17,16 +13,24 @@ import torch
 import torch.nn.functional as F
 from coloured_shapes import ABSENT, ShapeSet, presence, squares, stencils
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
-from film_strips import draw, from_text, to_text
-from interpolation import coverage, movement, spherical
+from generative import (
+    COMPARED,
+    FILMS,
+    FRAMES,
+    Tile,
+    compare,
+    draw_films,
+    draw_shares,
+    kept_films,
+    sliding_headline,
+    square_movement,
+)
+from interpolation import coverage, spherical
 from torch import Tensor, nn
 from tqdm import tqdm
-from vae import Tile
 from variants import as_variant, coordinate_size
 
 LATENTS = 16
-FRAMES = 33
-FILMS = 64
 PICTURES = 1_000
 BATCH = 32
 PENALTY_EVERY = 8
@@ -39,7 +43,7 @@ def generator(setting: str, width: int = 8) -> nn.Module:
     """From latents ``(N, 16)`` to logits of pictures ``(N, 3, 32, 32)``.
 
     Args:
-        setting: ``"deconv"`` or ``"tiled"``, see the script's docstring.
+        setting: ``"deconv"`` or ``"tiled"``, see :mod:`generative`.
         width: Channels at the finest scale.
     """
     if setting == "deconv":
@@ -139,7 +143,7 @@ class Game:
 def train(setting: str, variant: str, options: Options) -> Run:
     """Train one pair of nets and measure the generator's pictures and films."""
     training, _ = squares()
-    steps = options.length(1_200, 25)
+    steps = options.length(3_600, 25)
     game = Game(setting, variant, steps)
     curves: dict[str, list[float]] = {"step": [], "generator": [], "discriminator": []}
     point = max(1, steps // 25)
@@ -165,12 +169,12 @@ def train(setting: str, variant: str, options: Options) -> Run:
         cpu_seconds=stopwatch.seconds,
         metrics={
             **coverage(presence(pictures)[:, :1], stencils()[:1]).metrics(),
-            **movement(presence(films)[:, :, :1], stencils()[:1]).metrics(),
+            **square_movement(films).metrics(),
             "generator_coordinate_size": coordinate_size(game.painter),
             "discriminator_coordinate_size": coordinate_size(game.critic),
         },
         curves=curves,
-        extra={"films": [to_text(film[::3]) for film in films[:2]]},
+        extra=kept_films(films),
     )
 
 
@@ -182,64 +186,32 @@ def real_pictures() -> Run:
     return Run(0, 0, 0.0, coverage(shown, stencils()[:1]).metrics())
 
 
-COMPARED = (
-    ("deconv", "plain"),
-    ("deconv", "patched"),
-    ("tiled", "plain"),
-    ("tiled", "patched"),
-)
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = dict(zip(COMPARED, ("#999999", "#56B4E9", "#000000", "#D55E00"), strict=True))
-
-
 def draw_picture(record: Record) -> None:
     """Film strips of the first seed above, figures of all seeds below."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(12, 8.2), layout="constrained")
     grid = figure.add_gridspec(len(COMPARED) + 1, 3, height_ratios=[1] * len(COMPARED) + [3.6])
-    for row, compared in enumerate(COMPARED):
-        axes = figure.add_subplot(grid[row, :])
-        films = [from_text(text) for text in record.of(*compared)[0].extra["films"]]
-        draw(axes, [torch.cat([films[0], torch.ones_like(films[0][:1]), films[1]])])
-        title = {"loc": "left", "fontsize": 11, "fontweight": "bold"}
-        axes.set_title(", ".join(compared), color=COLOURS[compared], **title)
+    films = [figure.add_subplot(grid[row, :]) for row in range(len(COMPARED))]
+    draw_films(films, record)
     panels = (
         ("sliding_films", "Films in which the square slides"),
         ("intact", "Pictures of one whole square"),
         ("coverage", "Part of all positions painted"),
     )
-    for column, (metric, title_text) in enumerate(panels):
-        axes = figure.add_subplot(grid[-1, column])
-        for place, compared in enumerate(COMPARED):
-            values = [100 * run.metrics[metric] for run in record.of(*compared)]
-            axes.barh(place, sum(values) / len(values), color=COLOURS[compared], alpha=0.5)
-            axes.plot(values, [place] * len(values), "o", color=COLOURS[compared], ms=5)
-        axes.set(title=title_text, xlabel="%", xlim=(0, 105), ylim=(len(COMPARED) - 0.4, -0.6))
-        axes.set_yticks(range(len(COMPARED)), [", ".join(c) for c in COMPARED], fontsize=9)
-    figure.suptitle(headline(record), fontsize=14)
+    for column, (metric, title) in enumerate(panels):
+        draw_shares(figure.add_subplot(grid[-1, column]), record, metric, title)
+    figure.suptitle(sliding_headline(record, "GAN"), fontsize=14)
     figure.savefig(record.path.with_suffix(".png"), dpi=90)
     plt.close(figure)
 
 
-def headline(record: Record) -> str:
-    """What came out, in one line."""
-    shares = [f"{record.mean(*c, 'sliding_films'):.0%}" for c in COMPARED]
-    steps = record.of(*COMPARED[0])[0].steps
-    return (
-        "GAN after {} steps: squares slide along {} of the interpolations, patched {};\n"
-        "with the latent tiled over the map along {}, patched {}"
-    ).format(steps, *shares)
-
-
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
-    options = parse_options(__doc__, arguments, seeds=2)
+    options = parse_options(__doc__, arguments)
     record = Record("gan", options)
     record.run("reference", "real", 0, real_pictures)
-    for seed in options.seeds:
-        for setting, variant in COMPARED:
-            record.run(setting, variant, seed, lambda s=setting, v=variant: train(s, v, options))
+    compare(record, train)
     record.print_table()
     draw_picture(record)
     return record

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 MOVES = ((0, -1), (0, 1), (-1, 0), (1, 0))
 """Steps (dx, dy) of the actions: up, down, left, right."""
+CELL_PIXELS = 9
+"""Pixels along each side of a cell: 4 x 4 cells are the least that NatureCNN accepts."""
 
 
 class GoToTarget(gymnasium.Env):
@@ -27,7 +29,7 @@ class GoToTarget(gymnasium.Env):
             that walking at random seldom arrives.
     """
 
-    def __init__(self, cells: int = 4, pixels: int = 9, limit: int | None = None) -> None:
+    def __init__(self, cells: int = 4, pixels: int = CELL_PIXELS, limit: int | None = None) -> None:
         self.cells = cells
         self.pixels = pixels
         self.limit = limit if limit is not None else 2 * cells

@@ -4,13 +4,7 @@
 
 A plain encoder and decoder, and the same patched by ``ccp.patch(vae, "all")``, learn pictures of
 an orange square, one for each position but those held out. Latents are then interpolated
-between pictures. The control is patched with scrambled coordinates. The settings differ in the
-decoder:
-
-- ``deconv``: a fully connected layer draws the first 4 x 4 map, and so may know positions;
-- ``tiled``: the latent is repeated over a 16 x 16 map, as in the paper's networks that paint from
-  coordinates (Watters et al. 2019 call it a spatial broadcast decoder). What a plain net knows
-  of positions there leaks in through zero padding.
+between pictures. The settings differ in the decoder, see :mod:`generative`.
 """
 
 from __future__ import annotations
@@ -19,54 +13,37 @@ import math
 
 import torch
 import torch.nn.functional as F
-from coloured_shapes import (
-    ShapeSet,
-    centres,
-    cross_fade,
-    presence,
-    sliding,
-    squares,
-    stencils,
-)
+from coloured_shapes import ShapeSet, centres, cross_fade, presence, sliding, squares, stencils
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
-from film_strips import draw, from_text, to_text
-from interpolation import Movement, movement, positions, straight
+from generative import (
+    COLOURS,
+    COMPARED,
+    FILMS,
+    FRAMES,
+    Tile,
+    compare,
+    draw_films,
+    draw_shares,
+    kept_films,
+    label,
+    sliding_headline,
+    square_movement,
+)
+from interpolation import positions, straight
 from torch import Tensor, nn
 from tqdm import tqdm
 from variants import as_variant, coordinate_size
 
 LATENTS = 8
 """Two would do: the square has two coordinates."""
-FRAMES = 33
-"""Frames of a film: a square sliding from corner to corner takes steps of 1.1 pixels."""
-FILMS = 64
-"""Films measured: between successive held-out pictures."""
 BATCH = 32
-COMPARED = (
-    ("deconv", "plain"),
-    ("deconv", "patched"),
-    ("tiled", "plain"),
-    ("tiled", "patched"),
-    ("tiled", "scrambled"),
-)
-
-
-class Tile(nn.Module):
-    """Repeats a latent ``(N, D)`` over a map ``(N, D, side, side)``."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return latent[:, :, None, None].expand(-1, -1, self.side, self.side)
 
 
 class VAE(nn.Module):
     """Kingma and Welling 2014, https://arxiv.org/abs/1312.6114, with convolutions.
 
     Args:
-        setting: ``"deconv"`` or ``"tiled"``, see the script's docstring.
+        setting: ``"deconv"`` or ``"tiled"``, see :mod:`generative`.
         width: Channels at the finest scale.
     """
 
@@ -120,11 +97,6 @@ def negative_elbo(vae: VAE, pictures: Tensor, divergence_weight: float = 1.0) ->
     return (error + divergence_weight * divergence) / len(pictures)
 
 
-def measure_films(films: Tensor) -> Movement:
-    """Movement of the square in films ``(films, frames, 3, 32, 32)``."""
-    return movement(presence(films)[:, :, :1], stencils()[:1])
-
-
 @torch.no_grad()
 def interpolate(vae: VAE, test: ShapeSet) -> Tensor:
     """Films ``(FILMS, FRAMES, 3, 32, 32)`` between the means of held-out pictures."""
@@ -150,7 +122,7 @@ def train(setting: str, variant: str, options: Options) -> Run:
     """Train one autoencoder and measure its films."""
     training, test = squares()
     vae = as_variant(VAE(setting), variant)
-    steps = options.length(800, 25)
+    steps = options.length(1_600, 25)
     # One rate for all weights, those of coordinates too: no variant is tuned more.
     optimizer = torch.optim.Adam(vae.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
@@ -180,16 +152,12 @@ def train(setting: str, variant: str, options: Options) -> Run:
         metrics={
             "loss": curves["loss"][-1],
             **reconstruction(vae, test),
-            **measure_films(films).metrics(),
+            **square_movement(films).metrics(),
             "coordinate_size": coordinate_size(vae),
         },
         curves=curves,
-        extra={"films": [to_text(film[::3]) for film in films[SHOWN]]},
+        extra=kept_films(films),
     )
-
-
-SHOWN = [0, 1]
-"""Films that the picture shows, of the first seed."""
 
 
 def reference(kind: str) -> Run:
@@ -197,18 +165,7 @@ def reference(kind: str) -> Run:
     _, test = squares()
     make = sliding if kind == "sliding" else cross_fade
     films = torch.stack([make(*test.places[i : i + 2], FRAMES) for i in range(FILMS)])
-    return Run(0, 0, 0.0, measure_films(films).metrics())
-
-
-LABELS = {
-    ("deconv", "plain"): "deconv, plain",
-    ("deconv", "patched"): "deconv, patched",
-    ("tiled", "plain"): "tiled, plain",
-    ("tiled", "patched"): "tiled, patched",
-    ("tiled", "scrambled"): "tiled, scrambled\ncoordinates",
-}
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = dict(zip(COMPARED, ("#999999", "#56B4E9", "#000000", "#D55E00", "#CC79A7"), strict=True))
+    return Run(0, 0, 0.0, square_movement(films).metrics())
 
 
 def draw_picture(record: Record) -> None:
@@ -217,21 +174,14 @@ def draw_picture(record: Record) -> None:
 
     figure = plt.figure(figsize=(12, 9), layout="constrained")
     grid = figure.add_gridspec(len(COMPARED) + 1, 3, height_ratios=[1] * len(COMPARED) + [4])
-    for row, compared in enumerate(COMPARED):
-        axes = figure.add_subplot(grid[row, :])
-        films = [from_text(text) for text in record.of(*compared)[0].extra["films"]]
-        draw(axes, [torch.cat([films[0], torch.ones_like(films[0][:1]), films[1]])])
-        axes.set_title(
-            LABELS[compared].replace("\n", " "),
-            loc="left", fontsize=11, color=COLOURS[compared], fontweight="bold",
-        )  # fmt: skip
+    films = [figure.add_subplot(grid[row, :]) for row in range(len(COMPARED))]
+    draw_films(films, record)
     loss, slides, faded = (figure.add_subplot(grid[-1, column]) for column in range(3))
     for compared in COMPARED:
         for run in record.of(*compared):
-            label = LABELS[compared].replace("\n", " ") if run.seed == 0 else None
-            loss.plot(
-                run.curves["step"], run.curves["loss"], color=COLOURS[compared], label=label, lw=1.2
-            )
+            name = label(compared) if run.seed == 0 else None
+            curve = run.curves["step"], run.curves["loss"]
+            loss.plot(*curve, color=COLOURS[compared], label=name, lw=1.2)
     loss.set(
         title="Loss on held-out pictures", xlabel="step", ylabel="nats a picture", yscale="log"
     )
@@ -240,29 +190,15 @@ def draw_picture(record: Record) -> None:
         (slides, "sliding_films", "Films in which the square slides"),
         (faded, "faded", "Frames in which it is faded"),
     ):
-        for place, compared in enumerate(COMPARED):
-            values = [100 * run.metrics[metric] for run in record.of(*compared)]
-            mean = sum(values) / len(values)
-            axes.barh(place, mean, color=COLOURS[compared], alpha=0.5)
-            axes.plot(values, [place] * len(values), "o", color=COLOURS[compared], ms=5)
+        draw_shares(axes, record, metric, title)
         fade = 100 * record.mean("reference", "cross-fade", metric)
         axes.axvline(fade, color="black", ls=":", lw=1)
         side = "left" if fade < 50 else "right"
         axes.text(fade, -0.75, " a cross-fade ", ha=side, fontsize=8)
-        axes.set(title=title, xlabel="%", xlim=(0, 105), ylim=(len(COMPARED) - 0.4, -1.1))
-        axes.set_yticks(range(len(COMPARED)), [LABELS[c] for c in COMPARED], fontsize=9)
-    figure.suptitle(headline(record), fontsize=14)
+        axes.set_ylim(top=-1.1)
+    figure.suptitle(sliding_headline(record, "VAE"), fontsize=14)
     figure.savefig(record.path.with_suffix(".png"), dpi=90)
     plt.close(figure)
-
-
-def headline(record: Record) -> str:
-    """What came out, in one line."""
-    shares = [f"{record.mean(*c, 'sliding_films'):.0%}" for c in COMPARED[:4]]
-    return (
-        "VAE: squares slide along {} of the interpolations of a deconv decoder, patched {};\n"
-        "with the latent tiled over the map along {}, patched {}"
-    ).format(*shares)
 
 
 def main(arguments: list[str] | None = None) -> Record:
@@ -271,9 +207,7 @@ def main(arguments: list[str] | None = None) -> Record:
     record = Record("vae", options)
     for kind in ("sliding", "cross-fade"):
         record.run("reference", kind, 0, lambda kind=kind: reference(kind))
-    for seed in options.seeds:
-        for setting, variant in COMPARED:
-            record.run(setting, variant, seed, lambda s=setting, v=variant: train(s, v, options))
+    compare(record, train)
     record.print_table()
     draw_picture(record)
     return record
