@@ -118,7 +118,8 @@ class _Comparison:
         try:
             report = self._export_patched(patched, path, dynamic_batch=True)
         except CoordConvPatchError as error:
-            self.figures["fixed_batch"] = _line(error)
+            reason = _line(error)
+            self.figures["fixed_batch"] = re.sub(r"/\S*patched\.onnx", "the file", reason)
             report = self._export_patched(patched, path, dynamic_batch=False)
         self.figures["seconds"] = round(time.perf_counter() - started, 1)
         self.figures["exporter"] = report.exporter

@@ -142,7 +142,11 @@ def _summary(rows: Rows) -> str:
         "strong ones they magnify float32's rounding to the size of their outputs."
     )
     other = [row for row in exported if row["exporter"] != row["plain_exporter"]]
-    lines.append(f"\n{len(other)} patched models needed another exporter than the plain model.")
+    dynamic = sum("fixed_batch" not in row for row in other)
+    lines.append(
+        f"\n{len(other)} patched models needed another exporter than the plain model; {dynamic} of "
+        "them were asked for a dynamic batch, which the plain model was not."
+    )
     refused = {name: row["torch"]["refused"] for name, row in rows.items() if _refused(row)}
     if refused:
         lines.append("\nConvolutions that are refused, with the reason:\n")
