@@ -1,7 +1,7 @@
 """What coordinates cost in exported files: ONNX Runtime's CPU provider, and OpenVINO.
 
 Each model is timed with its first, every larger than 1x1, and all convolutions patched (by
-``export_onnx``: with its defaults, and for OpenVINO with ``lowering="map"``), beside the
+``export_onnx``: with its defaults, and for OpenVINO with ``lowering="branch"``), beside the
 plain model and concatenating ports, all exported for any batch size. "plain" is what
 ``torch.onnx.export`` makes of the plain model; "plain again" is the same file in a second
 session, and shows this machine's noise. The floor is explained in shared/floor.py.

@@ -53,5 +53,5 @@ ENGINES: dict[str, Callable[[Path, Tensor, int], Callable[[], Any]]] = {
     "openvino": openvino_run,
 }
 
-LOWERINGS: dict[str, Literal["auto", "map"]] = {"onnxruntime": "auto", "openvino": "map"}
+LOWERINGS: dict[str, Literal["auto", "branch"]] = {"onnxruntime": "auto", "openvino": "branch"}
 """What files are lowered to for each engine: "auto" writes for ONNX Runtime's own fusions."""

@@ -17,7 +17,7 @@ __all__ = ["write_plainly", "write_verified"]
 
 
 def write_verified(
-    model: nn.Module, example: Tensor, path: Path, lowering: Literal["auto", "map"] = "auto"
+    model: nn.Module, example: Tensor, path: Path, lowering: Literal["auto", "branch"] = "auto"
 ) -> None:
     """Export with this package: lowered, ordered and compared with torch; any batch size.
 
