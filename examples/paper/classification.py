@@ -59,7 +59,7 @@ SWEEP = Sweep(
 )
 """What the plain net's best is chosen from."""
 
-TILED = Net(tiled_net, Recipe(epochs=3, rate=0.01, decay=0.1, quick_epochs=0.5))
+TILED = Net(tiled_net, Recipe(epochs=6, rate=0.01, decay=0.1, batch=16, quick_epochs=0.5))
 """Half as long is enough on the uniform split, but not with every seed on the quadrant split."""
 
 NEIGHBOURS = torch.tensor([[x, 46] for x in range(44, 49)])
