@@ -26,7 +26,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.ordering import is_branch, is_own_weight, values_without_inputs
+from coordconv_patch.export.ordering import (
+    is_branch,
+    is_own_weight,
+    is_read_once,
+    stored_numbers,
+    values_without_inputs,
+)
 
 __all__ = ["carry_coordinates_"]
 
@@ -124,7 +130,7 @@ def _patched_convolution(node: ir.Node, independent: set[ir.Value]) -> _Site | N
                 _is_pointwise(branch)
                 and len(branch.inputs) == 2
                 and conv.op_type == "Conv"
-                and _is_read_once(conv.outputs[0])
+                and is_read_once(conv.outputs[0])
                 and all(value is not None and is_own_weight(value) for value in conv.inputs[1:])
             )
             return _Site(conv, branch, node) if usable else None
@@ -169,16 +175,12 @@ def _stream_from(first: _Site, sites: _Sites) -> _Stream | None:
 
 def _width(site: _Site) -> int:
     """Channels that a site puts out."""
-    return len(_numbers(site.branch.inputs[1]))
-
-
-def _is_read_once(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
+    return len(stored_numbers(site.branch.inputs[1]))
 
 
 def _has_room(site: _Site) -> bool:
     """Whether coordinates fit into the last block of the channels that a site puts out."""
-    channels, count = _numbers(site.branch.inputs[1]).shape[:2]
+    channels, count = stored_numbers(site.branch.inputs[1]).shape[:2]
     return channels % _BLOCK + count <= _BLOCK and channels % _BLOCK != 0
 
 
@@ -189,7 +191,7 @@ def _other_term(node: ir.Node, value: ir.Value, sites: _Sites) -> _Site | None:
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
     assert other is not None
     site = sites.with_total(other)
-    if site is None or not _is_read_once(other) or not _is_ungrouped(site.conv):
+    if site is None or not is_read_once(other) or not _is_ungrouped(site.conv):
         return None
     return site
 
@@ -207,7 +209,7 @@ def _is_pointwise(conv: ir.Node) -> bool:
     auto_pad = conv.attributes.get("auto_pad")
     strides, pads = (conv.attributes.get(name) for name in ("strides", "pads"))
     return (
-        all(length == 1 for length in _numbers(weight).shape[2:])
+        all(length == 1 for length in stored_numbers(weight).shape[2:])
         and _is_ungrouped(conv)
         and (auto_pad is None or auto_pad.as_string() == "NOTSET")
         and (strides is None or all(step == 1 for step in strides.as_ints()))
@@ -215,20 +217,14 @@ def _is_pointwise(conv: ir.Node) -> bool:
     )
 
 
-def _numbers(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
 def _carry_(graph: ir.Graph, stream: _Stream) -> None:
-    first_weight = _numbers(stream.first.branch.inputs[1])
+    first_weight = stored_numbers(stream.first.branch.inputs[1])
     channels, count = first_weight.shape[:2]
     added = count + -(channels + count) % _ALIGNMENT
     identity = np.eye(added, count, dtype=np.float32).reshape(added, *first_weight.shape[1:])
-    moved = {site: _numbers(site.branch.inputs[1]) for site in stream.narrow}
+    moved = {site: stored_numbers(site.branch.inputs[1]) for site in stream.narrow}
     for site, value in stream.readers:
-        weight, own = _numbers(site.conv.inputs[1]), _numbers(site.branch.inputs[1])
+        weight, own = stored_numbers(site.conv.inputs[1]), stored_numbers(site.branch.inputs[1])
         columns = own.astype(np.float64)
         for term in stream.terms[value]:
             columns += np.einsum("ec...,ck...->ek...", *_doubles(weight, moved[term]))
@@ -238,7 +234,7 @@ def _carry_(graph: ir.Graph, stream: _Stream) -> None:
         _drop_branch(graph, site)
     for site in (stream.first, *stream.narrow):
         for parameter in site.conv.inputs[1:]:
-            rows = _numbers(parameter)
+            rows = stored_numbers(parameter)
             _set(parameter, np.concatenate((rows, np.zeros_like(rows[:1].repeat(added, 0)))))
         _widen(site.conv.outputs[0], added)
     _set(stream.first.branch.inputs[1], np.concatenate((first_weight, identity)))

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 __all__ = [
     "coordinate_nodes",
     "is_branch",
     "is_own_weight",
+    "is_read_once",
     "order_additions_",
+    "stored_numbers",
     "values_without_inputs",
 ]
 
@@ -136,6 +139,18 @@ def _values_in_blocks(graph: ir.Graph, independent: set[ir.Value]) -> set[ir.Val
         if node.op_type in _MAKE_BLOCKS or keeps:
             found.update(node.outputs)
     return found
+
+
+def stored_numbers(value: ir.Value | None) -> np.ndarray:
+    """The numbers of a value that the graph stores; check :func:`is_own_weight` before."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether one node alone reads a value, and the graph does not put it out."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _is_addition(node: ir.Node) -> bool:

@@ -14,7 +14,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.ordering import is_branch, is_own_weight, values_without_inputs
+from coordconv_patch.export.ordering import (
+    is_branch,
+    is_own_weight,
+    is_read_once,
+    stored_numbers,
+    values_without_inputs,
+)
 
 __all__ = ["fold_scales_"]
 
@@ -62,7 +68,7 @@ def _scaled_sum(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
             addition is not None
             and addition.op_type == "Add"
             and addition.domain == ""
-            and _is_read_once(addition.outputs[0])
+            and is_read_once(addition.outputs[0])
             and tensor is not None
             and tensor.dtype is ir.DataType.FLOAT
         ):
@@ -79,7 +85,7 @@ def _own_convolutions(addition: ir.Node) -> list[ir.Node] | None:
             value is None
             or node is None
             or node.op_type != "Conv"
-            or not _is_read_once(value)
+            or not is_read_once(value)
             or not all(is_own_weight(weight) for weight in node.inputs[1:] if weight is not None)
         ):
             return None
@@ -87,13 +93,9 @@ def _own_convolutions(addition: ir.Node) -> list[ir.Node] | None:
     return found
 
 
-def _is_read_once(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
 def _by_channel(scale: np.ndarray, convolution: ir.Node) -> np.ndarray | None:
     """One number an output channel, if a factor is constant along all other axes."""
-    weight = _stored(convolution.inputs[1])
+    weight = stored_numbers(convolution.inputs[1])
     if scale.ndim > weight.ndim:
         return None
     channels = len(weight)
@@ -107,12 +109,6 @@ def _multiply_(convolution: ir.Node, by_channel: np.ndarray) -> None:
     for value in convolution.inputs[1:]:
         if value is None:
             continue
-        array = _stored(value)
+        array = stored_numbers(value)
         scaled = array * by_channel.reshape(-1, *(1,) * (array.ndim - 1))
         value.const_value = ir.tensor(scaled, name=value.name)
-
-
-def _stored(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()

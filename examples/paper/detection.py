@@ -46,9 +46,9 @@ from region_proposals import (
     suppress,
 )
 from scattered_digits import Layout, Scenes, scatter, training_and_test_digits
-from scrambled_coordinates import ScrambledCoordinates
 from torch import Tensor, nn
 from tqdm import tqdm
+from variants import as_variant
 
 import coordconv_patch as ccp
 
@@ -150,10 +150,7 @@ def make_model(setting: Setting, variant: str) -> nn.Module:
             absolute=setting.absolute,
         )
         sites = PAPER_SITES
-    if variant == PLAIN:
-        return model
-    coords = ScrambledCoordinates() if variant == SCRAMBLED else ccp.Coordinates()
-    return ccp.patch(model, list(ONE_SITE.get(variant, sites)), coords=coords)
+    return as_variant(model, variant, list(ONE_SITE.get(variant, sites)))
 
 
 def truth_of(scenes: Scenes, targets: Targets) -> tuple[Tensor, Tensor]:

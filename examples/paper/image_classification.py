@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from classification_picture import draw
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from scattered_digits import Digits, training_and_test_digits
-from scrambled_coordinates import ScrambledCoordinates
 from torch import Tensor, nn
 from tqdm import tqdm
+from variants import as_variant
 
 import coordconv_patch as ccp
 
@@ -44,11 +44,7 @@ def setting_of(name: str) -> str:
 
 def make_model(name: str, variant: str) -> nn.Module:
     """One of timm's models for ten classes, plain or patched."""
-    model = timm.create_model(name, in_chans=1, num_classes=10)
-    if variant == PLAIN:
-        return model
-    coords = ScrambledCoordinates() if variant == SCRAMBLED else ccp.Coordinates()
-    return ccp.patch(model, "first", coords=coords)
+    return as_variant(timm.create_model(name, in_chans=1, num_classes=10), variant, "first")
 
 
 @torch.no_grad()

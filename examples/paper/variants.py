@@ -17,8 +17,8 @@ import coordconv_patch as ccp
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def as_variant(model: Model, variant: str, where: str = "all") -> Model:
-    """The model itself (``"plain"``), or a patched copy (``"patched"``, ``"scrambled"``)."""
+def as_variant(model: Model, variant: str, where: str | list[str] = "all") -> Model:
+    """The model itself if ``"plain"``, else a patched copy, its coordinates true or scrambled."""
     if variant == "plain":
         return model
     coords = ScrambledCoordinates() if variant == "scrambled" else None
