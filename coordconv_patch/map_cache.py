@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["MapCache"]
+
+
+class _Last(NamedTuple):
+    """The map used last, and for what: one object, so that threads never mix two of them."""
+
+    weight: Tensor | None
+    input_shape: torch.Size | None
+    output_shape: torch.Size | None
+    output_dtype: torch.dtype | None
+    found: Tensor | None
+
+
+_NOTHING = _Last(None, None, None, None, None)
 
 
 class MapCache:
@@ -38,9 +51,7 @@ class MapCache:
         self.is_constant = is_constant
         self._weight: Tensor | None = None
         self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
-        # One attribute, so that threads that share the layer never see the one's key with the
-        # other's map.
-        self._last: tuple[Any, Tensor | None] = (None, None)
+        self._last = _NOTHING
 
     def get(
         self,
@@ -59,18 +70,22 @@ class MapCache:
             output: What the plain convolution made of it.
             make: Makes the map for an input, an output and a weight.
         """
-        if not self.is_constant:
-            kept = self._weight
-            if kept is None or kept.dtype is not weight.dtype or not torch.equal(kept, weight):
-                self.clear()
-                self._weight = weight.detach().clone()
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
-        key = (input.shape, output.shape, output.dtype)
-        last_key, found = self._last
-        if found is None or key != last_key:
-            found = self._find(input, output, weight, make)
-            self._last = (key, found)
+        kept, input_shape, output_shape, output_dtype, found = self._last
+        if (
+            found is not None
+            and input.shape == input_shape
+            and output.shape == output_shape
+            and output.dtype is output_dtype
+            and (self.is_constant or _is_equal(kept, weight))
+        ):
+            return found
+        if not self.is_constant and not _is_equal(self._weight, weight):
+            self.clear()
+            self._weight = weight.detach().clone()
+        found = self._find(input, output, weight, make)
+        self._last = _Last(self._weight, input.shape, output.shape, output.dtype, found)
         return found
 
     def _find(
@@ -96,7 +111,7 @@ class MapCache:
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
         self._weight = None
-        self._last = (None, None)
+        self._last = _NOTHING
         self._maps.clear()
 
     def __len__(self) -> int:
@@ -104,6 +119,10 @@ class MapCache:
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[bool]]:
         return MapCache, (self.is_constant,)
+
+
+def _is_equal(kept: Tensor | None, weight: Tensor) -> bool:
+    return kept is not None and kept.dtype is weight.dtype and torch.equal(kept, weight)
 
 
 @contextmanager
