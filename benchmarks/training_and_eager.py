@@ -29,7 +29,7 @@ import coordconv_patch as ccp
 NAME = "training_and_eager"
 PLAIN, PORT = "plain", "all, port, buffer"
 PROCESSES = 3
-"""How many processes a figure of eager inference is the median of."""
+"""How many processes a figure of training or eager inference is the median of."""
 
 Run = Callable[[], Any]
 
@@ -139,8 +139,8 @@ def _measures(name: str, options: argparse.Namespace) -> dict[str, Callable[[str
         found["memory of training, batch 8"] = lambda key: peak_memory(
             name, options.threads, train_size
         )
-    found[f"training step, batch 8, {train_size} px"] = lambda key: _training(
-        model, train_size, options, key
+    found[f"training step, batch 8, {train_size} px"] = lambda key: _median_process(
+        _training, name, train_size, options, key
     )
     for batch, size in options.shapes or [(1, model.size), (4, model.size), (8, train_size)]:
         found[f"eager, batch {batch}, {size} px"] = lambda key, b=batch, s=size: _median_process(
@@ -152,8 +152,9 @@ def _measures(name: str, options: argparse.Namespace) -> dict[str, Callable[[str
     return {f"{name}, {what}": measure for what, measure in found.items()}
 
 
-def _training(model: BenchModel, size: int, options: argparse.Namespace, key: str) -> Any:
-    plain, example = seeded(model.make), images(1, size)
+def _training(name: str, size: int, options: argparse.Namespace, key: str) -> Any:
+    torch.set_num_threads(options.threads)
+    plain, example = seeded(MODELS[name].make), images(1, size)
     kinds = (PLAIN, "first", "all", PORT, "all, port, run time")
     runs = {kind: trainer(variant(plain, kind, example), 8, size) for kind in kinds}
     return timed(runs, PLAIN, options, key)
