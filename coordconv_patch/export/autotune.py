@@ -158,7 +158,7 @@ def _candidates(sites: Sequence[LoweringSite], dynamic_batch: bool) -> list[Lowe
     found = ["map"]
     if dynamic_batch:
         found.append("branch")
-        if all(site.rank is not None for site in sites):
+        if all(site.num_images is not None for site in sites):
             found.append("separable")
     if not any(isinstance(site.layer, CoordBranch) for site in sites):
         found.append("channels")

@@ -44,7 +44,7 @@ class Chooser:
         if self.provider == CPU and self.dynamic_batch:
             return _cheaper_branch(site)
         # With a fixed batch a runtime folds every form into the map, whatever the graph says.
-        if site.rank is not None:  # stored as vectors and a weight; the runtime makes the map
+        if site.num_images is not None:  # stored as vectors and a weight; the runtime makes the map
             return "map"
         if site.map_bytes <= self.map_budget:
             self.map_budget -= site.map_bytes
@@ -54,7 +54,8 @@ class Chooser:
 
 def _cheaper_branch(site: LoweringSite) -> Lowering:
     """The form of the branch with fewer multiplications an output value."""
-    return "separable" if site.rank is not None and site.rank < site.num_taps else "branch"
+    images = site.num_images
+    return "separable" if images is not None and images < site.num_taps else "branch"
 
 
 def check_lowering(lowering: str, dynamic_size: bool) -> None:

@@ -1,11 +1,13 @@
 """Store coordinate constants as what they are made of.
 
-Coordinate channels are products of one vector per axis (x along W times ones along H), strips
-of images likewise, and a map is a convolution of a strip::
+Coordinate channels are products of one vector per axis (x along W times ones along H), the
+bands of a strip of images likewise, and a map is a convolution of a strip. The kernel of a
+strip with several bands has places without an image, which need no weight::
 
     c                ->   Mul(rows, columns)
-    s                ->   Reshape(Mul(rows, columns))
+    s                ->   Concat(Reshape(Mul(rows, columns)), ...)
     m                ->   Conv(s, V)
+    V                ->   Gather(V of the images, images)
 
 A runtime folds these when it loads the file, so they cost bytes neither in the file nor
 time at inference.
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from coordconv_patch.passes.lower import CoordConstant
+from coordconv_patch.passes.strips import Strip
 
 __all__ = ["compact_constants_", "constant_bytes"]
 
@@ -36,6 +39,8 @@ def constant_bytes(graph: ir.Graph, constants: Sequence[CoordConstant], batch: i
 
 def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batch: int) -> int:
     """Replace coordinate constants by what they are made of, where that is smaller, in place.
+
+    The last of the passes: the weight of a strip is no initializer any more afterwards.
 
     Args:
         graph: An exported graph.
@@ -53,6 +58,8 @@ def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batc
             total += _bytes_of(value)
             continue
         builder = _Builder(graph, first, f"{value.name}", [])
+        if constant.strip is not None:
+            _compact_kernels_(value, constant.strip, builder)
         _replace_(graph, value, constant, builder, stored)
         total += sum(array.nbytes for array in builder.arrays)
     return total
@@ -69,11 +76,12 @@ def _is_replaceable(value: ir.Value, constant: CoordConstant) -> bool:
 
 def _compact_bytes(constant: CoordConstant) -> float:
     if constant.map_of is not None:
-        strip, weight, _ = constant.map_of
-        return _compact_bytes(strip) + weight.numel() * weight.element_size()
+        strip, kernel = constant.map_of
+        return _compact_bytes(strip) + kernel.numel() * kernel.element_size()
     if constant.factors is None:
         return float("inf")
-    return sum(factor.numel() * factor.element_size() for factor in constant.factors)
+    factors = [factor for band in constant.factors for factor in band]
+    return sum(factor.numel() * factor.element_size() for factor in factors)
 
 
 def _found(
@@ -136,15 +144,21 @@ def _replace_(
     if constant.map_of is None:
         result = builder.product(constant)
     else:
-        strip, weight, dilation = constant.map_of
+        strip, kernel = constant.map_of
+        assert strip.strip is not None
         if id(strip) not in made:
             made[id(strip)] = builder.product(strip)
         result = builder.node(
             "Conv",
-            [made[id(strip)], builder.stored("weight", _array(weight))],
-            {"dilations": dilation},
+            [made[id(strip)], builder.stored("weight", _array(kernel))],
+            {"dilations": strip.strip.dilation},
         )
     result.type, result.shape = value.type, value.shape
+    _put_in_place_of(value, result, graph)
+
+
+def _put_in_place_of(value: ir.Value, result: ir.Value, graph: ir.Graph) -> None:
+    """Let a computed value be read where a stored one was, which is removed."""
     producer = value.producer()
     value.replace_all_uses_with(result)
     if producer is None:
@@ -152,6 +166,44 @@ def _replace_(
         del graph.initializers[value.name]
     else:
         graph.remove(producer, safe=True)
+
+
+def _compact_kernels_(value: ir.Value, strip: Strip, builder: _Builder) -> None:
+    """Store the kernels that convolve a strip without the places that have no image."""
+    images = strip.images.numpy()
+    is_used = images >= 0
+    if is_used.all():
+        return
+    order = images[is_used].argsort()  # an image stands in one place
+    places: ir.Value | None = None
+    for convolution in _convolutions_of(value):
+        kernel = convolution.inputs[1]
+        stored = ir.convenience.get_const_tensor(kernel) if kernel is not None else None
+        if kernel is None or stored is None or not _is_only_read_here(kernel):
+            continue
+        numbers = stored.numpy()
+        if numbers.shape[2:] != images.shape:
+            continue
+        places = places or builder.stored("images", np.where(is_used, images, 0)[np.newaxis])
+        by_image = np.ascontiguousarray(numbers[:, 0, is_used][:, order])
+        gathered = builder.node(
+            "Gather", [builder.kept(f"{kernel.name}_of_images", by_image), places], {"axis": 1}
+        )
+        gathered.shape = ir.Shape(numbers.shape)
+        _put_in_place_of(kernel, gathered, builder.graph)
+
+
+def _is_only_read_here(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not (value.is_graph_input() or value.is_graph_output())
+
+
+def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
+    """The convolutions that read a value, also expanded to a batch."""
+    for user, position in value.uses():
+        if user.op_type == "Expand":
+            yield from _convolutions_of(user.outputs[0])
+        elif user.op_type == "Conv" and position == 0:
+            yield user
 
 
 @dataclass
@@ -171,24 +223,37 @@ class _Builder:
     arrays: list[np.ndarray]
 
     def product(self, constant: CoordConstant) -> ir.Value:
-        """The product of the factors, in the constant's shape."""
+        """The products of the factors one below the other, in the constant's shape."""
         assert constant.factors is not None
+        bands = [self._product_of_band(number, constant) for number in range(len(constant.factors))]
+        result = bands[0] if len(bands) == 1 else self.node("Concat", bands, {"axis": 2})
+        result.shape = ir.Shape(constant.tensor.shape)
+        return result
+
+    def _product_of_band(self, number: int, constant: CoordConstant) -> ir.Value:
+        assert constant.factors is not None
+        factors = [_array(factor) for factor in constant.factors[number]]
+        band = f"band_{number}_" if len(constant.factors) > 1 else ""
         running, *rest = (
-            self.stored(f"axis_{axis}", _array(factor))
-            for axis, factor in enumerate(constant.factors)
+            self.stored(f"{band}axis_{axis}", factor) for axis, factor in enumerate(factors)
         )
         for factor in rest:
             running = self.node("Mul", [running, factor])
-        wanted = tuple(constant.tensor.shape)
-        if np.broadcast_shapes(*(factor.shape for factor in constant.factors)) != wanted:
-            shape = self.stored("shape", np.array(wanted, dtype=np.int64))
-            running = self.node("Reshape", [running, shape])
-        running.shape = ir.Shape(wanted)
-        return running
+        product = np.broadcast_shapes(*(factor.shape for factor in factors))
+        if constant.strip is None:
+            return running
+        # (1, rows, S, W) to (1, 1, rows, S * W)
+        wanted = (1, 1, *product[1:-2], product[-2] * product[-1])
+        shape = self.stored(f"{band}shape", np.array(wanted, dtype=np.int64))
+        return self.node("Reshape", [running, shape])
 
     def stored(self, what: str, array: np.ndarray) -> ir.Value:
+        """Store what counts as a coordinate constant."""
         self.arrays.append(array)
-        name = f"{self.name}_{what}"
+        return self.kept(f"{self.name}_{what}", array)
+
+    def kept(self, name: str, array: np.ndarray) -> ir.Value:
+        """Store an array."""
         value = ir.Value(
             name=name,
             shape=ir.Shape(array.shape),

@@ -270,13 +270,13 @@ def _rewritten(
     if not weights_are_inside:
         stored = count_constant_bytes(graph, constants, batch)
         return onnx.load(path), stored, coordinate_nodes(graph)
-    stored = compact_constants_(graph, constants, batch)
     if fuse and carry_coordinates_(graph):
         RemoveUnusedNodesPass()(model)
     fold_scales_(graph)
     order_additions_(graph)
     if fuse:
         fuse_clips_(graph)
+    stored = compact_constants_(graph, constants, batch)
     names = coordinate_nodes(graph)
     proto = onnx_ir.to_proto(model)
     onnx.save(proto, path)

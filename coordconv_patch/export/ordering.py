@@ -123,7 +123,7 @@ _MAKE_BLOCKS = frozenset({"Conv"})
 _KEEP_BLOCKS = frozenset(
     {
         *("Add", "Sum", "Mul", "Concat", "Resize", "Upsample", "BatchNormalization"),
-        *("Relu", "Sigmoid", "Tanh", "HardSigmoid"),
+        *("Relu", "Sigmoid", "Tanh", "HardSigmoid", "Gelu"),
         *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
     }
 )

@@ -5,7 +5,7 @@ With x the input, c the coordinates of its size, W and W_c the weights::
     channels    conv([x ; c], [W ; W_c])         c constant; the published CoordConv
     map         conv(x, W) + m                   m = conv(c, W_c) constant
     branch      conv(x, W) + conv(c * 1_N, W_c)  c constant, expanded to the batch
-    separable   conv(x, W) + conv(s * 1_N, V)    s constant, see :mod:`.separable`
+    separable   conv(x, W) + conv(s * 1_N, V)    s constant, see :mod:`.separable`, :mod:`.strips`
     computed    conv(x, W) + conv(c(x), W_c)     c from x's size at run time
     none        conv(x, W)                       where c is zero, on inputs of 1 x 1 pixels
 
@@ -31,6 +31,7 @@ from coordconv_patch.errors import ExportError
 from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
+from coordconv_patch.passes.strips import Strip, banded_strip, flat_strip
 from coordconv_patch.recording import Call, record_calls
 
 __all__ = [
@@ -55,15 +56,17 @@ class CoordConstant:
 
     Attributes:
         tensor: Coordinate channels (1, K, *size), or a map (1, C_out, *output_size).
-        factors: Tensors whose broadcast product has the tensor's numbers in their order;
-            ``None`` where there are none.
+        factors: By band of rows, tensors whose broadcast product has the band's numbers in
+            their order; ``None`` where there are none.
+        strip: Where the tensor is a strip, how it is laid out.
         map_of: Where the tensor is a map, the strip that it can be made of instead, and the
-            weight (C_out, 1, 1, R) and dilation with which it is convolved.
+            kernel (C_out, 1, 1, R) with which that is convolved.
     """
 
     tensor: Tensor
-    factors: tuple[Tensor, ...] | None = None
-    map_of: tuple[CoordConstant, Tensor, tuple[int, ...]] | None = None
+    factors: tuple[tuple[Tensor, ...], ...] | None = None
+    strip: Strip | None = None
+    map_of: tuple[CoordConstant, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,11 @@ class LoweringSite:
         return weight.numel() // self.geometry.out_channels
 
     @property
-    def rank(self) -> int | None:
+    def num_images(self) -> int | None:
         """The same in the separable form, for the largest call; ``None`` if there is none."""
-        bases = [self.basis(call) for call in self.calls]
-        ranks = [basis.rank for basis in bases if basis is not None]
-        return max(ranks) if ranks and len(ranks) == len(bases) else None
+        strips = [self.strip(call) for call in self.calls]
+        widths = [strip.width for strip in strips if strip is not None]
+        return max(widths) if widths and len(widths) == len(strips) else None
 
     @property
     def is_zero(self) -> bool:
@@ -135,6 +138,15 @@ class LoweringSite:
             self._once("basis", call, torch.float64, lambda: self._make_basis(call)),
         )
 
+    def strip(self, call: Call) -> Strip | None:
+        """How these images are laid out for the separable form of one call."""
+
+        def make() -> Strip | None:
+            basis = self.basis(call)
+            return None if basis is None else banded_strip(basis)
+
+        return cast("Strip | None", self._once("layout", call, torch.float64, make))
+
     @torch.no_grad()
     def constant(self, lowering: str, call: Call) -> CoordConstant:
         """What the graph stores for one call; grids and bases are shared by value.
@@ -148,40 +160,42 @@ class LoweringSite:
             tensor = self.layer.compute_branch(call.input_size, self._output_padding(call))
             if basis is None:
                 return CoordConstant(tensor)
-            weight, dilation = self.separable_weight(call)
-            return CoordConstant(tensor, map_of=(self._strip(basis, call), weight, dilation))
+            # Convolved when a file is loaded, so what counts is the size of the kernel.
+            strip = self._stored_strip("flat strip", flat_strip(basis), call)
+            return CoordConstant(tensor, map_of=(strip, self.kernel(call, flat_strip(basis))))
         if lowering == "separable":
-            basis = self.basis(call)
-            if basis is None:
+            banded = self.strip(call)
+            if banded is None:
                 raise ExportError(
                     f"{self.name} has no 'separable' form, because its coordinates "
                     f"({self.layer.coords}) do not each depend on one axis alone: choose 'branch'"
                 )
-            return self._strip(basis, call)
+            return self._stored_strip("strip", banded, call)
         return cast(
             CoordConstant, self._once("grid", call, dtype, lambda: self._make_channels(call))
         )
 
     @torch.no_grad()
-    def separable_weight(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
-        """V, the weight that the separable form has in one call, and its dilation."""
+    def kernel(self, call: Call, strip: Strip) -> Tensor:
+        """V, as the kernel that adds up the images of a strip in one call."""
         basis = self.basis(call)
         assert basis is not None
         weight = self.layer.coord_weight.detach()
         by_output = weight.transpose(0, 1) if self.geometry.transposed else weight
-        return basis.weight(by_output).to(weight.dtype), basis.dilation
+        return strip.kernel(basis.weight(by_output)).to(weight.dtype)
 
-    def _strip(self, basis: SeparableBasis, call: Call) -> CoordConstant:
+    def _stored_strip(self, kind: str, strip: Strip, call: Call) -> CoordConstant:
         dtype = self.layer.coord_weight.dtype
 
         def make() -> CoordConstant:
-            return CoordConstant(basis.strip(dtype), basis.strip_factors(dtype))
+            return CoordConstant(strip.tensor(dtype), strip.factors(dtype), strip)
 
-        return cast(CoordConstant, self._once("strip", call, dtype, make))
+        return cast(CoordConstant, self._once(kind, call, dtype, make))
 
     def _make_channels(self, call: Call) -> CoordConstant:
         grid = _padded(self.layer, self._grid(call))
-        return CoordConstant(grid, factors(grid))
+        found = factors(grid)
+        return CoordConstant(grid, None if found is None else (found,))
 
     @torch.no_grad()
     def _make_basis(self, call: Call) -> SeparableBasis | None:
@@ -264,10 +278,10 @@ def lower_(
             constants[id(constant.tensor)] = constant
             site.layer.register_buffer(f"coord_constant_{index}", constant.tensor, persistent=False)
             stored[call] = _Stored(constant.tensor)
-            if lowering == "separable":
-                weight, dilation = site.separable_weight(call)
-                site.layer.register_buffer(f"coord_weight_{index}", weight, persistent=False)
-                stored[call] = _Stored(constant.tensor, weight, dilation)
+            if constant.strip is not None:
+                kernel = site.kernel(call, constant.strip)
+                site.layer.register_buffer(f"coord_weight_{index}", kernel, persistent=False)
+                stored[call] = _Stored(constant.tensor, kernel, constant.strip)
         _replace_forward(site, lowering, stored)
     return Lowered(lowerings, tuple(constants.values()))
 
@@ -286,11 +300,11 @@ def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a lowered layer holds for one call: a constant, and a strip's weight and dilation."""
+    """What a lowered layer holds for one call: a constant; if it is a strip, its kernel."""
 
     constant: Tensor
-    weight: Tensor | None = None
-    dilation: tuple[int, ...] = ()
+    kernel: Tensor | None = None
+    strip: Strip | None = None
 
 
 def _padded(layer: CoordLayer, grid: Tensor) -> Tensor:
@@ -362,8 +376,8 @@ def _branch_forward(
         grid = _expanded(stored.constant, input) if batched else stored.constant
         branch = (
             layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid=grid)
-            if stored.weight is None
-            else _convolve_strip(grid, stored)
+            if stored.strip is None
+            else _convolve_strip(grid, stored.kernel, stored.strip)
         )
     return branch if batched else branch.squeeze(0)
 
@@ -385,15 +399,15 @@ def _sum_forward(
         grid = _expanded(stored.constant, input) if batched else stored.constant
         branch = (
             _convolve_padded(layer, grid, input, output)
-            if stored.weight is None
-            else _convolve_strip(grid, stored)
+            if stored.strip is None
+            else _convolve_strip(grid, stored.kernel, stored.strip)
         )
     return output + (branch if batched else branch.squeeze(0))
 
 
-def _convolve_strip(strip: Tensor, stored: _Stored) -> Tensor:
-    convolve = CONV_FUNCTIONS[len(stored.dilation), False]
-    return convolve(strip, stored.weight, None, 1, 0, stored.dilation)
+def _convolve_strip(grid: Tensor, kernel: Tensor | None, strip: Strip) -> Tensor:
+    convolve = CONV_FUNCTIONS[len(strip.dilation), False]
+    return convolve(grid, kernel, None, 1, strip.padding, strip.dilation)
 
 
 def _expanded(constant: Tensor, input: Tensor) -> Tensor:

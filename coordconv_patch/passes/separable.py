@@ -14,15 +14,11 @@ The images e_i f_j have the size of the *output*, and are fewer than the taps: 1
 18 for 3x3, 8 with stride 2, 24 instead of 98 for 7x7 with stride 2. They depend on the
 geometry alone and are stored as vectors.
 
-The R images stand side by side in a *strip* of one channel, H x (R W) pixels, and V is a
-kernel of 1 x R pixels with dilation W: kernels add up the taps of one channel in registers,
-but write their output anew for every channel. (ONNX Runtime's CPU kernels, 144 outputs at
-56 x 56: 3x3 of two channels 138 microseconds, 14 channels 199, a strip of 14 images 130.)
+How the images lie in a constant, and which kernel adds them up, is told in :mod:`.strips`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,28 +49,6 @@ class SeparableBasis:
         """R, the number of images."""
         return self.coefficients.shape[1]
 
-    def strip_factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-        """Vectors whose broadcast product is the strip, but for its shape.
-
-        (1, H, R, 1) and (1, 1, R, W), whose product has the pixels of (1, 1, H, R * W) in
-        the same order.
-        """
-        *others, last = self.vectors
-        ones = (1,) * len(others)
-        shaped = [
-            matrix.T.reshape(
-                1, *(-1 if axis == at else 1 for axis in range(len(others))), self.rank, 1
-            )
-            for at, matrix in enumerate(others)
-        ]
-        factors = (*shaped, last.reshape(1, *ones, self.rank, -1))
-        return tuple(factor.to(dtype) for factor in factors)
-
-    def strip(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The images side by side, shape (1, 1, H, R * W), as its factors give them."""
-        product = functools.reduce(torch.mul, self.strip_factors(dtype))
-        return product.flatten(-2).unsqueeze(0)
-
     def weight(self, coord_weight: Tensor) -> Tensor:
         """V for a coordinate weight.
 
@@ -82,15 +56,9 @@ class SeparableBasis:
             coord_weight: Shape (C_out, K, kH, kW), with as many taps as the basis has.
 
         Returns:
-            Shape (C_out, 1, 1, R), float64.
+            Shape (C_out, R), float64.
         """
-        combined = coord_weight.flatten(1).double() @ self.coefficients
-        return combined.reshape(len(combined), *(1,) * len(self.vectors), self.rank)
-
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """The dilation with which V is applied to the strip: (1, W)."""
-        return (*(1,) * (len(self.vectors) - 1), self.vectors[-1].shape[1])
+        return coord_weight.flatten(1).double() @ self.coefficients
 
 
 def factors(images: Tensor) -> tuple[Tensor, ...] | None:

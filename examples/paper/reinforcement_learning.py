@@ -232,7 +232,7 @@ def pacman(environments: int, seed: int) -> VecEnv:
 
 def train_pacman(variant: str, seed: int, options: Options) -> Run:
     """Train on Ms. Pac-Man; returns are the game's own points."""
-    steps = options.length(240_000, 160)
+    steps = options.length(1_200_000, 160)
     env = pacman(2 if options.quick else 16, 1_000 * seed)
     model = pacman_learner(env, EXTRACTORS["NatureCNN", variant], seed)
     progress, stopwatch = learn(model, steps, f"{ATARI}, {variant}")
