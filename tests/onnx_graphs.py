@@ -157,6 +157,18 @@ def assert_close(
         np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale)
 
 
+def banded_strip_bytes(
+    size: tuple[int, int], width: int, border: int, itemsize: int = 4, *, kernels: bool = True
+) -> int:
+    """What a strip of three bands takes in a file.
+
+    Two vectors for each place of each band, three shapes of four whole numbers, and where
+    kernels read it, which image stands in each place.
+    """
+    vectors = width * (size[0] + 2 * border + 3 * size[1]) * itemsize
+    return vectors + 3 * 4 * 8 + (3 * width * 8 if kernels else 0)
+
+
 def count(model: ir.Model | onnx.ModelProto, kind: str) -> int:
     """How many nodes of a kind the graph has."""
     nodes = model.graph if isinstance(model, ir.Model) else model.graph.node

@@ -34,22 +34,34 @@ def chosen(site: LoweringSite, provider: str = CPU[0], **options: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("conv", "form"),
+    ("conv", "numbers", "form"),
     [
-        (nn.Conv2d(2, 4, 1), "branch"),  # 2 taps, 2 images
-        (nn.Conv2d(2, 4, 3, padding=1), "separable"),  # 18 taps, 15 images
-        (nn.Conv2d(2, 4, 3, padding=1, stride=2), "separable"),  # 18 taps, 8 images
-        (nn.Conv2d(2, 4, 7, padding=3, stride=2), "separable"),  # 98 taps, 24 images
-        (nn.Conv2d(4, 4, 3, padding=1, groups=4), "separable"),
-        (nn.ConvTranspose2d(2, 4, 2, stride=2), "branch"),  # 8 taps, 8 images
-        (nn.ConvTranspose2d(2, 4, 4, stride=2, padding=1), "branch"),  # 32 taps, 32 images
+        (nn.Conv2d(2, 4, 1), (2, 2), "separable"),
+        (nn.Conv2d(2, 4, 3, padding=1), (18, 7), "separable"),
+        (nn.Conv2d(2, 4, 3, padding=1, stride=2), (18, 5), "separable"),
+        (nn.Conv2d(2, 4, 5, padding=2), (50, 12), "separable"),
+        (nn.Conv2d(2, 4, 7, padding=3, stride=2), (98, 10), "separable"),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (18, 7), "separable"),
+        (nn.ConvTranspose2d(2, 4, 2, stride=2), (8, 8), "branch"),
     ],
 )
-def test_on_the_cpu_the_form_with_fewer_multiplications(conv: nn.Module, form: str) -> None:
+def test_on_the_cpu_the_form_with_fewer_multiplications(
+    conv: nn.Module, numbers: tuple[int, int], form: str
+) -> None:
     site = site_of(conv)
-    assert site.rank is not None
-    assert (site.rank < site.num_taps) == (form == "separable")
+    assert (site.num_taps, site.num_images) == numbers
     assert chosen(site) == form
+
+
+def test_in_one_dimension_as_many_images_as_taps_are_no_gain() -> None:
+    model = ccp.patch(nn.Sequential(nn.Conv1d(2, 4, 3)).eval(), "all")
+    (site,) = lowering_sites(model, torch.zeros(1, 2, 30))
+    assert site.num_images == 2  # a constant and x
+    assert chosen(site) == "separable"
+    model = ccp.patch(nn.Sequential(nn.Conv1d(2, 4, 1)).eval(), "all")
+    (site,) = lowering_sites(model, torch.zeros(1, 2, 30))
+    assert site.num_images == site.num_taps == 1
+    assert chosen(site) == "branch"
 
 
 def test_on_the_cpu_a_radius_is_a_branch() -> None:
@@ -103,7 +115,7 @@ def test_a_map_of_several_sizes_counts_them_all() -> None:
     model = ccp.patch(Pyramid().eval(), "all")
     (site,) = lowering_sites(model, torch.zeros(1, 3, 8, 12))
     assert site.map_bytes == 3 * (8 * 12 + 4 * 6) * 4
-    assert site.rank == 16  # at 4 x 6; 15 at 8 x 12
+    assert site.num_images == 8  # at 4 x 6; 7 at 8 x 12
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])

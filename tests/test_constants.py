@@ -12,7 +12,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from onnx_graphs import CPU, HandMadeGraph, assert_close, checked, count, run, serialized
+from onnx_graphs import (
+    CPU,
+    HandMadeGraph,
+    assert_close,
+    banded_strip_bytes,
+    checked,
+    count,
+    run,
+    serialized,
+)
 from reference import paper_grid
 from torch import Tensor, nn
 
@@ -101,13 +110,60 @@ def test_channels_that_are_padded_already(mode: str) -> None:
     assert compacted(graph_with(array_of(constant)), [constant]) == 2 * (16 + 13) * 4
 
 
-def test_a_strip_is_a_product_in_another_shape() -> None:
+def test_bands_of_a_strip_are_products_in_another_shape() -> None:
     constant = constant_of(site_of(nn.Conv2d(3, 4, 3, padding=1)), "separable")
-    assert tuple(constant.tensor.shape) == (1, 1, 12, 15 * 9)
+    assert tuple(constant.tensor.shape) == (1, 1, 14, 7 * 9)
     model = graph_with(array_of(constant))
-    # Two vectors for each of 15 images, and the four whole numbers of the shape.
-    assert compacted(model, [constant]) == 15 * (12 + 9) * 4 + 4 * 8
-    assert count(model, "Mul") == count(model, "Reshape") == 1
+    before = count(model, "Concat")
+    assert compacted(model, [constant]) == banded_strip_bytes(SIZE, 7, 1, kernels=False)
+    assert count(model, "Mul") == count(model, "Reshape") == 3
+    assert count(model, "Concat") == before + 1
+
+
+@pytest.mark.parametrize("held", ["initializer", "node"])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_kernels_are_stored_without_the_places_that_have_no_image(
+    expanded: bool, held: str
+) -> None:
+    site = site_of(nn.Conv2d(3, 4, 3, padding=1))
+    constant = constant_of(site, "separable")
+    strip = constant.strip
+    assert strip is not None
+    kernel = site.kernel(site.calls[0], strip).numpy()
+    assert kernel.shape == (4, 1, 3, 7)
+    graph = HandMadeGraph(channels=4, size=SIZE)
+    keep = graph.stored if held == "initializer" else graph.in_a_node
+    source = graph.stored(array_of(constant))
+    if expanded:
+        source = graph.node("Expand", source, graph.stored(np.array([3, 1, 14, 63])))
+    branch = graph.node(
+        *("Conv", source, keep(kernel)),
+        dilations=list(strip.dilation),
+        pads=[*strip.padding, *strip.padding],
+    )
+    model = graph.model(graph.node("Add", graph.x, branch))
+    assert compacted(model, [constant]) == banded_strip_bytes(SIZE, 7, 1)
+    shapes = [tuple(value.shape) for value in model.graph.initializers.values()]
+    assert kernel.shape not in shapes
+    assert (4, 15) in shapes
+    assert count(model, "Gather") == 1
+
+
+def test_a_kernel_that_something_else_reads_stays() -> None:
+    site = site_of(nn.Conv2d(3, 4, 3, padding=1))
+    constant = constant_of(site, "separable")
+    strip = constant.strip
+    assert strip is not None
+    graph = HandMadeGraph(channels=4, size=SIZE)
+    kernel = graph.stored(site.kernel(site.calls[0], strip).numpy())
+    branch = graph.node(
+        *("Conv", graph.stored(array_of(constant)), kernel),
+        dilations=list(strip.dilation),
+        pads=[*strip.padding, *strip.padding],
+    )
+    model = graph.model(graph.node("Add", graph.x, branch), graph.node("Neg", kernel))
+    assert compacted(model, [constant]) == banded_strip_bytes(SIZE, 7, 1, kernels=False)
+    assert count(model, "Gather") == 0
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
@@ -221,11 +277,14 @@ def test_an_initializer_that_the_caller_may_replace_stays() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_types_keep_their_numbers_and_their_type(dtype: torch.dtype) -> None:
     conv = nn.Conv2d(3, 4, 3, padding=1).to(dtype)
-    for lowering, numbers in (("branch", 2 * (12 + 9)), ("separable", 15 * (12 + 9))):
+    for lowering, bytes_ in (
+        ("branch", 2 * (12 + 9) * 2),
+        ("separable", banded_strip_bytes(SIZE, 7, 1, 2, kernels=False)),
+    ):
         constant = constant_of(site_of(conv), lowering)
         recipe = constant.factors
         assert recipe is not None
-        assert {factor.dtype for factor in recipe} == {dtype}
+        assert {factor.dtype for band in recipe for factor in band} == {dtype}
         graph = HandMadeGraph(channels=1, size=(1, 1))
         kind = ir.DataType.FLOAT16 if dtype is torch.float16 else ir.DataType.BFLOAT16
         bits = constant.tensor.contiguous().view(torch.int16).numpy()
@@ -237,8 +296,7 @@ def test_narrow_types_keep_their_numbers_and_their_type(dtype: torch.dtype) -> N
         model = graph.model(graph.node("Add", graph.x, graph.node("Cast", held, to=1)))
         expected = constant.tensor.float().numpy()
         stored = compact_constants_(model.graph, [constant], batch=1)
-        shape_bytes = 4 * 8 if lowering == "separable" else 0
-        assert stored == numbers * 2 + shape_bytes
+        assert stored == bytes_
         reference = ReferenceEvaluator(checked(model))
         (evaluated,) = reference.run(None, {"x": np.zeros((1, 1, 1, 1), dtype=np.float32)})
         np.testing.assert_array_equal(evaluated, expected)
@@ -270,12 +328,11 @@ def test_real_files_hold_vectors(lowering: str, exporter: str, tmp_path: Path) -
     proto = onnx.load(report.path)
     onnx.checker.check_model(proto, full_check=True)
     sizes = [32 + 24, 16 + 12]
-    numbers = {
-        "map": sum(15 * both + 3 * 15 for both in sizes),
-        "separable": sum(15 * both for both in sizes),
-    }.get(lowering, sum(2 * both for both in sizes))
-    shapes = 2 * 4 * 8 if lowering in ("map", "separable") else 0
-    assert report.coord_constant_bytes == numbers * 4 + shapes
+    expected = {
+        "map": sum((15 * both + 3 * 15) * 4 + 4 * 8 for both in sizes),
+        "separable": sum(banded_strip_bytes(size, 7, 1) for size in ((32, 24), (16, 12))),
+    }.get(lowering, sum(2 * both * 4 for both in sizes))
+    assert report.coord_constant_bytes == expected
     largest = max(len(t.raw_data) or 4 * len(t.float_data) for t in proto.graph.initializer)
     assert largest <= 15 * 32 * 4
     (actual,) = run(report.path, {"x": x.numpy()})

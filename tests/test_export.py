@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from concat_model import concatenating
+from onnx_graphs import banded_strip_bytes
 from reference import concatenating_conv, paper_grid
 from torch import Tensor, nn
 
@@ -163,8 +164,8 @@ def test_coordinates_are_constants_where_the_size_is_fixed(case: Any) -> None:
         assert "Range" in operators(path)
         return
     assert not operators(path) & {"Range", "Linspace"}
-    # Both read 8 x 12. Channels are a vector an axis each; a strip two for each image, and its
-    # shape of four whole numbers; the stem's map also has a weight, the head's 3 x 5 is whole.
+    # Both read 8 x 12. Channels are a vector an axis each; a flat strip two for each image, and
+    # its shape of four whole numbers; the stem's map also has a weight, the head's 3 x 5 is whole.
     strip = 15 * (8 + 12) * 4 + 4 * 8
     assert (
         report.coord_constant_bytes
@@ -172,7 +173,7 @@ def test_coordinates_are_constants_where_the_size_is_fixed(case: Any) -> None:
             "channels": 2 * (8 + 12) * 4,
             "branch": 2 * (8 + 12) * 4,
             # The head does not pad: x and y, shifted and not, span x, y and a constant.
-            "separable": strip + 3 * (3 + 5) * 4 + 4 * 8,
+            "separable": banded_strip_bytes((8, 12), 7, 1) + 3 * (3 + 5) * 4 + 4 * 8,
             "map": strip + 4 * 15 * 4 + 2 * 3 * 5 * 4,
         }[lowering]
     )
@@ -860,7 +861,7 @@ def test_half_precision_stays_half(exporter: str, tmp_path: Path) -> None:
         providers=CPU,
     )
     assert {array.dtype for array in constants(report.path)} == {np.dtype(np.float16)}
-    assert report.coord_constant_bytes == 15 * (8 + 12) * 2 + 4 * 8  # a strip and its shape
+    assert report.coord_constant_bytes == banded_strip_bytes((8, 12), 7, 1, itemsize=2)
     (actual,) = run(report.path, images(3).half())
     assert actual.dtype == np.float16
     assert_same(actual.astype(np.float32), concatenating(model).float()(images(3)), 1e-2)
@@ -876,8 +877,11 @@ def test_a_pretrained_architecture_from_timm(tmp_path: Path) -> None:
     report = ccp.export_onnx(model, tmp_path / "resnet18.onnx", x, providers=CPU)
     assert set(report.lowerings) == {"conv1", "layer2.0.conv1", "layer2.1.conv1"}
     # A strip of each geometry, of images of the outputs' sizes: 32 x 48, and twice 8 x 12.
-    vectors = 24 * (32 + 48) + 8 * (8 + 12) + 15 * (8 + 12)
-    assert report.coord_constant_bytes == vectors * 4 + 3 * 4 * 8
+    assert report.coord_constant_bytes == (
+        banded_strip_bytes((32, 48), 10, 2)
+        + banded_strip_bytes((8, 12), 5, 1)
+        + banded_strip_bytes((8, 12), 7, 1)
+    )
     other = torch.rand(5, 3, 64, 96)
     assert_same(run(report.path, other)[0], concatenating(model)(other), 1e-4)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.passes.lower import LoweringSite, lowering_sites
 from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
+from coordconv_patch.passes.strips import Strip, banded_strip, flat_strip
 
 
 def site_of(conv: nn.Module, size: tuple[int, ...], **options: Any) -> LoweringSite:
@@ -94,6 +97,24 @@ def reproduced(basis: SeparableBasis) -> Tensor:
     return torch.einsum("tr,r...->t...", basis.coefficients, torch.stack(images))
 
 
+def assert_lays_out(strip: Strip, basis: SeparableBasis) -> None:
+    """A kernel for one image alone gives this image, and no place costs more than needed."""
+    ndim = len(basis.vectors)
+    one_each = torch.eye(basis.rank, dtype=torch.float64)
+    convolve = CONVS[ndim, False]
+    given = convolve(strip.tensor(), strip.kernel(one_each), None, 1, strip.padding, strip.dilation)
+    images = [
+        functools.reduce(_outer, [matrix[r] for matrix in basis.vectors]) for r in range(basis.rank)
+    ]
+    torch.testing.assert_close(given[0], torch.stack(images), rtol=0, atol=0)
+    assert strip.width <= basis.rank
+    assert sorted(strip.images[strip.images >= 0].tolist()) == list(range(basis.rank))
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right
+
+
 def assert_reproduces(site: LoweringSite, expected: Tensor) -> SeparableBasis | None:
     """The basis gives each tap's response; there is none only where all responses are zero."""
     basis = site.basis(site.calls[0])
@@ -105,7 +126,7 @@ def assert_reproduces(site: LoweringSite, expected: Tensor) -> SeparableBasis | 
     assert reproduced(basis).shape == expected.shape
     assert (reproduced(basis) - expected).abs().max() <= 1e-8 * scale
     assert basis.rank <= len(expected)
-    assert site.rank == basis.rank
+    assert_lays_out(banded_strip(basis), basis)
     return basis
 
 
@@ -208,19 +229,24 @@ def test_a_window_of_a_larger_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "options", "rank"),
+    ("kernel", "options", "rank", "width"),
     [
-        (1, {}, 2),
-        (3, {"padding": 1}, 15),
-        (3, {"padding": 1, "stride": 2}, 8),
-        (7, {"padding": 3, "stride": 2}, 24),
-        (3, {}, 3),
-        (3, {"padding": 1, "padding_mode": "circular"}, 15),
+        (1, {}, 2, 2),
+        (3, {"padding": 1}, 15, 7),
+        (3, {"padding": 1, "stride": 2}, 8, 5),
+        (5, {"padding": 2}, 35, 12),
+        (7, {"padding": 3, "stride": 2}, 24, 10),
+        (3, {}, 3, 3),
+        (3, {"padding": 1, "padding_mode": "circular"}, 15, 7),
     ],
 )
-def test_the_number_of_images(kernel: int, options: dict[str, Any], rank: int) -> None:
+def test_the_number_of_images(kernel: int, options: dict[str, Any], rank: int, width: int) -> None:
+    """All images, and those that an output value takes."""
     site = site_of(nn.Conv2d(2, 3, kernel, **options), (32, 48))
-    assert site.rank == rank
+    basis = site.basis(site.calls[0])
+    assert basis is not None
+    assert basis.rank == rank
+    assert site.num_images == width
     assert site.num_taps == 2 * kernel**2
 
 
@@ -238,19 +264,21 @@ def test_no_basis_is_larger_than_the_span_of_the_responses_needs(size: tuple[int
             "zeros",
         )
         span = torch.linalg.matrix_rank(expected.flatten(1), rtol=1e-9).item()
-        assert site.rank is not None
-        assert span <= site.rank < site.num_taps
+        basis = site.basis(site.calls[0])
+        assert basis is not None
+        assert span <= basis.rank < site.num_taps
 
 
 def test_a_radius_has_no_basis() -> None:
     site = site_of(nn.Conv2d(2, 3, 3), (6, 9), coords=ccp.Coordinates(radius=True))
     assert site.basis(site.calls[0]) is None
-    assert site.rank is None
+    assert site.strip(site.calls[0]) is None
+    assert site.num_images is None
 
 
 def test_a_radius_of_one_row_is_a_product_of_vectors() -> None:
     site = site_of(nn.Conv2d(2, 3, 1), (1, 9), coords=ccp.Coordinates(radius=True))
-    assert site.rank == 2  # x, and its magnitude
+    assert site.num_images == 2  # x, and its magnitude
 
 
 def test_zero_responses_have_no_basis() -> None:
@@ -260,46 +288,59 @@ def test_zero_responses_have_no_basis() -> None:
 # --- the strip ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [flat_strip, banded_strip])
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_strip_convolved_with_its_weight_is_the_map(ndim: int, transposed: bool) -> None:
+def test_the_strip_convolved_with_its_kernel_is_the_map(
+    ndim: int, transposed: bool, layout: Callable[[SeparableBasis], Strip]
+) -> None:
     size = (8, 7, 5)[:ndim]
     kind = f"ConvTranspose{ndim}d" if transposed else f"Conv{ndim}d"
     site = site_of(getattr(nn, kind)(2, 3, 3, padding=1, stride=2), size)
     call = site.calls[0]
     basis = site.basis(call)
     assert basis is not None
-    weight, dilation = site.separable_weight(call)
-    *others, width = call.output_size
-    assert tuple(weight.shape) == (3, 1, *(1,) * (ndim - 1), basis.rank)
-    assert dilation == (*(1,) * (ndim - 1), width)
-    assert tuple(basis.strip().shape) == (1, 1, *others, basis.rank * width)
+    strip = layout(basis)
+    kernel = site.kernel(call, strip)
     grid = paper_grid(size).unsqueeze(0)
-    convolve = CONVS[ndim, transposed]
-    expected = convolve(grid, site.layer.coord_weight.detach(), None, 2, 1)
-    actual = CONVS[ndim, False](basis.strip(), weight, None, 1, 0, dilation)
+    expected = CONVS[ndim, transposed](grid, site.layer.coord_weight.detach(), None, 2, 1)
+    convolve = CONVS[ndim, False]
+    actual = convolve(strip.tensor(), kernel, None, 1, strip.padding, strip.dilation)
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_images_stand_side_by_side() -> None:
+def test_images_of_a_flat_strip_stand_side_by_side() -> None:
     site = site_of(nn.Conv2d(2, 3, 3, padding=1), (5, 4))
     basis = site.basis(site.calls[0])
     assert basis is not None
     rows, columns = basis.vectors
-    strip = basis.strip()
+    strip = flat_strip(basis)
+    assert (strip.width, strip.dilation, strip.padding) == (basis.rank, (1, 4), (0, 0))
     for r in range(basis.rank):
-        image = strip[0, 0, :, 4 * r : 4 * (r + 1)]
+        image = strip.tensor()[0, 0, :, 4 * r : 4 * (r + 1)]
         torch.testing.assert_close(image, torch.outer(rows[r], columns[r]))
 
 
-def test_the_strips_factors_have_its_numbers_in_its_order() -> None:
-    site = site_of(nn.Conv3d(2, 3, 3, padding=1), (4, 5, 3))
-    basis = site.basis(site.calls[0])
-    assert basis is not None
-    product = torch.ones((), dtype=torch.float64)
-    for factor in basis.strip_factors():
-        product = product * factor
-    assert torch.equal(product.flatten(), basis.strip().flatten())
+def test_border_images_have_bands_of_their_own() -> None:
+    site = site_of(nn.Conv2d(2, 3, 5, padding=2), (20, 16))
+    strip = site.strip(site.calls[0])
+    assert strip is not None
+    assert tuple(strip.tensor().shape) == (1, 1, 2 + 20 + 2, 12 * 16)
+    assert strip.dilation == (20, 16)
+    assert strip.padding == (18, 0)
+    assert [(row >= 0).sum().item() for row in strip.images] == [12, 11, 12]
+    inner = strip.bands[1][0]  # rows of the images that are not for one border row
+    assert not inner[:, [0, 1, 18, 19]].any()
+
+
+@pytest.mark.parametrize("conv", [nn.Conv3d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)])
+def test_the_strips_factors_have_its_numbers_in_its_order(conv: nn.Module) -> None:
+    size = (4, 5, 3)[: conv.weight.dim() - 2]
+    site = site_of(conv, size)
+    strip = site.strip(site.calls[0])
+    assert strip is not None
+    products = [functools.reduce(torch.mul, factors).flatten() for factors in strip.factors()]
+    assert torch.equal(torch.cat(products), strip.tensor().flatten())
 
 
 # --- factors ------------------------------------------------------------------------------------
@@ -363,10 +404,12 @@ def test_float32_rounds_the_separable_form_by_a_few_units(
             parameter.normal_()
     (site,) = lowering_sites(model, torch.zeros(1, 2, *size))
     call = site.calls[0]
-    weight, dilation = site.separable_weight(call)
+    constant = site.constant("separable", call)
+    strip = constant.strip
+    assert strip is not None
+    weight = site.kernel(call, strip)
     assert weight.dtype == torch.float32
-    strip = site.constant("separable", call).tensor
-    actual = F.conv2d(strip, weight, None, 1, 0, dilation)
+    actual = F.conv2d(constant.tensor, weight, None, 1, strip.padding, strip.dilation)
     grid = paper_grid_fast(size, fourier)
     exact = F.conv2d(grid, site.layer.coord_weight.detach().double(), None, stride, kernel // 2)
     scale = exact.abs().amax(dim=(0, 2, 3), keepdim=True)
