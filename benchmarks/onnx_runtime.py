@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shared.engines import ENGINES, LOWERINGS
+from shared.engines import ENGINES, LOWERINGS, Lowering
 from shared.floor import write_floor
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
@@ -48,16 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.selections = ["all"]
         options.models, options.batch, options.threads = [QUICK], [2], [1]
     record = open_record(options, NAME)
-    for name, engine in [] if options.show else product(options.models, options.engines):
-        combinations = _combinations(name, engine, options)
-        if all(key in record.results for key in combinations):
-            tqdm.write(f"{name}, {engine}: there already")
+    for name in [] if options.show else options.models:
+        combinations = _combinations(name, options)
+        missing = {key: what for key, what in combinations.items() if key not in record.results}
+        if not missing:
+            tqdm.write(f"{name}: there already")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            files = write_files(MODELS[name], Path(folder), options.selections, engine)
-            for key, (batch, threads) in combinations.items():
+            lowerings = {LOWERINGS[engine] for engine, _, _ in missing.values()}
+            files = write_files(MODELS[name], Path(folder), options.selections, lowerings)
+            for key, (engine, batch, threads) in missing.items():
+                chosen = _files_of(files, LOWERINGS[engine])
                 record.measure(
-                    key, _measure, files, MODELS[name], engine, batch, threads, key, options
+                    key, _measure, chosen, MODELS[name], engine, batch, threads, key, options
                 )
     print_ratios({key: ratios_of(result) for key, result in record.results.items()})
     panels: dict[str, dict[str, Any]] = {}
@@ -68,19 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_ratios(panels, "Time of exported files over the plain model's", options.picture)
 
 
-def _combinations(name: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
-    """By key: batch and threads. OpenVINO runs with the most threads only."""
-    numbers = options.threads if engine == "onnxruntime" else [max(options.threads)]
-    return {
-        f"{name}, {engine}, batch {batch}, threads {threads}": (batch, threads)
-        for batch, threads in product(options.batch, numbers)
-    }
+def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str, int, int]]:
+    """By key: engine, batch and threads. OpenVINO runs with the most threads only."""
+    found = {}
+    for engine in options.engines:
+        numbers = options.threads if engine == "onnxruntime" else [max(options.threads)]
+        for batch, threads in product(options.batch, numbers):
+            key = f"{name}, {engine}, batch {batch}, threads {threads}"
+            found[key] = (engine, batch, threads)
+    return found
 
 
 def write_files(
-    model: BenchModel, folder: Path, selections: Sequence[str], engine: str
+    model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[Lowering]
 ) -> dict[str, Path]:
-    """Export every variant for an engine; by name, the plain model first."""
+    """Export every variant; by name, the plain model first.
+
+    The patched ones are exported in each lowering, which their names end in: ``"all, auto"``.
+    """
     plain = seeded(model.make)
     example = images(2, model.size)
     write = functools.partial
@@ -91,7 +99,10 @@ def write_files(
     for selection in selections:
         made = patched(plain, SELECTIONS[selection], example)
         names = patched_names(made)
-        makers[selection] = write(write_verified, made, example, lowering=LOWERINGS[engine])
+        for lowering in sorted(lowerings):
+            makers[f"{selection}, {lowering}"] = write(
+                write_verified, made, example, lowering=lowering
+            )
         port = ported(plain, names, BufferCoords, example)
         makers[f"{selection}, port, buffer"] = write(write_plainly, port, example)
     # Its cost beside the other port's does not depend on which convolutions have it.
@@ -104,6 +115,16 @@ def write_files(
         files[name] = folder / f"{number}.onnx"
         make(files[name])
     return files
+
+
+def _files_of(files: Mapping[str, Path], lowering: Lowering) -> dict[str, Path]:
+    """The files for one engine: of the patched ones those in its lowering, named without it."""
+    others = {f", {other}" for other in LOWERINGS.values() if other != lowering}
+    return {
+        name.removesuffix(f", {lowering}"): path
+        for name, path in files.items()
+        if not name.endswith(tuple(others))
+    }
 
 
 def _measure(

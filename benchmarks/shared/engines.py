@@ -11,7 +11,7 @@ from torch import Tensor
 from coordconv_patch.export.binding import BoundRun
 from coordconv_patch.export.providers import CPU, make_session
 
-__all__ = ["ENGINES", "LOWERINGS", "onnxruntime_run", "openvino_run"]
+__all__ = ["ENGINES", "LOWERINGS", "Lowering", "onnxruntime_run", "openvino_run"]
 
 
 def onnxruntime_run(path: Path, images: Tensor, threads: int) -> Callable[[], Any]:
@@ -53,5 +53,7 @@ ENGINES: dict[str, Callable[[Path, Tensor, int], Callable[[], Any]]] = {
     "openvino": openvino_run,
 }
 
-LOWERINGS: dict[str, Literal["auto", "branch"]] = {"onnxruntime": "auto", "openvino": "branch"}
+Lowering = Literal["auto", "branch"]
+
+LOWERINGS: dict[str, Lowering] = {"onnxruntime": "auto", "openvino": "branch"}
 """What files are lowered to for each engine: "auto" writes for ONNX Runtime's own fusions."""

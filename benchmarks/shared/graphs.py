@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -12,12 +11,13 @@ import coordconv_patch as ccp
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.exporters import write_graph
 from coordconv_patch.export.providers import CPU
+from shared.engines import Lowering
 
 __all__ = ["write_plainly", "write_verified"]
 
 
 def write_verified(
-    model: nn.Module, example: Tensor, path: Path, lowering: Literal["auto", "branch"] = "auto"
+    model: nn.Module, example: Tensor, path: Path, lowering: Lowering = "auto"
 ) -> None:
     """Export with this package: lowered, ordered and compared with torch; any batch size.
 
