@@ -123,7 +123,7 @@ _MAKE_BLOCKS = frozenset({"Conv"})
 _KEEP_BLOCKS = frozenset(
     {
         *("Add", "Sum", "Mul", "Concat", "Resize", "Upsample", "BatchNormalization"),
-        *("Relu", "Sigmoid", "Tanh", "HardSigmoid", "Gelu"),
+        *("Relu", "Sigmoid", "Tanh", "HardSigmoid"),
         *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
     }
 )
