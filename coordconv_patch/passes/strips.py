@@ -19,7 +19,7 @@ the number of border rows::
 Elsewhere a kernel row lies in the padding, and kernels skip such rows. What an output costs is
 the S images side by side in the widest band: 7 instead of 15 for 3x3, 12 instead of 35 for 5x5,
 10 instead of 24 for 7x7 with stride 2. (144 outputs at 56 x 56, 3x3: 104 microseconds instead
-of 160; 5x5 at 28 x 28: 43 instead of 85; on another machine than the figures above.)
+of 160; 5x5 at 28 x 28: 43 instead of 85. Measured apart from the figures above.)
 """
 
 from __future__ import annotations
