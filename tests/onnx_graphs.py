@@ -16,18 +16,10 @@ CPU = ["CPUExecutionProvider"]
 
 
 class HandMadeGraph:
-    """Values are added by name of operator; ``x`` is the input, ``coords`` the coordinates.
-
-    These are two channels, or with ``strip=True`` two images side by side in one channel.
-    """
+    """Values are added by name of operator; ``x`` is the input, ``coords`` the coordinates."""
 
     def __init__(
-        self,
-        channels: int = 8,
-        size: Sequence[int] = (5, 7),
-        opset: int = 18,
-        dtype: Any = "f4",
-        strip: bool = False,
+        self, channels: int = 8, size: Sequence[int] = (5, 7), opset: int = 18, dtype: Any = "f4"
     ) -> None:
         self.generator = np.random.default_rng(0)
         self.dtype = np.dtype(dtype)
@@ -38,9 +30,7 @@ class HandMadeGraph:
         self.size = tuple(size)
         self.x = self.input("x", ["N", channels, *size])
         batch = self.node("Shape", self.x, end=1) if opset >= 15 else None
-        self.coord_shape = (1, *size[:-1], 2 * size[-1]) if strip else (2, *size)
-        self.strip = strip
-        rest = np.array(self.coord_shape, dtype=np.int64)
+        rest = np.array([2, *size], dtype=np.int64)
         if batch is None:
             batch = self.node("Slice", self.node("Shape", self.x), *self.numbers([0], [1]))
         self.batch = batch
@@ -84,16 +74,8 @@ class HandMadeGraph:
         return node.outputs[0]
 
     def new_coords(self) -> ir.Value:
-        """Two coordinate channels or images, expanded to the batch."""
-        return self.node("Expand", self.stored(self.random(1, *self.coord_shape)), self.shape)
-
-    def branch(self, channels: int) -> ir.Value:
-        """A branch that weighs both at each pixel."""
-        if not self.strip:
-            return self.conv(self.coords, (2, channels))
-        kernel = self.stored(self.random(channels, 1, *(1,) * (len(self.size) - 1), 2))
-        dilations = [*(1,) * (len(self.size) - 1), self.size[-1]]
-        return self.node("Conv", self.coords, kernel, dilations=dilations)
+        """Two coordinate channels, expanded to the batch."""
+        return self.node("Expand", self.stored(self.random(1, 2, *self.size)), self.shape)
 
     def conv(
         self,
@@ -115,7 +97,7 @@ class HandMadeGraph:
     def site(self, source: ir.Value, channels: tuple[int, int], **options: Any) -> ir.Value:
         """The sum of a convolution and its 1x1 branch."""
         main = self.conv(source, channels, **options)
-        return self.node("Add", main, self.branch(channels[1]))
+        return self.node("Add", main, self.conv(self.coords, (2, channels[1])))
 
     def model(self, *outputs: ir.Value) -> ir.Model:
         """The graph's model, with the shapes that ONNX infers written down in it."""

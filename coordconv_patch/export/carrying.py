@@ -218,19 +218,17 @@ def _is_pointwise(conv: ir.Node) -> bool:
 
 def _adds_up_a_strip(conv: ir.Node) -> bool:
     """Whether a convolution adds up images that stand side by side in one channel."""
-    dilations = conv.attributes.get("dilations")
-    if not _is_plain(conv) or dilations is None:
+    if not _is_plain(conv):
         return False
+    source, result, dilations = conv.inputs[0], conv.outputs[0], conv.attributes.get("dilations")
     _, channels, *kernel = stored_numbers(conv.inputs[1]).shape
-    source = conv.inputs[0]
-    expand = source.producer() if source is not None else None
-    stored = expand.inputs[0] if expand is not None and expand.op_type == "Expand" else source
-    strip = ir.convenience.get_const_tensor(stored) if stored is not None else None
+    length = result.shape[-1] if result.shape is not None else None
     return (
-        strip is not None
+        source is not None
         and channels == 1
         and all(n == 1 for n in kernel[:-1])
-        and dilations.as_ints()[-1] * kernel[-1] == strip.shape[-1]
+        and dilations is not None
+        and dilations.as_ints()[-1] == length
     )
 
 
