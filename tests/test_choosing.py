@@ -36,7 +36,7 @@ def chosen(site: LoweringSite, provider: str = CPU[0], **options: Any) -> str:
 @pytest.mark.parametrize(
     ("conv", "numbers", "form"),
     [
-        (nn.Conv2d(2, 4, 1), (2, 2), "separable"),
+        (nn.Conv2d(2, 4, 1), (2, 2), "branch"),
         (nn.Conv2d(2, 4, 3, padding=1), (18, 7), "separable"),
         (nn.Conv2d(2, 4, 3, padding=1, stride=2), (18, 5), "separable"),
         (nn.Conv2d(2, 4, 5, padding=2), (50, 12), "separable"),
@@ -51,17 +51,6 @@ def test_on_the_cpu_the_form_with_fewer_multiplications(
     site = site_of(conv)
     assert (site.num_taps, site.num_images) == numbers
     assert chosen(site) == form
-
-
-def test_in_one_dimension_as_many_images_as_taps_are_no_gain() -> None:
-    model = ccp.patch(nn.Sequential(nn.Conv1d(2, 4, 3)).eval(), "all")
-    (site,) = lowering_sites(model, torch.zeros(1, 2, 30))
-    assert site.num_images == 2  # a constant and x
-    assert chosen(site) == "separable"
-    model = ccp.patch(nn.Sequential(nn.Conv1d(2, 4, 1)).eval(), "all")
-    (site,) = lowering_sites(model, torch.zeros(1, 2, 30))
-    assert site.num_images == site.num_taps == 1
-    assert chosen(site) == "branch"
 
 
 def test_on_the_cpu_a_radius_is_a_branch() -> None:

@@ -66,11 +66,7 @@ def carry_coordinates_(graph: ir.Graph) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Site:
-    """A convolution, its branch, and the sum of both.
-
-    The branch weighs images at each pixel: 1x1 from one channel an image, or from a strip that
-    has the images side by side in one channel.
-    """
+    """A convolution, its 1x1 branch, and the sum of both."""
 
     conv: ir.Node
     branch: ir.Node
@@ -82,16 +78,10 @@ class _Site:
 
     @property
     def channels(self) -> ir.Value:
-        """The coordinate channels, or the strip, that the branch reads."""
+        """The coordinate channels that the branch reads."""
         value = self.branch.inputs[0]
         assert value is not None
         return value
-
-    @property
-    def weight(self) -> np.ndarray:
-        """The branch's weight, (C_out, images)."""
-        weight = stored_numbers(self.branch.inputs[1])
-        return weight.reshape(len(weight), -1)
 
 
 class _Sites:
@@ -137,7 +127,7 @@ def _patched_convolution(node: ir.Node, independent: set[ir.Value]) -> _Site | N
         branch, conv = branch_value.producer(), conv_value.producer() if conv_value else None
         if branch is not None and conv is not None and is_branch(branch_value, independent):
             usable = (
-                (_is_pointwise(branch) or _adds_up_a_strip(branch))
+                _is_pointwise(branch)
                 and len(branch.inputs) == 2
                 and conv.op_type == "Conv"
                 and is_read_once(conv.outputs[0])
@@ -185,12 +175,12 @@ def _stream_from(first: _Site, sites: _Sites) -> _Stream | None:
 
 def _width(site: _Site) -> int:
     """Channels that a site puts out."""
-    return len(site.weight)
+    return len(stored_numbers(site.branch.inputs[1]))
 
 
 def _has_room(site: _Site) -> bool:
     """Whether coordinates fit into the last block of the channels that a site puts out."""
-    channels, count = site.weight.shape
+    channels, count = stored_numbers(site.branch.inputs[1]).shape[:2]
     return channels % _BLOCK + count <= _BLOCK and channels % _BLOCK != 0
 
 
@@ -213,34 +203,14 @@ def _is_ungrouped(conv: ir.Node) -> bool:
 
 def _is_pointwise(conv: ir.Node) -> bool:
     """Whether a convolution mixes channels pixel by pixel: 1x1, one group, stride 1, unpadded."""
-    return _is_plain(conv) and all(n == 1 for n in stored_numbers(conv.inputs[1]).shape[2:])
-
-
-def _adds_up_a_strip(conv: ir.Node) -> bool:
-    """Whether a convolution adds up images that stand side by side in one channel."""
-    if not _is_plain(conv):
-        return False
-    source, result, dilations = conv.inputs[0], conv.outputs[0], conv.attributes.get("dilations")
-    _, channels, *kernel = stored_numbers(conv.inputs[1]).shape
-    length = result.shape[-1] if result.shape is not None else None
-    return (
-        source is not None
-        and channels == 1
-        and all(n == 1 for n in kernel[:-1])
-        and dilations is not None
-        and dilations.as_ints()[-1] == length
-    )
-
-
-def _is_plain(conv: ir.Node) -> bool:
-    """Whether a node is an ungrouped convolution of stride 1, unpadded, with its own weight."""
-    weight = conv.inputs[1] if conv.op_type == "Conv" else None
-    if weight is None or not is_own_weight(weight):
+    weight = conv.inputs[1]
+    if conv.op_type != "Conv" or weight is None or not is_own_weight(weight):
         return False
     auto_pad = conv.attributes.get("auto_pad")
     strides, pads = (conv.attributes.get(name) for name in ("strides", "pads"))
     return (
-        _is_ungrouped(conv)
+        all(length == 1 for length in stored_numbers(weight).shape[2:])
+        and _is_ungrouped(conv)
         and (auto_pad is None or auto_pad.as_string() == "NOTSET")
         and (strides is None or all(step == 1 for step in strides.as_ints()))
         and (pads is None or not any(pads.as_ints()))
@@ -248,15 +218,16 @@ def _is_plain(conv: ir.Node) -> bool:
 
 
 def _carry_(graph: ir.Graph, stream: _Stream) -> None:
-    channels, count = stream.first.weight.shape
+    first_weight = stored_numbers(stream.first.branch.inputs[1])
+    channels, count = first_weight.shape[:2]
     added = count + -(channels + count) % _ALIGNMENT
-    moved = {site: site.weight for site in stream.narrow}
+    identity = np.eye(added, count, dtype=np.float32).reshape(added, *first_weight.shape[1:])
+    moved = {site: stored_numbers(site.branch.inputs[1]) for site in stream.narrow}
     for site, value in stream.readers:
-        weight = stored_numbers(site.conv.inputs[1])
-        own = site.weight.reshape(-1, count, *weight.shape[2:])  # 1x1, like the reader's
+        weight, own = stored_numbers(site.conv.inputs[1]), stored_numbers(site.branch.inputs[1])
         columns = own.astype(np.float64)
         for term in stream.terms[value]:
-            columns += np.einsum("ec...,ck->ek...", *_doubles(weight, moved[term]))
+            columns += np.einsum("ec...,ck...->ek...", *_doubles(weight, moved[term]))
         unused = np.zeros_like(own, shape=(len(own), added - count, *own.shape[2:]))
         joined = np.concatenate((weight, columns.astype(np.float32), unused), axis=1)
         _set(site.conv.inputs[1], joined)
@@ -266,9 +237,7 @@ def _carry_(graph: ir.Graph, stream: _Stream) -> None:
             rows = stored_numbers(parameter)
             _set(parameter, np.concatenate((rows, np.zeros_like(rows[:1].repeat(added, 0)))))
         _widen(site.conv.outputs[0], added)
-    kernel = stored_numbers(stream.first.branch.inputs[1])
-    identity = np.eye(added, count, dtype=np.float32).reshape(added, *kernel.shape[1:])
-    _set(stream.first.branch.inputs[1], np.concatenate((kernel, identity)))
+    _set(stream.first.branch.inputs[1], np.concatenate((first_weight, identity)))
     _widen(stream.first.branch.outputs[0], added)
     for site in stream.narrow:
         _drop_branch(graph, site)
