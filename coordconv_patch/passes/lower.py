@@ -161,8 +161,9 @@ class LoweringSite:
             if basis is None:
                 return CoordConstant(tensor)
             # Convolved when a file is loaded, so what counts is the size of the kernel.
-            strip = self._stored_strip("flat strip", flat_strip(basis), call)
-            return CoordConstant(tensor, map_of=(strip, self.kernel(call, flat_strip(basis))))
+            flat = flat_strip(basis)
+            stored = self._stored_strip("flat strip", flat, call)
+            return CoordConstant(tensor, map_of=(stored, self.kernel(call, flat)))
         if lowering == "separable":
             banded = self.strip(call)
             if banded is None:
