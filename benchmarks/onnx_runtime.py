@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lowerings = {LOWERINGS[engine] for engine, _, _ in missing.values()}
             files = write_files(MODELS[name], Path(folder), options.selections, lowerings)
             for key, (engine, batch, threads) in missing.items():
-                chosen = _files_of(files, LOWERINGS[engine])
+                chosen = {
+                    variant: path
+                    for (variant, lowering), path in files.items()
+                    if lowering in (None, LOWERINGS[engine])
+                }
                 record.measure(
                     key, _measure, chosen, MODELS[name], engine, batch, threads, key, options
                 )
@@ -84,47 +88,32 @@ def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str
 
 def write_files(
     model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[Lowering]
-) -> dict[str, Path]:
-    """Export every variant; by name, the plain model first.
-
-    The patched ones are exported in each lowering, which their names end in: ``"all, auto"``.
-    """
+) -> dict[tuple[str, Lowering | None], Path]:
+    """Export every variant, the plain model first; by name, and lowering if it is patched."""
     plain = seeded(model.make)
     example = images(2, model.size)
     write = functools.partial
-    makers: dict[str, Callable[[Path], None]] = {
-        PLAIN: write(write_plainly, plain, example),
-        "plain, by export_onnx": write(write_verified, plain, example),
+    makers: dict[tuple[str, Lowering | None], Callable[[Path], None]] = {
+        (PLAIN, None): write(write_plainly, plain, example),
+        ("plain, by export_onnx", None): write(write_verified, plain, example),
     }
     for selection in selections:
         made = patched(plain, SELECTIONS[selection], example)
         names = patched_names(made)
         for lowering in sorted(lowerings):
-            makers[f"{selection}, {lowering}"] = write(
-                write_verified, made, example, lowering=lowering
-            )
+            makers[selection, lowering] = write(write_verified, made, example, lowering=lowering)
         port = ported(plain, names, BufferCoords, example)
-        makers[f"{selection}, port, buffer"] = write(write_plainly, port, example)
+        makers[f"{selection}, port, buffer", None] = write(write_plainly, port, example)
     # Its cost beside the other port's does not depend on which convolutions have it.
     port = ported(plain, names, RuntimeCoords, example)
-    makers[f"{selection}, port, run time"] = write(write_plainly, port, example)
-    files: dict[str, Path] = {}
+    makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
+    files: dict[tuple[str, Lowering | None], Path] = {}
     progress = tqdm(makers.items(), disable=None, leave=False)
-    for number, (name, make) in enumerate(progress):
-        progress.set_description(f"{model.title}: exporting {name}")
-        files[name] = folder / f"{number}.onnx"
-        make(files[name])
+    for number, (variant, make) in enumerate(progress):
+        progress.set_description(f"{model.title}: exporting {variant[0]}")
+        files[variant] = folder / f"{number}.onnx"
+        make(files[variant])
     return files
-
-
-def _files_of(files: Mapping[str, Path], lowering: Lowering) -> dict[str, Path]:
-    """The files for one engine: of the patched ones those in its lowering, named without it."""
-    others = {f", {other}" for other in LOWERINGS.values() if other != lowering}
-    return {
-        name.removesuffix(f", {lowering}"): path
-        for name, path in files.items()
-        if not name.endswith(tuple(others))
-    }
 
 
 def _measure(

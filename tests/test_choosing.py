@@ -43,6 +43,7 @@ def chosen(site: LoweringSite, provider: str = CPU[0], **options: Any) -> str:
         (nn.Conv2d(2, 4, 7, padding=3, stride=2), (98, 10), "separable"),
         (nn.Conv2d(4, 4, 3, padding=1, groups=4), (18, 7), "separable"),
         (nn.ConvTranspose2d(2, 4, 2, stride=2), (8, 8), "branch"),
+        (nn.ConvTranspose2d(2, 4, 4, stride=2, padding=1), (32, 32), "branch"),
     ],
 )
 def test_on_the_cpu_the_form_with_fewer_multiplications(

@@ -110,6 +110,15 @@ def test_channels_that_are_padded_already(mode: str) -> None:
     assert compacted(graph_with(array_of(constant)), [constant]) == 2 * (16 + 13) * 4
 
 
+def test_a_strip_is_a_product_in_another_shape() -> None:
+    constant = constant_of(site_of(nn.Conv2d(3, 4, 3)), "separable")  # unpadded: no border
+    assert tuple(constant.tensor.shape) == (1, 1, 10, 3 * 7)
+    model = graph_with(array_of(constant))
+    # Two vectors for each of 3 images, and the four whole numbers of the shape.
+    assert compacted(model, [constant]) == 3 * (10 + 7) * 4 + 4 * 8
+    assert count(model, "Mul") == count(model, "Reshape") == 1
+
+
 def test_bands_of_a_strip_are_products_in_another_shape() -> None:
     constant = constant_of(site_of(nn.Conv2d(3, 4, 3, padding=1)), "separable")
     assert tuple(constant.tensor.shape) == (1, 1, 14, 7 * 9)

@@ -86,33 +86,30 @@ def responses_by_loops(
     return torch.stack(found)
 
 
-def reproduced(basis: SeparableBasis) -> Tensor:
-    """What the basis makes of each tap, (T, *output size), by loops over images and pixels."""
+def images_of(basis: SeparableBasis) -> Tensor:
+    """The images (R, *output size), by loops over images and pixels."""
     images = []
     for r in range(basis.rank):
         image = torch.ones((), dtype=torch.float64)
         for matrix in basis.vectors:
             image = torch.stack([image * number for number in matrix[r]], dim=-1)
         images.append(image)
-    return torch.einsum("tr,r...->t...", basis.coefficients, torch.stack(images))
+    return torch.stack(images)
+
+
+def reproduced(basis: SeparableBasis) -> Tensor:
+    """What the basis makes of each tap, (T, *output size)."""
+    return torch.einsum("tr,r...->t...", basis.coefficients, images_of(basis))
 
 
 def assert_lays_out(strip: Strip, basis: SeparableBasis) -> None:
     """A kernel for one image alone gives this image, and no place costs more than needed."""
-    ndim = len(basis.vectors)
     one_each = torch.eye(basis.rank, dtype=torch.float64)
-    convolve = CONVS[ndim, False]
+    convolve = CONVS[len(basis.vectors), False]
     given = convolve(strip.tensor(), strip.kernel(one_each), None, 1, strip.padding, strip.dilation)
-    images = [
-        functools.reduce(_outer, [matrix[r] for matrix in basis.vectors]) for r in range(basis.rank)
-    ]
-    torch.testing.assert_close(given[0], torch.stack(images), rtol=0, atol=0)
+    assert torch.equal(given[0], images_of(basis))
     assert strip.width <= basis.rank
     assert sorted(strip.images[strip.images >= 0].tolist()) == list(range(basis.rank))
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    return left.unsqueeze(-1) * right
 
 
 def assert_reproduces(site: LoweringSite, expected: Tensor) -> SeparableBasis | None:
@@ -307,6 +304,12 @@ def test_the_strip_convolved_with_its_kernel_is_the_map(
     convolve = CONVS[ndim, False]
     actual = convolve(strip.tensor(), kernel, None, 1, strip.padding, strip.dilation)
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+    assert torch.equal(strip.add_up(kernel, strip.tensor()), actual)
+    if layout is flat_strip:
+        *others, width = call.output_size
+        assert tuple(kernel.shape) == (3, 1, *(1,) * (ndim - 1), basis.rank)
+        assert strip.dilation == (*(1,) * (ndim - 1), width)
+        assert tuple(strip.tensor().shape) == (1, 1, *others, basis.rank * width)
 
 
 def test_images_of_a_flat_strip_stand_side_by_side() -> None:

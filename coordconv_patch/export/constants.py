@@ -26,6 +26,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from coordconv_patch.export.ordering import is_read_once
 from coordconv_patch.passes.lower import CoordConstant
 from coordconv_patch.passes.strips import Strip
 
@@ -179,7 +180,7 @@ def _compact_kernels_(value: ir.Value, strip: Strip, builder: _Builder) -> None:
     for convolution in _convolutions_of(value):
         kernel = convolution.inputs[1]
         stored = ir.convenience.get_const_tensor(kernel) if kernel is not None else None
-        if kernel is None or stored is None or not _is_only_read_here(kernel):
+        if kernel is None or stored is None or kernel.is_graph_input() or not is_read_once(kernel):
             continue
         numbers = stored.numpy()
         if numbers.shape[2:] != images.shape:
@@ -191,10 +192,6 @@ def _compact_kernels_(value: ir.Value, strip: Strip, builder: _Builder) -> None:
         )
         gathered.shape = ir.Shape(numbers.shape)
         _put_in_place_of(kernel, gathered, builder.graph)
-
-
-def _is_only_read_here(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not (value.is_graph_input() or value.is_graph_output())
 
 
 def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
@@ -225,26 +222,28 @@ class _Builder:
     def product(self, constant: CoordConstant) -> ir.Value:
         """The products of the factors one below the other, in the constant's shape."""
         assert constant.factors is not None
-        bands = [self._product_of_band(number, constant) for number in range(len(constant.factors))]
+        names = [f"band_{number}_" for number in range(len(constant.factors))]
+        bands = [
+            self._band(name if len(names) > 1 else "", factors, constant.strip is not None)
+            for name, factors in zip(names, constant.factors, strict=True)
+        ]
         result = bands[0] if len(bands) == 1 else self.node("Concat", bands, {"axis": 2})
         result.shape = ir.Shape(constant.tensor.shape)
         return result
 
-    def _product_of_band(self, number: int, constant: CoordConstant) -> ir.Value:
-        assert constant.factors is not None
-        factors = [_array(factor) for factor in constant.factors[number]]
-        band = f"band_{number}_" if len(constant.factors) > 1 else ""
+    def _band(self, name: str, factors: Sequence[Tensor], is_strip: bool) -> ir.Value:
+        """The product of factors; in a strip (1, rows, S, W) becomes (1, 1, rows, S * W)."""
+        arrays = [_array(factor) for factor in factors]
         running, *rest = (
-            self.stored(f"{band}axis_{axis}", factor) for axis, factor in enumerate(factors)
+            self.stored(f"{name}axis_{axis}", array) for axis, array in enumerate(arrays)
         )
         for factor in rest:
             running = self.node("Mul", [running, factor])
-        product = np.broadcast_shapes(*(factor.shape for factor in factors))
-        if constant.strip is None:
+        if not is_strip:
             return running
-        # (1, rows, S, W) to (1, 1, rows, S * W)
-        wanted = (1, 1, *product[1:-2], product[-2] * product[-1])
-        shape = self.stored(f"{band}shape", np.array(wanted, dtype=np.int64))
+        first, *rows, images, width = np.broadcast_shapes(*(array.shape for array in arrays))
+        wanted = (first, 1, *rows, images * width)
+        shape = self.stored(f"{name}shape", np.array(wanted, dtype=np.int64))
         return self.node("Reshape", [running, shape])
 
     def stored(self, what: str, array: np.ndarray) -> ir.Value:

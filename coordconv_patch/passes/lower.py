@@ -278,11 +278,12 @@ def lower_(
         for index, (call, constant) in enumerate(made.items()):
             constants[id(constant.tensor)] = constant
             site.layer.register_buffer(f"coord_constant_{index}", constant.tensor, persistent=False)
-            stored[call] = _Stored(constant.tensor)
+            add_up = None
             if constant.strip is not None:
                 kernel = site.kernel(call, constant.strip)
                 site.layer.register_buffer(f"coord_weight_{index}", kernel, persistent=False)
-                stored[call] = _Stored(constant.tensor, kernel, constant.strip)
+                add_up = functools.partial(constant.strip.add_up, kernel)
+            stored[call] = _Stored(constant.tensor, add_up)
         _replace_forward(site, lowering, stored)
     return Lowered(lowerings, tuple(constants.values()))
 
@@ -301,11 +302,10 @@ def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a lowered layer holds for one call: a constant; if it is a strip, its kernel."""
+    """What a lowered layer holds for one call: a constant; if it is a strip, what adds it up."""
 
     constant: Tensor
-    kernel: Tensor | None = None
-    strip: Strip | None = None
+    add_up: Callable[[Tensor], Tensor] | None
 
 
 def _padded(layer: CoordLayer, grid: Tensor) -> Tensor:
@@ -377,8 +377,8 @@ def _branch_forward(
         grid = _expanded(stored.constant, input) if batched else stored.constant
         branch = (
             layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid=grid)
-            if stored.strip is None
-            else _convolve_strip(grid, stored.kernel, stored.strip)
+            if stored.add_up is None
+            else stored.add_up(grid)
         )
     return branch if batched else branch.squeeze(0)
 
@@ -400,15 +400,10 @@ def _sum_forward(
         grid = _expanded(stored.constant, input) if batched else stored.constant
         branch = (
             _convolve_padded(layer, grid, input, output)
-            if stored.strip is None
-            else _convolve_strip(grid, stored.kernel, stored.strip)
+            if stored.add_up is None
+            else stored.add_up(grid)
         )
     return output + (branch if batched else branch.squeeze(0))
-
-
-def _convolve_strip(grid: Tensor, kernel: Tensor | None, strip: Strip) -> Tensor:
-    convolve = CONV_FUNCTIONS[len(strip.dilation), False]
-    return convolve(grid, kernel, None, 1, strip.padding, strip.dilation)
 
 
 def _expanded(constant: Tensor, input: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coordconv_patch.geometry import CONV_FUNCTIONS
 from coordconv_patch.passes.separable import SeparableBasis
 
 __all__ = ["Strip", "banded_strip", "flat_strip"]
@@ -87,6 +88,19 @@ class Strip:
         ones = (1,) * (len(self.dilation) - 2)
         shape = (len(self.bands), *ones, self.width) if len(self.dilation) > 1 else (self.width,)
         return taken.reshape(len(weight), 1, *shape)
+
+    def add_up(self, kernel: Tensor, strip: Tensor) -> Tensor:
+        """The images weighed by a kernel and added up.
+
+        Args:
+            kernel: As :meth:`kernel` makes it.
+            strip: The strip's tensor, expanded to a batch perhaps: shape (N, 1, rows, S * W).
+
+        Returns:
+            Shape (N, C_out, H, W).
+        """
+        convolve = CONV_FUNCTIONS[len(self.dilation), False]
+        return convolve(strip, kernel, None, 1, self.padding, self.dilation)
 
 
 def flat_strip(basis: SeparableBasis) -> Strip:
