@@ -19,6 +19,7 @@ from onnx_graphs import (
     banded_strip_bytes,
     checked,
     count,
+    optimized_operators,
     run,
     serialized,
 )
@@ -138,7 +139,7 @@ def test_kernels_are_stored_without_the_places_that_have_no_image(
     constant = constant_of(site, "separable")
     strip = constant.strip
     assert strip is not None
-    kernel = site.kernel(site.calls[0], strip).numpy()
+    kernel = site.kernel(site.calls[0], strip).tensor.numpy()
     assert kernel.shape == (4, 1, 3, 7)
     graph = HandMadeGraph(channels=4, size=SIZE)
     keep = graph.stored if held == "initializer" else graph.in_a_node
@@ -164,7 +165,7 @@ def test_a_kernel_that_something_else_reads_stays() -> None:
     strip = constant.strip
     assert strip is not None
     graph = HandMadeGraph(channels=4, size=SIZE)
-    kernel = graph.stored(site.kernel(site.calls[0], strip).numpy())
+    kernel = graph.stored(site.kernel(site.calls[0], strip).tensor.numpy())
     branch = graph.node(
         *("Conv", graph.stored(array_of(constant)), kernel),
         dilations=list(strip.dilation),
@@ -346,6 +347,84 @@ def test_real_files_hold_vectors(lowering: str, exporter: str, tmp_path: Path) -
     assert largest <= 15 * 32 * 4
     (actual,) = run(report.path, {"x": x.numpy()})
     assert_close([actual], [copy.deepcopy(model).double()(x.double()).detach().numpy()], 3e-6)
+
+
+class Head(nn.Module):
+    """Two convolutions that see each of three sizes, as a detector's head does."""
+
+    SIZES = ((24, 16), (12, 8), (6, 4))
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = [nn.functional.adaptive_avg_pool2d(x, size) for size in self.SIZES]
+        return [self.second(self.first(level).relu()).mean((2, 3)) for level in levels]
+
+
+def head(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = ccp.patch(Head().eval().to(dtype), "all")
+    with torch.no_grad():
+        for parameter in ccp.coord_parameters(model):
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("lowering", ["map", "separable"])
+def test_kernels_of_several_sizes_come_from_one_coordinate_weight(
+    lowering: str, exporter: str, tmp_path: Path
+) -> None:
+    model = head()
+    x = torch.randn(2, 3, 48, 32)
+    options: dict[str, Any] = {"lowering": lowering, "exporter": exporter, "providers": CPU}
+    path = ccp.export_onnx(model, tmp_path / "m.onnx", x, **options).path
+    proto = onnx.load(path)
+    shapes = [tuple(tensor.dims) for tensor in proto.graph.initializer]
+    assert shapes.count((96, 2 * 9)) == 2  # one weight for each convolution
+    widest = [dims for dims in shapes if len(dims) == 2 and dims[0] == 2 * 9 and dims[1] != 96]
+    assert len(widest) == 3  # one matrix for each size
+    assert count(proto, "MatMul") == 6
+    expected = [output.detach().numpy() for output in copy.deepcopy(model).double()(x.double())]
+    assert_close(run(path, {"x": x.numpy()}), expected, 3e-6)
+    assert optimized_operators(path)["MatMul"] == 0  # computed when the file is loaded
+
+
+def test_narrow_kernels_of_several_sizes_stay_as_they_are(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 48, 32).half()
+    report = ccp.export_onnx(
+        *(head(torch.float16), tmp_path / "m.onnx", x),
+        **{"lowering": "separable", "providers": CPU, "tolerance": 2e-2},
+    )
+    assert count(onnx.load(report.path), "MatMul") == 0
+
+
+def test_a_kernel_that_a_pass_has_scaled_is_no_product() -> None:
+    sites = lowering_sites(head(), torch.zeros(1, 3, 48, 32))
+    site = sites[0]
+    graph = HandMadeGraph(channels=96, size=Head.SIZES[0])
+    constants, kernels, outputs = [], [], []
+    for factor, call in zip((1, 2, 1), site.calls, strict=True):
+        constant = site.constant("separable", call)
+        strip = constant.strip
+        assert strip is not None
+        constants.append(constant)
+        kernels.append(site.kernel(call, strip))
+        branch = graph.node(
+            *("Conv", graph.stored(array_of(constant))),
+            graph.stored(factor * kernels[-1].tensor.numpy()),
+            dilations=list(strip.dilation),
+            pads=[*strip.padding, *strip.padding],
+        )
+        outputs.append(graph.node("Add", graph.node("ReduceMean", graph.x), branch))
+    model = graph.model(*outputs)
+    before = run(model)
+    compact_constants_(model.graph, constants, 3, kernels)
+    assert_close(run(model), before, 3e-6)
+    assert (count(model, "MatMul"), count(model, "Gather")) == (2, 1)
 
 
 def test_without_constants_nothing_happens() -> None:

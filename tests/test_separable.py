@@ -298,7 +298,7 @@ def test_the_strip_convolved_with_its_kernel_is_the_map(
     basis = site.basis(call)
     assert basis is not None
     strip = layout(basis)
-    kernel = site.kernel(call, strip)
+    kernel = site.kernel(call, strip).tensor
     grid = paper_grid(size).unsqueeze(0)
     expected = CONVS[ndim, transposed](grid, site.layer.coord_weight.detach(), None, 2, 1)
     convolve = CONVS[ndim, False]
@@ -410,7 +410,7 @@ def test_float32_rounds_the_separable_form_by_a_few_units(
     constant = site.constant("separable", call)
     strip = constant.strip
     assert strip is not None
-    weight = site.kernel(call, strip)
+    weight = site.kernel(call, strip).tensor
     assert weight.dtype == torch.float32
     actual = F.conv2d(constant.tensor, weight, None, 1, strip.padding, strip.dilation)
     grid = paper_grid_fast(size, fourier)

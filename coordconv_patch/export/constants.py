@@ -2,12 +2,13 @@
 
 Coordinate channels are products of one vector per axis (x along W times ones along H), the
 bands of a strip of images likewise, and a map is a convolution of a strip. The kernel of a
-strip with several bands has places without an image, which need no weight::
+strip with several bands has places without an image, which need no weight; and the kernels of
+a layer that sees several sizes, as a detector's head does, come from one coordinate weight::
 
     c                ->   Mul(rows, columns)
     s                ->   Concat(Reshape(Mul(rows, columns)), ...)
     m                ->   Conv(s, V)
-    V                ->   Gather(V of the images, images)
+    V                ->   Gather(V of the images, images), or Reshape(MatMul(W_c, coefficients))
 
 A runtime folds these when it loads the file, so they cost bytes neither in the file nor
 time at inference.
@@ -16,18 +17,15 @@ time at inference.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from coordconv_patch.export.ordering import is_read_once
-from coordconv_patch.passes.lower import CoordConstant
+from coordconv_patch.export.recipes import Recipes, array_of
+from coordconv_patch.passes.lower import CoordConstant, CoordKernel
 from coordconv_patch.passes.strips import Strip
 
 __all__ = ["compact_constants_", "constant_bytes"]
@@ -38,7 +36,12 @@ def constant_bytes(graph: ir.Graph, constants: Sequence[CoordConstant], batch: i
     return sum(_bytes_of(value) for value, _ in _found(graph, constants, batch))
 
 
-def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batch: int) -> int:
+def compact_constants_(
+    graph: ir.Graph,
+    constants: Sequence[CoordConstant],
+    batch: int,
+    kernels: Sequence[CoordKernel] = (),
+) -> int:
     """Replace coordinate constants by what they are made of, where that is smaller, in place.
 
     The last of the passes: the weight of a strip is no initializer any more afterwards.
@@ -47,23 +50,106 @@ def compact_constants_(graph: ir.Graph, constants: Sequence[CoordConstant], batc
         graph: An exported graph.
         constants: What the lowering stored.
         batch: The batch size of the example: with a fixed batch exporters expand constants.
+        kernels: The kernels of strips that the lowering stored.
 
     Returns:
         Bytes of coordinate constants that the graph holds now.
     """
-    total = 0
-    stored: dict[int, ir.Value] = {}
     first = next((node for node in graph if node.op_type != "Constant"), None)
+    if first is None:
+        return constant_bytes(graph, constants, batch)
+    of_maps = [constant.map_of[1] for constant in constants if constant.map_of is not None]
+    compactor = _Compactor(Recipes(graph, first), _cheap_products([*kernels, *of_maps]))
+    whole = 0
     for value, constant in list(_found(graph, constants, batch)):
-        if first is None or not _is_replaceable(value, constant):
-            total += _bytes_of(value)
-            continue
-        builder = _Builder(graph, first, f"{value.name}", [])
+        if _is_replaceable(value, constant):
+            compactor.compact_(value, constant)
+        else:
+            whole += _bytes_of(value)
+    return whole + compactor.recipes.stored_bytes
+
+
+@dataclass(frozen=True)
+class _Compactor:
+    """Puts recipes in the place of what a graph stores.
+
+    Attributes:
+        recipes: Adds them to the graph.
+        products: The kernels to be stored as products, by digest.
+    """
+
+    recipes: Recipes
+    products: Mapping[str, CoordKernel]
+
+    def compact_(self, value: ir.Value, constant: CoordConstant) -> None:
+        """Put a recipe in a stored constant's place, and in that of the kernels that meet it."""
+        name = f"{value.name}"
         if constant.strip is not None:
-            _compact_kernels_(value, constant.strip, builder)
-        _replace_(graph, value, constant, builder, stored)
-        total += sum(array.nbytes for array in builder.arrays)
-    return total
+            self._compact_kernels_(value, constant.strip)
+        if constant.map_of is None:
+            result = self.recipes.product(name, constant)
+        else:
+            strip, kernel = constant.map_of
+            assert strip.strip is not None
+            stored = self.products.get(_digest(array_of(kernel.tensor)))
+            weight = (
+                self.recipes.map_weight(name, kernel)
+                if stored is None
+                else self.recipes.kernel_of_taps(name, stored)
+            )
+            source = self.recipes.product(name, strip)
+            result = self.recipes.convolution(source, weight, strip.strip)
+        self._put_in_place_of(value, result)
+
+    def _compact_kernels_(self, value: ir.Value, strip: Strip) -> None:
+        """Store the kernels that convolve a strip as products, or without empty places."""
+        for convolution in _convolutions_of(value):
+            kernel = convolution.inputs[1]
+            tensor = ir.convenience.get_const_tensor(kernel) if kernel is not None else None
+            if kernel is None or tensor is None:
+                continue
+            if kernel.is_graph_input() or not is_read_once(kernel):
+                continue
+            name, numbers = f"{kernel.name}", tensor.numpy()
+            product = self.products.get(_digest(numbers))
+            if product is not None:
+                result = self.recipes.kernel_of_taps(name, product)
+            elif numbers.shape[2:] == strip.images.shape and (strip.images < 0).any():
+                result = self.recipes.kernel_of_images(name, numbers, strip)
+            else:
+                continue
+            kernel.type, kernel.shape = ir.TensorType(tensor.dtype), ir.Shape(numbers.shape)
+            self._put_in_place_of(kernel, result)
+
+    def _put_in_place_of(self, value: ir.Value, result: ir.Value) -> None:
+        """Let a computed value be read where a stored one was, which is removed."""
+        graph, producer = self.recipes.graph, value.producer()
+        result.type, result.shape = value.type, value.shape
+        value.replace_all_uses_with(result)
+        if producer is None:
+            assert value.name is not None
+            del graph.initializers[value.name]
+        else:
+            graph.remove(producer, safe=True)
+
+
+def _cheap_products(kernels: Iterable[CoordKernel]) -> dict[str, CoordKernel]:
+    """Kernels that take fewer bytes as products of their site's one weight, by digest.
+
+    In float32 at least: narrow types would round coefficients too, and every product.
+    """
+    by_site: dict[int, list[CoordKernel]] = {}
+    for kernel in kernels:
+        by_site.setdefault(id(kernel.weight), []).append(kernel)
+    found: dict[str, CoordKernel] = {}
+    for calls in by_site.values():
+        weight = calls[0].weight
+        itemsize = weight.element_size()
+        as_products = weight.nbytes + sum(kernel.coefficients.nbytes for kernel in calls)
+        by_images = sum(len(weight) * kernel.num_images * itemsize for kernel in calls)
+        if itemsize >= 4 and as_products < by_images:
+            found |= {_digest(array_of(kernel.tensor)): kernel for kernel in calls}
+    return found
 
 
 def _is_replaceable(value: ir.Value, constant: CoordConstant) -> bool:
@@ -78,11 +164,10 @@ def _is_replaceable(value: ir.Value, constant: CoordConstant) -> bool:
 def _compact_bytes(constant: CoordConstant) -> float:
     if constant.map_of is not None:
         strip, kernel = constant.map_of
-        return _compact_bytes(strip) + kernel.numel() * kernel.element_size()
+        return _compact_bytes(strip) + kernel.tensor.nbytes
     if constant.factors is None:
         return float("inf")
-    factors = [factor for band in constant.factors for factor in band]
-    return sum(factor.numel() * factor.element_size() for factor in factors)
+    return sum(factor.nbytes for band in constant.factors for factor in band)
 
 
 def _found(
@@ -94,7 +179,7 @@ def _found(
     for constant in constants:
         tensor = constant.tensor.detach()
         for form in (tensor, tensor.expand(batch, *tensor.shape[1:])):
-            array = _array(form)
+            array = array_of(form)
             wanted.setdefault(_digest(array), constant)
             lengths.add(array.nbytes)
     for value in _stored_values(graph):
@@ -116,84 +201,6 @@ def _stored_values(graph: ir.Graph) -> Iterator[ir.Value]:
             yield output
 
 
-def _bytes_of(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.nbytes
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return value.const_value.numpy().shape
-
-
-def _replace_(
-    graph: ir.Graph,
-    value: ir.Value,
-    constant: CoordConstant,
-    builder: _Builder,
-    made: dict[int, ir.Value],
-) -> None:
-    """Put the recipe in a stored value's place.
-
-    Args:
-        graph: The graph.
-        value: The stored value.
-        constant: What it holds.
-        builder: Adds the recipe's nodes.
-        made: Strips that were made for other maps already, by identity.
-    """
-    if constant.map_of is None:
-        result = builder.product(constant)
-    else:
-        strip, kernel = constant.map_of
-        assert strip.strip is not None
-        if id(strip) not in made:
-            made[id(strip)] = builder.product(strip)
-        result = builder.node(
-            "Conv",
-            [made[id(strip)], builder.stored("weight", _array(kernel))],
-            {"dilations": strip.strip.dilation},
-        )
-    result.type, result.shape = value.type, value.shape
-    _put_in_place_of(value, result, graph)
-
-
-def _put_in_place_of(value: ir.Value, result: ir.Value, graph: ir.Graph) -> None:
-    """Let a computed value be read where a stored one was, which is removed."""
-    producer = value.producer()
-    value.replace_all_uses_with(result)
-    if producer is None:
-        assert value.name is not None
-        del graph.initializers[value.name]
-    else:
-        graph.remove(producer, safe=True)
-
-
-def _compact_kernels_(value: ir.Value, strip: Strip, builder: _Builder) -> None:
-    """Store the kernels that convolve a strip without the places that have no image."""
-    images = strip.images.numpy()
-    is_used = images >= 0
-    if is_used.all():
-        return
-    order = images[is_used].argsort()  # an image stands in one place
-    places: ir.Value | None = None
-    for convolution in _convolutions_of(value):
-        kernel = convolution.inputs[1]
-        stored = ir.convenience.get_const_tensor(kernel) if kernel is not None else None
-        if kernel is None or stored is None or kernel.is_graph_input() or not is_read_once(kernel):
-            continue
-        numbers = stored.numpy()
-        if numbers.shape[2:] != images.shape:
-            continue
-        places = places or builder.stored("images", np.where(is_used, images, 0)[np.newaxis])
-        by_image = np.ascontiguousarray(numbers[:, 0, is_used][:, order])
-        gathered = builder.node(
-            "Gather", [builder.kept(f"{kernel.name}_of_images", by_image), places], {"axis": 1}
-        )
-        gathered.shape = ir.Shape(numbers.shape)
-        _put_in_place_of(kernel, gathered, builder.graph)
-
-
 def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
     """The convolutions that read a value, also expanded to a batch."""
     for user, position in value.uses():
@@ -203,79 +210,14 @@ def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
             yield user
 
 
-@dataclass
-class _Builder:
-    """Adds nodes to a graph, and what they read to what the graph stores.
-
-    Attributes:
-        graph: The graph.
-        before: The node that new nodes are put before, in the order in which they are made.
-        name: Begins the names of what is stored.
-        arrays: What was stored.
-    """
-
-    graph: ir.Graph
-    before: ir.Node
-    name: str
-    arrays: list[np.ndarray]
-
-    def product(self, constant: CoordConstant) -> ir.Value:
-        """The products of the factors one below the other, in the constant's shape."""
-        assert constant.factors is not None
-        names = [f"band_{number}_" for number in range(len(constant.factors))]
-        bands = [
-            self._band(name if len(names) > 1 else "", factors, constant.strip is not None)
-            for name, factors in zip(names, constant.factors, strict=True)
-        ]
-        result = bands[0] if len(bands) == 1 else self.node("Concat", bands, {"axis": 2})
-        result.shape = ir.Shape(constant.tensor.shape)
-        return result
-
-    def _band(self, name: str, factors: Sequence[Tensor], is_strip: bool) -> ir.Value:
-        """The product of factors; in a strip (1, rows, S, W) becomes (1, 1, rows, S * W)."""
-        arrays = [_array(factor) for factor in factors]
-        running, *rest = (
-            self.stored(f"{name}axis_{axis}", array) for axis, array in enumerate(arrays)
-        )
-        for factor in rest:
-            running = self.node("Mul", [running, factor])
-        if not is_strip:
-            return running
-        first, *rows, images, width = np.broadcast_shapes(*(array.shape for array in arrays))
-        wanted = (first, 1, *rows, images * width)
-        shape = self.stored(f"{name}shape", np.array(wanted, dtype=np.int64))
-        return self.node("Reshape", [running, shape])
-
-    def stored(self, what: str, array: np.ndarray) -> ir.Value:
-        """Store what counts as a coordinate constant."""
-        self.arrays.append(array)
-        return self.kept(f"{self.name}_{what}", array)
-
-    def kept(self, name: str, array: np.ndarray) -> ir.Value:
-        """Store an array."""
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def node(
-        self, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any] | None = None
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        node.outputs[0].type = inputs[0].type
-        self.graph.insert_before(self.before, node)
-        return node.outputs[0]
+def _bytes_of(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:  # which numpy does not have by itself
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return value.const_value.numpy().shape
 
 
 def _digest(array: np.ndarray) -> str:

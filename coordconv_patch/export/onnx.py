@@ -41,7 +41,7 @@ from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
-    CoordConstant,
+    Lowered,
     Lowering,
     LoweringSite,
     lower_,
@@ -201,9 +201,7 @@ class _Writer:
         used, notes = write_graph(request, path, self.exporter)
         batch = batch_size(tensors_in(request.example_inputs))
         fuse = self.fuses and self.providers[0] == CPU
-        return _Written(
-            used, notes, lowered.lowerings, *_rewritten(path, lowered.constants, batch, fuse)
-        )
+        return _Written(used, notes, lowered.lowerings, *_rewritten(path, lowered, batch, fuse))
 
     def rule(self, lowering: str) -> Callable[[LoweringSite], Lowering]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
@@ -250,13 +248,13 @@ class _Writer:
 
 
 def _rewritten(
-    path: Path, constants: Sequence[CoordConstant], batch: int, fuse: bool
+    path: Path, lowered: Lowered, batch: int, fuse: bool
 ) -> tuple[onnx.ModelProto, int, tuple[str, ...]]:
     """Rewrite a file that was just exported for the runtime, and load it.
 
     Args:
         path: The file.
-        constants: What the lowering stored.
+        lowered: What the lowering stored.
         batch: Batch size of the example.
         fuse: Whether to prepare for the fusions of ONNX Runtime's CPU provider.
 
@@ -268,7 +266,7 @@ def _rewritten(
     graph = model.graph
     weights_are_inside = len(list(path.parent.iterdir())) == 1
     if not weights_are_inside:
-        stored = count_constant_bytes(graph, constants, batch)
+        stored = count_constant_bytes(graph, lowered.constants, batch)
         return onnx.load(path), stored, coordinate_nodes(graph)
     if fuse and carry_coordinates_(graph):
         RemoveUnusedNodesPass()(model)
@@ -276,7 +274,7 @@ def _rewritten(
     order_additions_(graph)
     if fuse:
         fuse_clips_(graph)
-    stored = compact_constants_(graph, constants, batch)
+    stored = compact_constants_(graph, lowered.constants, batch, lowered.kernels)
     names = coordinate_nodes(graph)
     proto = onnx_ir.to_proto(model)
     onnx.save(proto, path)

@@ -37,6 +37,7 @@ from coordconv_patch.recording import Call, record_calls
 __all__ = [
     "LOWERINGS",
     "CoordConstant",
+    "CoordKernel",
     "Lowered",
     "Lowering",
     "LoweringSite",
@@ -51,6 +52,24 @@ CoordLayer = CoordConvNd | CoordBranch
 
 
 @dataclass(frozen=True)
+class CoordKernel:
+    """The kernel that adds up the images of a strip, and what it can be made of instead.
+
+    Attributes:
+        tensor: Shape (C_out, 1, bands, ..., S).
+        weight: The coordinate weight, shape (C_out, T); one tensor for all calls of a site.
+        coefficients: How much of each tap is in each place, shape (T, bands * S); one tensor
+            for all sites of a geometry and size. ``weight @ coefficients`` is the kernel.
+        num_images: R, the places that have an image.
+    """
+
+    tensor: Tensor
+    weight: Tensor
+    coefficients: Tensor
+    num_images: int
+
+
+@dataclass(frozen=True)
 class CoordConstant:
     """A tensor that the graph will hold, and what it can be made of instead.
 
@@ -60,13 +79,13 @@ class CoordConstant:
             their order; ``None`` where there are none.
         strip: Where the tensor is a strip, how it is laid out.
         map_of: Where the tensor is a map, the strip that it can be made of instead, and the
-            kernel (C_out, 1, 1, R) with which that is convolved.
+            kernel with which that is convolved.
     """
 
     tensor: Tensor
     factors: tuple[tuple[Tensor, ...], ...] | None = None
     strip: Strip | None = None
-    map_of: tuple[CoordConstant, Tensor] | None = None
+    map_of: tuple[CoordConstant, CoordKernel] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +96,12 @@ class Lowered:
         lowerings: The form that each site that is called got, by site name; ``"none"``
             where coordinates are zero.
         constants: The coordinate constants that the graph will hold, each once.
+        kernels: The kernels that add up strips among them.
     """
 
     lowerings: dict[str, str]
     constants: tuple[CoordConstant, ...]
+    kernels: tuple[CoordKernel, ...]
 
 
 class LoweringSite:
@@ -177,13 +198,27 @@ class LoweringSite:
         )
 
     @torch.no_grad()
-    def kernel(self, call: Call, strip: Strip) -> Tensor:
+    def kernel(self, call: Call, strip: Strip) -> CoordKernel:
         """V, as the kernel that adds up the images of a strip in one call."""
         basis = self.basis(call)
         assert basis is not None
+        weight = self._weight_by_output
+        placed = strip.kernel(basis.coefficients)
+        return CoordKernel(
+            strip.kernel(basis.weight(weight)).to(weight.dtype),
+            weight,
+            self._once(
+                f"coefficients of {len(strip.bands)} bands",
+                *(call, weight.dtype, lambda: placed.flatten(1).to(weight.dtype)),
+            ),
+            basis.rank,
+        )
+
+    @functools.cached_property
+    def _weight_by_output(self) -> Tensor:
+        """The coordinate weight, shape (C_out, T)."""
         weight = self.layer.coord_weight.detach()
-        by_output = weight.transpose(0, 1) if self.geometry.transposed else weight
-        return strip.kernel(basis.weight(by_output)).to(weight.dtype)
+        return (weight.transpose(0, 1) if self.geometry.transposed else weight).flatten(1)
 
     def _stored_strip(self, kind: str, strip: Strip, call: Call) -> CoordConstant:
         dtype = self.layer.coord_weight.dtype
@@ -264,6 +299,7 @@ def lower_(
     """
     lowerings: dict[str, str] = {}
     constants: dict[int, CoordConstant] = {}
+    kernels: list[CoordKernel] = []
     for site in lowering_sites(model, example_inputs):
         lowering = choose(site)
         lowerings[site.name] = lowering
@@ -281,11 +317,13 @@ def lower_(
             add_up = None
             if constant.strip is not None:
                 kernel = site.kernel(call, constant.strip)
-                site.layer.register_buffer(f"coord_weight_{index}", kernel, persistent=False)
-                add_up = functools.partial(constant.strip.add_up, kernel)
+                kernels.append(kernel)
+                name = f"coord_weight_{index}"
+                site.layer.register_buffer(name, kernel.tensor, persistent=False)
+                add_up = functools.partial(constant.strip.add_up, kernel.tensor)
             stored[call] = _Stored(constant.tensor, add_up)
         _replace_forward(site, lowering, stored)
-    return Lowered(lowerings, tuple(constants.values()))
+    return Lowered(lowerings, tuple(constants.values()), tuple(kernels))
 
 
 def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
