@@ -157,16 +157,56 @@ def assert_close(
         np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale)
 
 
+def lines_bytes(length: int, images: int, lines: int, itemsize: int = 4, bands: int = 1) -> int:
+    """What images along one axis take in a file: each whole, or every line once, and its places.
+
+    Args:
+        length: Of the axis.
+        images: In each band.
+        lines: Different ones among all images.
+        itemsize: Bytes of a number; a place has four.
+        bands: How many.
+    """
+    whole = bands * images * length * itemsize
+    return min(whole, lines * length * itemsize + bands * images * 4)
+
+
+def flat_strip_bytes(size: tuple[int, int], images: int, lines: int) -> int:
+    """What a strip of one band takes: its lines, so many an axis, and four whole numbers' shape."""
+    return sum(lines_bytes(length, images, lines) for length in size) + 4 * 8
+
+
+PADDED_3X3 = (7, 1, (2, 5))
+"""Of a banded strip: images side by side, border rows, lines along y and x.
+
+Lines are a constant and a ramp; along x, where bands share them, also one for each border, and
+nothing where a band has no image.
+"""
+
+
 def banded_strip_bytes(
-    size: tuple[int, int], width: int, border: int, itemsize: int = 4, *, kernels: bool = True
+    size: tuple[int, int],
+    layout: tuple[int, int, tuple[int, int]],
+    itemsize: int = 4,
+    *,
+    kernels: bool = True,
 ) -> int:
     """What a strip of three bands takes in a file.
 
-    Two vectors for each place of each band, three shapes of four whole numbers, and where
-    kernels read it, which image stands in each place.
+    Lines, three shapes of four whole numbers, and where kernels read it, which image stands in
+    each place.
+
+    Args:
+        size: Of the images.
+        layout: As :data:`PADDED_3X3`.
+        itemsize: Bytes of a number.
+        kernels: Whether kernels read it.
     """
-    vectors = width * (size[0] + 2 * border + 3 * size[1]) * itemsize
-    return vectors + 3 * 4 * 8 + (3 * width * 8 if kernels else 0)
+    width, border, (rows, columns) = layout
+    along_x = lines_bytes(size[1], width, columns, itemsize, bands=3)
+    along_y = lines_bytes(size[0], width, rows, itemsize)
+    borders = 2 * lines_bytes(border, width, border, itemsize)
+    return along_x + along_y + borders + 3 * 4 * 8 + (3 * width * 8 if kernels else 0)
 
 
 def count(model: ir.Model | onnx.ModelProto, kind: str) -> int:

@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from concat_model import concatenating
-from onnx_graphs import banded_strip_bytes
+from onnx_graphs import PADDED_3X3, banded_strip_bytes, flat_strip_bytes
 from reference import concatenating_conv, paper_grid
 from torch import Tensor, nn
 
@@ -164,17 +164,16 @@ def test_coordinates_are_constants_where_the_size_is_fixed(case: Any) -> None:
         assert "Range" in operators(path)
         return
     assert not operators(path) & {"Range", "Linspace"}
-    # Both read 8 x 12. Channels are a vector an axis each; a flat strip two for each image, and
-    # its shape of four whole numbers; the stem's map also has a weight, the head's 3 x 5 is whole.
-    strip = 15 * (8 + 12) * 4 + 4 * 8
+    # Both read 8 x 12. Channels are a vector an axis each; the stem's map is made of a flat strip
+    # and a weight, the head's 3 x 5 is whole.
     assert (
         report.coord_constant_bytes
         == {
             "channels": 2 * (8 + 12) * 4,
             "branch": 2 * (8 + 12) * 4,
             # The head does not pad: x and y, shifted and not, span x, y and a constant.
-            "separable": banded_strip_bytes((8, 12), 7, 1) + 3 * (3 + 5) * 4 + 4 * 8,
-            "map": strip + 4 * 15 * 4 + 2 * 3 * 5 * 4,
+            "separable": banded_strip_bytes((8, 12), PADDED_3X3) + flat_strip_bytes((3, 5), 3, 2),
+            "map": flat_strip_bytes((8, 12), 15, 4) + 4 * 15 * 4 + 2 * 3 * 5 * 4,
         }[lowering]
     )
 
@@ -299,9 +298,9 @@ def test_a_static_batch_is_static_and_its_constants_are_counted(
     with pytest.raises(Exception, match=r"(?i)invalid"):
         run(report.path, images(3))
     # Vectors at least; where a constant folder expanded them, two images' worth of channels; of
-    # maps the vectors of 15 images with their shape, a weight, and the head's 3 x 5 whole.
+    # maps the lines of 15 images, a weight, and the head's 3 x 5 whole.
     most = {"channels": 2 * 2 * 8 * 12 * 4}
-    maps = 15 * (8 + 12) * 4 + 4 * 8 + 4 * 15 * 4 + 2 * 3 * 5 * 4
+    maps = flat_strip_bytes((8, 12), 15, 4) + 4 * 15 * 4 + 2 * 3 * 5 * 4
     assert 2 * (8 + 12) * 4 <= report.coord_constant_bytes <= most.get(lowering, maps)
 
 
@@ -861,7 +860,7 @@ def test_half_precision_stays_half(exporter: str, tmp_path: Path) -> None:
         providers=CPU,
     )
     assert {array.dtype for array in constants(report.path)} == {np.dtype(np.float16)}
-    assert report.coord_constant_bytes == banded_strip_bytes((8, 12), 7, 1, itemsize=2)
+    assert report.coord_constant_bytes == banded_strip_bytes((8, 12), PADDED_3X3, itemsize=2)
     (actual,) = run(report.path, images(3).half())
     assert actual.dtype == np.float16
     assert_same(actual.astype(np.float32), concatenating(model).float()(images(3)), 1e-2)
@@ -878,9 +877,9 @@ def test_a_pretrained_architecture_from_timm(tmp_path: Path) -> None:
     assert set(report.lowerings) == {"conv1", "layer2.0.conv1", "layer2.1.conv1"}
     # A strip of each geometry, of images of the outputs' sizes: 32 x 48, and twice 8 x 12.
     assert report.coord_constant_bytes == (
-        banded_strip_bytes((32, 48), 10, 2)
-        + banded_strip_bytes((8, 12), 5, 1)
-        + banded_strip_bytes((8, 12), 7, 1)
+        banded_strip_bytes((32, 48), (10, 2, (3, 6)))
+        + banded_strip_bytes((8, 12), (5, 1, (2, 4)))
+        + banded_strip_bytes((8, 12), PADDED_3X3)
     )
     other = torch.rand(5, 3, 64, 96)
     assert_same(run(report.path, other)[0], concatenating(model)(other), 1e-4)
@@ -1088,3 +1087,16 @@ def test_the_path_may_be_a_string(tmp_path: Path) -> None:
     )
     assert report.path == tmp_path / "n.onnx"
     assert report.path.is_file()
+
+
+def test_added_nodes_do_not_repeat_their_convolutions_origin(tmp_path: Path) -> None:
+    """Stack traces would be most of what coordinates add to a small network's file."""
+    path = tmp_path / "m.onnx"
+    options: dict[str, Any] = {"exporter": "dynamo", "providers": CPU}
+    ccp.export_onnx(net(), path, images(2), **options)
+    noted = {node.name: bool(node.metadata_props) for node in onnx.load(path).graph.node}
+    plain = tmp_path / "plain.onnx"
+    ccp.export_onnx(fresh().eval(), plain, images(2), **options)
+    assert sum(noted.values()) == sum(
+        bool(node.metadata_props) for node in onnx.load(plain).graph.node
+    )

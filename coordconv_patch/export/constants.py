@@ -1,12 +1,14 @@
 """Store coordinate constants as what they are made of.
 
 Coordinate channels are products of one vector per axis (x along W times ones along H), the
-bands of a strip of images likewise, and a map is a convolution of a strip. The kernel of a
-strip with several bands has places without an image, which need no weight; and the kernels of
-a layer that sees several sizes, as a detector's head does, come from one coordinate weight::
+bands of a strip of images likewise, of few different lines, and a map is a convolution of a
+strip. The kernel of a strip with several bands has places without an image, which need no
+weight; and the kernels of a layer that sees several sizes, as a detector's head does, come from
+one coordinate weight::
 
     c                ->   Mul(rows, columns)
     s                ->   Concat(Reshape(Mul(rows, columns)), ...)
+    rows, columns    ->   Gather(lines, images)
     m                ->   Conv(s, V)
     V                ->   Gather(V of the images, images), or Reshape(MatMul(W_c, coefficients))
 

@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,12 +33,13 @@ from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
-from coordconv_patch.export.ordering import coordinate_nodes, order_additions_
+from coordconv_patch.export.ordering import coordinate_nodes, is_read_once, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
+from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
     Lowered,
@@ -276,9 +277,34 @@ def _rewritten(
         fuse_clips_(graph)
     stored = compact_constants_(graph, lowered.constants, batch, lowered.kernels)
     names = coordinate_nodes(graph)
+    _forget_origins(graph, names)
     proto = onnx_ir.to_proto(model)
     onnx.save(proto, path)
     return proto, stored, names
+
+
+def _forget_origins(graph: onnx_ir.Graph, names: Collection[str]) -> None:
+    """Drop what torch notes of the origin of nodes that coordinates added to a graph.
+
+    That is a stack trace and the convolution's place in the model, which the plain convolution
+    beside has too: most of what coordinates would add to a small network's file.
+
+    Args:
+        graph: The graph.
+        names: Of the nodes that compute with coordinates alone.
+    """
+    for node in graph:
+        if node.name in names or _is_addition_of_ours(node):
+            node.metadata_props.clear()
+            for value in node.inputs:
+                if value is not None and value.is_initializer() and is_read_once(value):
+                    value.metadata_props.clear()
+
+
+def _is_addition_of_ours(node: onnx_ir.Node) -> bool:
+    """Whether a patched layer's forward made the node; the residual additions are the model's."""
+    modules = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
+    return node.op_type == "Add" and f"{CoordConvNd.__module__}." in modules
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +50,15 @@ class Recipes:
 
         def make() -> ir.Value:
             assert constant.factors is not None
-            count, is_strip = len(constant.factors), constant.strip is not None
-            names = [f"{name}_band_{number}" if count > 1 else name for number in range(count)]
-            bands = [
-                self._band(band, factors, is_strip)
-                for band, factors in zip(names, constant.factors, strict=True)
-            ]
-            result = bands[0] if count == 1 else self._node("Concat", bands, {"axis": 2})
+            bands = [[array_of(factor) for factor in band] for band in constant.factors]
+            if constant.strip is None:
+                (factors,) = bands
+                return self._multiplied(
+                    self._coordinates(f"{name}_axis_{axis}", array)
+                    for axis, array in enumerate(factors)
+                )
+            parts = self._bands(name, bands)
+            result = parts[0] if len(parts) == 1 else self._node("Concat", parts, {"axis": 2})
             result.shape = ir.Shape(constant.tensor.shape)
             return result
 
@@ -100,20 +103,58 @@ class Recipes:
         """The kernel of a map, which stands for coordinates and weights at once."""
         return self._coordinates(f"{name}_weight", array_of(kernel.tensor))
 
-    def _band(self, name: str, factors: Sequence[Tensor], is_strip: bool) -> ir.Value:
-        """The product of factors; in a strip (1, rows, S, W) becomes (1, 1, rows, S * W)."""
-        arrays = [array_of(factor) for factor in factors]
-        running, *rest = (
-            self._coordinates(f"{name}_axis_{axis}", array) for axis, array in enumerate(arrays)
-        )
-        for factor in rest:
-            running = self._node("Mul", [running, factor])
-        if not is_strip:
-            return running
-        first, *rows, images, width = np.broadcast_shapes(*(array.shape for array in arrays))
-        wanted = (first, 1, *rows, images * width)
-        shape = self._coordinates(f"{name}_shape", np.array(wanted, dtype=np.int64))
-        return self._node("Reshape", [running, shape])
+    def _bands(self, name: str, bands: Sequence[Sequence[np.ndarray]]) -> list[ir.Value]:
+        """Products (1, rows, S, W) of a strip's factors, each as (1, 1, rows, S * W).
+
+        Images have few different lines along an axis, and bands the same along all but the rows.
+        """
+        names = [
+            f"{name}_band_{number}" if len(bands) > 1 else name for number in range(len(bands))
+        ]
+        *others, last = zip(*bands, strict=True)
+        columns = self._lines(f"{name}_axis_{len(others)}", last)
+        found = []
+        for number, band in enumerate(names):
+            rows = [
+                self._lines(f"{band}_axis_{axis}", [factors[number]])[0]
+                for axis, factors in enumerate(others)
+            ]
+            arrays = bands[number]
+            first, *sizes, images, width = np.broadcast_shapes(*(array.shape for array in arrays))
+            wanted = np.array((first, 1, *sizes, images * width), dtype=np.int64)
+            shape = self._coordinates(f"{band}_shape", wanted)
+            product = self._multiplied([*rows, columns[number]])
+            found.append(self._node("Reshape", [product, shape]))
+        return found
+
+    def _lines(self, name: str, factors: Sequence[np.ndarray]) -> list[ir.Value]:
+        """Factors whose next to last axis counts images; every line that they have is stored once.
+
+        Args:
+            name: Begins the names of what is stored.
+            factors: Alike but for that axis.
+        """
+        together = np.concatenate(factors, axis=-2)
+        lines, places = np.unique(together, axis=together.ndim - 2, return_inverse=True)
+        places = places.reshape(-1).astype(np.int32)
+        if lines.nbytes + places.nbytes >= together.nbytes:
+            return [
+                self._coordinates(f"{name}_{number}" if number else name, array)
+                for number, array in enumerate(factors)
+            ]
+        stored = self._coordinates(f"{name}_lines", lines)
+        ends = np.cumsum([factor.shape[-2] for factor in factors])[:-1]
+        return [
+            self._node(
+                "Gather",
+                [stored, self._coordinates(f"{name}_images_{number}", images)],
+                {"axis": together.ndim - 2},
+            )
+            for number, images in enumerate(np.split(places, ends))
+        ]
+
+    def _multiplied(self, factors: Iterable[ir.Value]) -> ir.Value:
+        return functools.reduce(lambda left, right: self._node("Mul", [left, right]), factors)
 
     def _once(self, kind: str, source: object, make: Callable[[], ir.Value]) -> ir.Value:
         """What is made of an object, found again by the object's identity."""

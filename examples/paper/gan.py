@@ -9,6 +9,8 @@ settings differ in the generator, see :mod:`generative`; ``deconv`` is that of R
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from coloured_shapes import ABSENT, ShapeSet, presence, squares, stencils
@@ -37,6 +39,9 @@ PENALTY_EVERY = 8
 """Steps between gradient penalties, each weighted so much more (Karras et al. 2020)."""
 PENALTY = 2.0
 """Weight of half the squared gradient at real pictures (Mescheder et al. 2018, R1)."""
+LONGER = 10
+"""The deconv nets, whose squares are not whole yet, train so many times longer as well."""
+LONG = "deconv, longer"
 
 
 def generator(setting: str, width: int = 8) -> nn.Module:
@@ -140,10 +145,17 @@ class Game:
         return torch.cat(pictures)
 
 
-def train(setting: str, variant: str, options: Options) -> Run:
-    """Train one pair of nets and measure the generator's pictures and films."""
+def train(setting: str, variant: str, options: Options, longer: int = 1) -> Run:
+    """Train one pair of nets and measure the generator's pictures and films.
+
+    Args:
+        setting: Of the generator.
+        variant: Of both nets.
+        options: Lengths of training among them.
+        longer: Factor on the number of steps.
+    """
     training, _ = squares()
-    steps = options.length(3_600, 25)
+    steps = options.length(3_600 * longer, 25)
     game = Game(setting, variant, steps)
     curves: dict[str, list[float]] = {"step": [], "generator": [], "discriminator": []}
     point = max(1, steps // 25)
@@ -212,6 +224,11 @@ def main(arguments: list[str] | None = None) -> Record:
     record = Record("gan", options)
     record.run("reference", "real", 0, real_pictures)
     compare(record, train)
+    if not options.quick:
+        for seed in options.seeds:
+            for variant in ("plain", "patched"):
+                much = partial(train, "deconv", variant, options, longer=LONGER)
+                record.run(LONG, variant, seed, much)
     record.print_table()
     draw_picture(record)
     return record
