@@ -4,7 +4,8 @@ Each model is timed with its first, every larger than 1x1, and all convolutions 
 ``export_onnx``: with its defaults, and for OpenVINO with ``lowering="branch"``), beside the
 plain model and concatenating ports, all exported for any batch size. "plain" is what
 ``torch.onnx.export`` makes of the plain model; "plain again" is the same file in a second
-session, and shows this machine's noise. The floor is explained in shared/floor.py.
+session, and shows this machine's noise. All files are loaded and timed several times; ratios are
+medians of these sessions. The floor is explained in shared/floor.py.
 
     python benchmarks/onnx_runtime.py
 """
@@ -24,7 +25,7 @@ from shared.floor import write_floor
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
 from shared.ports import BufferCoords, RuntimeCoords, ported
-from shared.record import make_parser, open_record, ratios_of, timed
+from shared.record import make_parser, median_session, open_record, ratios_of, timed
 from shared.show import draw_ratios, print_ratios
 from shared.variants import SELECTIONS, patched, patched_names, seeded
 from tqdm.auto import tqdm
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
+    parser.add_argument("--sessions", type=int, default=3, help="that --seconds are divided by")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.selections = ["all"]
+        options.selections, options.sessions = ["all"], 1
         options.models, options.batch, options.threads = [QUICK], [2], [1]
     record = open_record(options, NAME)
     for name in [] if options.show else options.models:
@@ -134,9 +136,13 @@ def _measure(
             if not path.exists():
                 write_floor(files[PLAIN], path, shown, selection)
             files[f"{selection}, floor"] = path
-    runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
-    return timed(runs, PLAIN, options, key, sizes)
+    share = argparse.Namespace(seconds=options.seconds / options.sessions, quick=options.quick)
+    found = []
+    for _ in range(options.sessions):
+        runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
+        found.append(timed(runs, PLAIN, share, key, sizes))
+    return median_session(found)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,24 @@ def test_a_failure_keeps_what_was_measured(tmp_path: Path) -> None:
     assert again.results == {"x": 1}
 
 
+def test_of_several_sessions_each_variant_s_median_stands() -> None:
+    def session(rounds: int, **ratios: float) -> dict[str, Any]:
+        variants = {
+            name: {"seconds": 2 * ratio, "ratio": ratio, "ratio_95": [ratio - 1, ratio + 1]}
+            for name, ratio in ratios.items()
+        }
+        return {"rounds": rounds, "variants": variants}
+
+    sessions = [session(5, a=3.0, b=7.0), session(6, a=1.0, b=9.0), session(7, a=2.0, b=8.0)]
+    found = load("shared.record").median_session(sessions)
+    assert found["rounds"] == 18
+    assert found["variants"]["a"] == {
+        **{"seconds": 4.0, "ratio": 2.0, "ratio_95": [1.0, 3.0]},
+        "ratio_by_session": [3.0, 1.0, 2.0],
+    }
+    assert found["variants"]["b"]["ratio"] == 8.0
+
+
 @pytest.mark.parametrize("kind", ["BufferCoords", "RuntimeCoords"])
 def test_a_port_computes_the_published_function(kind: str) -> None:
     """Against a concatenation written for other tests, with the port's weights."""

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 from coordconv_patch.export.machine import describe_machine
 from coordconv_patch.export.timing import Ratio, alternate, median, ratio_of_medians
 
-__all__ = ["RESULTS", "Record", "make_parser", "open_record", "ratios_of", "timed"]
+__all__ = [
+    "RESULTS",
+    "Record",
+    "make_parser",
+    "median_session",
+    "open_record",
+    "ratios_of",
+    "timed",
+]
 
 RESULTS = Path(__file__).parents[1] / "results"
 _PACKAGES = ("timm", "torchvision", "ultralytics", "openvino")
@@ -147,6 +155,28 @@ def timed(
         if sizes and name in sizes:
             variants[name]["file_size"] = sizes[name]
     return {"rounds": len(seconds[base]), "variants": variants}
+
+
+def median_session(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results of :func:`timed`, as one.
+
+    Where a runtime finds its memory decides about percents, and no repetition within a session
+    helps.
+
+    Args:
+        found: Of the same actions, each made anew.
+
+    Returns:
+        As :func:`timed` does; of each variant the session whose ratio is the median, and
+        ``"ratio_by_session"``.
+    """
+    variants: dict[str, dict[str, Any]] = {}
+    for name in found[0]["variants"]:
+        sessions = [result["variants"][name] for result in found]
+        ratios = [session["ratio"] for session in sessions]
+        middle = sorted(sessions, key=lambda session: float(session["ratio"]))[len(sessions) // 2]
+        variants[name] = {**middle, "ratio_by_session": ratios}
+    return {"rounds": sum(result["rounds"] for result in found), "variants": variants}
 
 
 def ratios_of(result: Mapping[str, Any]) -> dict[str, Ratio]:

@@ -36,9 +36,9 @@ from branches import (
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from finetune_picture import draw
 from localisation import CupOfCoffee, DigitTask, Task
-from scrambled_coordinates import ScrambledCoordinates
 from torch import nn
 from tqdm import tqdm
+from variants import as_variant
 
 import coordconv_patch as ccp
 
@@ -137,11 +137,11 @@ def run_seed(record: Record, setting: str, seed: int) -> None:
 
     branches: dict[str, Callable[[], nn.Module]] = {
         KEPT_ON: lambda: copy.deepcopy(pretrained()[0]),
-        FIRST: lambda: ccp.patch(pretrained()[0], "first"),
-        ALL: lambda: ccp.patch(pretrained()[0], "all"),
-        SCRAMBLED: lambda: ccp.patch(pretrained()[0], "first", coords=ScrambledCoordinates()),
-        ALL_SCRAMBLED: lambda: ccp.patch(pretrained()[0], "all", coords=ScrambledCoordinates()),
-        SCRATCH: lambda: ccp.patch(task().fresh(), "first"),
+        FIRST: lambda: as_variant(pretrained()[0], "patched", "first"),
+        ALL: lambda: as_variant(pretrained()[0], "patched", "all"),
+        SCRAMBLED: lambda: as_variant(pretrained()[0], "scrambled", "first"),
+        ALL_SCRAMBLED: lambda: as_variant(pretrained()[0], "scrambled", "all"),
+        SCRATCH: lambda: as_variant(task().fresh(), "patched", "first"),
     }
     record.run(setting, PRETRAINING, seed, lambda: pretrained()[1])
     for variant, make in branches.items():

@@ -69,16 +69,18 @@ class Supervised:
         run = fit(model, centers, self.task, net.recipe, self.options, f"{label}, {split}")
         return replace(run, extra={name: keep(model, centers) for name, keep in self.kept.items()})
 
-    def compare(self, patchable: Net, plain: dict[str, Net], control_splits: Iterable[str]) -> None:
-        """Run what the record lacks: the patched net and the plain ones, on all splits and seeds.
+    def compare(
+        self, patchable: Net, others: dict[str, Net], control_splits: Iterable[str]
+    ) -> None:
+        """Run what the record lacks: the patched net and others, on all splits and seeds.
 
         Args:
             patchable: The net that is patched.
-            plain: The nets that it is compared with, by their name in the record.
+            others: The nets that it is compared with, by their name in the record.
             control_splits: Where ``patchable`` is trained plain and with scrambled coordinates
                 as well: with one seed, for neither gets anywhere.
         """
-        nets = {"patched": patchable.variant("patched"), **plain}
+        nets = {"patched": patchable.variant("patched"), **others}
         for seed in self.options.seeds:
             for split in self.splits:
                 for name, net in nets.items():

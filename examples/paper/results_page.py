@@ -119,7 +119,7 @@ def cell(record: dict[str, Any], figure: Figure | Comparison) -> str:
     runs = runs_of(record, figure)
     if isinstance(figure, Figure):
         return runs.cell(figure)
-    patched = runs_of(record, replace(figure, variant="patched"))
+    patched = runs_of(record, replace(figure, variant=figure.patched))
     return Costs(patched, runs).cell(figure)
 
 
