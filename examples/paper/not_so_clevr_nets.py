@@ -40,27 +40,25 @@ def _he_initialised(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-POINTWISE = (32, 32, 64, 64)
-"""Widths of the 1x1 convolutions in the released code."""
-
-
-def tiled_net(widths: Sequence[int] = POINTWISE) -> nn.Sequential:
+def tiled_net() -> nn.Sequential:
     """The classifier: (x, y) at every pixel, then 1x1 convolutions; 7,489 parameters plain.
 
     From ``(N, 2)`` to logits ``(N, 1, 64, 64)``. As it stands all pixels are alike to it.
     Initialised as PyTorch does it: with He's larger weights this net and the renderer do worse in
     the quadrant that is held out.
     """
-    return nn.Sequential(Tile(), *_convolutions(2, widths, kernel=1))
+    return nn.Sequential(Tile(), *_convolutions(2, (32, 32, 64, 64), kernel=1))
 
 
-def renderer(widths: Sequence[int] = POINTWISE) -> nn.Sequential:
+def renderer(widths: Sequence[int] = (8, 8, 16, 16)) -> nn.Sequential:
     """The classifier, a softmax, and 3x3 convolutions that paint; 11,786 parameters plain.
 
     From ``(N, 2)`` to logits ``(N, 1, 64, 64)``.
+
+    Args:
+        widths: Of the 3x3 convolutions.
     """
-    painting = _convolutions(1, (8, 8, 16, 16), kernel=3)
-    return nn.Sequential(*tiled_net(widths), PixelSoftmax(), *painting)
+    return nn.Sequential(*tiled_net(), PixelSoftmax(), *_convolutions(1, widths, kernel=3))
 
 
 def _convolutions(channels: int, widths: Sequence[int], *, kernel: int) -> list[nn.Module]:
