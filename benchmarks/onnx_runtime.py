@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import random
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from itertools import product
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
+    parser.add_argument("--no-ports", action="store_true", help="more rounds for the rest")
     parser.add_argument("--sessions", type=int, default=3, help="that --seconds are divided by")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -58,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             lowerings = {LOWERINGS[engine] for engine, _, _ in missing.values()}
-            files = write_files(MODELS[name], Path(folder), options.selections, lowerings)
+            files = write_files(
+                *(MODELS[name], Path(folder), options.selections, lowerings),
+                with_ports=not options.no_ports,
+            )
             for key, (engine, batch, threads) in missing.items():
                 chosen = {
                     variant: path
@@ -89,7 +94,12 @@ def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str
 
 
 def write_files(
-    model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[Lowering]
+    model: BenchModel,
+    folder: Path,
+    selections: Sequence[str],
+    lowerings: Collection[Lowering],
+    *,
+    with_ports: bool = True,
 ) -> dict[tuple[str, Lowering | None], Path]:
     """Export every variant, the plain model first; by name, and lowering if it is patched."""
     plain = seeded(model.make)
@@ -104,11 +114,12 @@ def write_files(
         names = patched_names(made)
         for lowering in sorted(lowerings):
             makers[selection, lowering] = write(write_verified, made, example, lowering=lowering)
-        port = ported(plain, names, BufferCoords, example)
-        makers[f"{selection}, port, buffer", None] = write(write_plainly, port, example)
-    # Its cost beside the other port's does not depend on which convolutions have it.
-    port = ported(plain, names, RuntimeCoords, example)
-    makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
+        if with_ports:
+            port = ported(plain, names, BufferCoords, example)
+            makers[f"{selection}, port, buffer", None] = write(write_plainly, port, example)
+    if with_ports:  # the cost beside the other port's does not depend on which convolutions have it
+        port = ported(plain, names, RuntimeCoords, example)
+        makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
     files: dict[tuple[str, Lowering | None], Path] = {}
     progress = tqdm(makers.items(), disable=None, leave=False)
     for number, (variant, make) in enumerate(progress):
@@ -139,8 +150,10 @@ def _measure(
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
     share = argparse.Namespace(seconds=options.seconds / options.sessions, quick=options.quick)
     found = []
-    for _ in range(options.sessions):
-        runs = {name: ENGINES[engine](path, shown, threads) for name, path in files.items()}
+    for number in range(options.sessions):
+        # Loaded first, a file took up to 5 percent longer than loaded last: the order changes too.
+        order = random.Random(number).sample(list(files), len(files))
+        runs = {name: ENGINES[engine](files[name], shown, threads) for name in order}
         found.append(timed(runs, PLAIN, share, key, sizes))
     return median_session(found)
 
