@@ -45,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
-    parser.add_argument("--no-ports", action="store_true", help="more rounds for the rest")
     parser.add_argument("--sessions", type=int, default=3, help="that --seconds are divided by")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -60,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             lowerings = {LOWERINGS[engine] for engine, _, _ in missing.values()}
-            files = write_files(
-                *(MODELS[name], Path(folder), options.selections, lowerings),
-                with_ports=not options.no_ports,
-            )
+            files = write_files(MODELS[name], Path(folder), options.selections, lowerings)
             for key, (engine, batch, threads) in missing.items():
                 chosen = {
                     variant: path
@@ -94,12 +90,7 @@ def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str
 
 
 def write_files(
-    model: BenchModel,
-    folder: Path,
-    selections: Sequence[str],
-    lowerings: Collection[Lowering],
-    *,
-    with_ports: bool = True,
+    model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[Lowering]
 ) -> dict[tuple[str, Lowering | None], Path]:
     """Export every variant, the plain model first; by name, and lowering if it is patched."""
     plain = seeded(model.make)
@@ -114,12 +105,11 @@ def write_files(
         names = patched_names(made)
         for lowering in sorted(lowerings):
             makers[selection, lowering] = write(write_verified, made, example, lowering=lowering)
-        if with_ports:
-            port = ported(plain, names, BufferCoords, example)
-            makers[f"{selection}, port, buffer", None] = write(write_plainly, port, example)
-    if with_ports:  # the cost beside the other port's does not depend on which convolutions have it
-        port = ported(plain, names, RuntimeCoords, example)
-        makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
+        port = ported(plain, names, BufferCoords, example)
+        makers[f"{selection}, port, buffer", None] = write(write_plainly, port, example)
+    # Its cost beside the other port's does not depend on which convolutions have it.
+    port = ported(plain, names, RuntimeCoords, example)
+    makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
     files: dict[tuple[str, Lowering | None], Path] = {}
     progress = tqdm(makers.items(), disable=None, leave=False)
     for number, (variant, make) in enumerate(progress):
@@ -148,13 +138,12 @@ def _measure(
                 write_floor(files[PLAIN], path, shown, selection)
             files[f"{selection}, floor"] = path
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
-    share = argparse.Namespace(seconds=options.seconds / options.sessions, quick=options.quick)
     found = []
     for number in range(options.sessions):
         # Loaded first, a file took up to 5 percent longer than loaded last: the order changes too.
         order = random.Random(number).sample(list(files), len(files))
         runs = {name: ENGINES[engine](files[name], shown, threads) for name in order}
-        found.append(timed(runs, PLAIN, share, key, sizes))
+        found.append(timed(runs, PLAIN, options, key, sizes, parts=options.sessions))
     return median_session(found)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from shared.models import MODELS, QUICK, BenchModel, images
 from shared.ports import BufferCoords, RuntimeCoords, ported
-from shared.record import make_parser, open_record, ratios_of, timed
+from shared.record import make_parser, median_session, open_record, ratios_of, timed
 from shared.show import draw_ratios, print_ratios
 from shared.variants import patched, patched_names, seeded
 from torch import Tensor, nn
@@ -161,14 +161,8 @@ def _training(name: str, size: int, options: argparse.Namespace, key: str) -> An
 
 
 def _median_process(measure: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Measure in fresh processes; the one whose ratio of "all" is the median, and those of all.
-
-    Where a process finds its memory decides about percents, and no repetition within it helps.
-    """
-    found = [_in_fresh_process(measure, *arguments) for _ in range(PROCESSES)]
-    found.sort(key=lambda result: float(result["variants"]["all"]["ratio"]))
-    ratios = [result["variants"]["all"]["ratio"] for result in found]
-    return {**found[len(found) // 2], "ratio_of_all_by_process": ratios}
+    """Measure in fresh processes, and take the medians."""
+    return median_session([_in_fresh_process(measure, *arguments) for _ in range(PROCESSES)])
 
 
 def _eager(name: str, batch: int, size: int, options: argparse.Namespace, key: str) -> Any:

@@ -392,8 +392,8 @@ def test_kernels_of_several_sizes_come_from_one_coordinate_weight(
     proto = onnx.load(path)
     shapes = [tuple(tensor.dims) for tensor in proto.graph.initializer]
     assert shapes.count((96, 2 * 9)) == 2  # one weight for each convolution
-    widest = [dims for dims in shapes if len(dims) == 2 and dims[0] == 2 * 9 and dims[1] != 96]
-    assert len(widest) == 3  # one matrix for each size
+    matrices = [dims for dims in shapes if len(dims) == 2 and dims[0] == 2 * 9 and dims[1] != 96]
+    assert len(matrices) == 3  # one matrix for each size
     assert count(proto, "MatMul") == 6
     expected = [output.detach().numpy() for output in copy.deepcopy(model).double()(x.double())]
     assert_close(run(path, {"x": x.numpy()}), expected, 3e-6)

@@ -127,6 +127,8 @@ def timed(
     options: argparse.Namespace,
     title: str,
     sizes: Mapping[str, int] | None = None,
+    *,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """Time actions in turns for about ``--seconds``, and compare each with one of them.
 
@@ -136,13 +138,14 @@ def timed(
         options: ``seconds`` and ``quick``.
         title: What the progress bar says.
         sizes: Bytes of each action's file, to be kept beside its times.
+        parts: How many calls share ``--seconds``.
 
     Returns:
         ``{"rounds": R, "variants": {name: {"seconds", "ratio", "ratio_95", "file_size"}}}``.
     """
     trial = alternate(runs, repeats=1, warm_up=1, description=f"{title}, warming up")
     one_round = sum(times[0] for times in trial.values())
-    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(options.seconds / one_round)))
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(options.seconds / parts / one_round)))
     seconds = alternate(runs, repeats=2 if options.quick else rounds, warm_up=0, description=title)
     variants: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():
@@ -161,14 +164,14 @@ def median_session(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several results of :func:`timed`, as one.
 
     Where a runtime finds its memory decides about percents, and no repetition within a session
-    helps.
+    or a process helps.
 
     Args:
         found: Of the same actions, each made anew.
 
     Returns:
-        As :func:`timed` does; of each variant the session whose ratio is the median, and
-        ``"ratio_by_session"``.
+        As :func:`timed` does; of each variant the session whose ratio is the median (of an even
+        number the larger of the middle two), and ``"ratio_by_session"``.
     """
     variants: dict[str, dict[str, Any]] = {}
     for name in found[0]["variants"]:

@@ -203,16 +203,13 @@ class LoweringSite:
         basis = self.basis(call)
         assert basis is not None
         weight = self._weight_by_output
-        placed = strip.kernel(basis.coefficients)
-        return CoordKernel(
-            strip.kernel(basis.weight(weight)).to(weight.dtype),
-            weight,
-            self._once(
-                f"coefficients of {len(strip.bands)} bands",
-                *(call, weight.dtype, lambda: placed.flatten(1).to(weight.dtype)),
-            ),
-            basis.rank,
+        coefficients = self._once(
+            f"coefficients of {len(strip.bands)} bands",
+            *(call, weight.dtype),
+            lambda: strip.kernel(basis.coefficients).flatten(1).to(weight.dtype),
         )
+        tensor = strip.kernel(basis.weight(weight)).to(weight.dtype)
+        return CoordKernel(tensor, weight, coefficients, basis.rank)
 
     @functools.cached_property
     def _weight_by_output(self) -> Tensor:

@@ -116,9 +116,8 @@ def _classification(split: str, verdict: str, *more: Figure | Comparison) -> Cla
 
 def _rendering(split: str, paper: str, verdict: str) -> Claim:
     narrower, metric = "patched, narrower", "test IOU"
-    stack = Comparison(
-        "the transposed convolutions, by the narrower one", split, "deconv*", metric, True, narrower
-    )
+    label = "the transposed convolutions, by the narrower one"
+    stack = Comparison(label, split, "deconv*", metric, patched=narrower)
     return _supervised(
         *("rendering", "Coordinates to a 9x9 square", paper, split, metric, verdict),
         *(Figure(narrower, split, narrower, metric), stack),
