@@ -190,7 +190,7 @@ def recorded(name: str) -> dict[tuple[str, str], list[dict[str, float]]]:
 
 
 def test_vae_quick_run_trains_coordinates_and_leaves_a_picture(tmp_path: Path) -> None:
-    record = vae.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    record = vae.main(["--quick", "--out", str(tmp_path)])
     for setting, variant in vae.COMPARED:
         (run,) = record.of(setting, variant)
         assert (run.metrics["coordinate_size"] > 0) == (variant != "plain")
@@ -201,7 +201,7 @@ def test_vae_quick_run_trains_coordinates_and_leaves_a_picture(tmp_path: Path) -
 
 
 def test_gan_quick_run_trains_coordinates_and_leaves_a_picture(tmp_path: Path) -> None:
-    record = gan.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    record = gan.main(["--quick", "--out", str(tmp_path)])
     for setting, variant in gan.COMPARED:
         (run,) = record.of(setting, variant)
         for net in ("generator", "discriminator"):

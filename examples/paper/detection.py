@@ -173,7 +173,7 @@ def train(setting: Setting, variant: str, options: Options, seed: int, name: str
     training, test = pictures(setting.margin, options.quick)
     boxes, counted = truth_of(training, setting.targets)
     model, compute_loss = make_model(setting, variant), make_loss(setting)
-    steps = round(setting.length * options.length(300, 8))
+    steps = round(setting.length * options.length(300, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1

@@ -2,7 +2,7 @@
 
 Every script takes the same four options::
 
-    --seeds N    run seeds 0 to N - 1
+    --seeds N    run seeds 0 to N - 1; without it 3, and 1 with --quick
     --budget F   multiply every length of training by F; 1 is the recorded run
     --quick      a run of seconds: it shows the mechanism, not the figures
     --out DIR    where the record and the pictures go
@@ -60,29 +60,27 @@ class Options:
         return quick if self.quick else max(1, round(full * self.budget))
 
 
-def parse_options(
-    description: str | None, arguments: Sequence[str] | None = None, *, seeds: int = 3
-) -> Options:
+def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
     """Read the options that every experiment has; one thread, so that times are CPU times.
 
     Args:
         description: The script's docstring; its first line is shown by ``--help``.
         arguments: The command line's; ``None``: those of this process.
-        seeds: How many seeds there are by default.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many: 0 to N - 1")
+    parser.add_argument("--seeds", type=int, help="how many: 0 to N - 1 (3; with --quick 1)")
     parser.add_argument("--budget", type=float, default=1.0, help="factor on training lengths")
     parser.add_argument("--quick", action="store_true", help="a run of seconds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    if given.seeds < 1:
-        parser.error(f"--seeds {given.seeds}: write a number of 1 or more")
+    seeds = given.seeds if given.seeds is not None else 1 if given.quick else 3
+    if seeds < 1:
+        parser.error(f"--seeds {seeds}: write a number of 1 or more")
     if not (given.budget > 0 and math.isfinite(given.budget)):
         parser.error(f"--budget {given.budget}: write a positive factor")
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    return Options(tuple(range(given.seeds)), given.budget, given.quick, given.out)
+    return Options(tuple(range(seeds)), given.budget, given.quick, given.out)
 
 
 class Stopwatch:

@@ -53,16 +53,24 @@ def make_task(setting: str, options: Options, seed: int) -> Task:
     if setting == IMAGENET:
         pictures, held_out = (64, 16) if options.quick else (960, 192)
         return CupOfCoffee(pictures, held_out, seed, size=32 if options.quick else 64)
-    pictures, held_out = (600, 200) if options.quick else (4000, 500)
     net = NETS[setting]
-    return DigitTask(net.padded, net.strides, pictures, held_out, seed, new_places=net.new_places)
+    pictures, held_out, batch_size = (600, 200, 16) if options.quick else (4000, 500, 32)
+    return DigitTask(
+        net.padded,
+        net.strides,
+        pictures,
+        held_out,
+        seed,
+        new_places=net.new_places,
+        batch_size=batch_size,
+    )
 
 
 def lengths(setting: str, options: Options) -> tuple[int, int]:
     """Steps of the pretraining and of each branch."""
     if setting == IMAGENET:
         return options.length(60, 2), options.length(40, 2)
-    return options.length(500, 120), options.length(250, 120)
+    return options.length(500, 80), options.length(250, 80)
 
 
 def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run:

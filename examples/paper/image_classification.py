@@ -64,7 +64,7 @@ def train(name: str, variant: str, options: Options, seed: int) -> Run:
         test = test.of(torch.arange(90))
     images, test_images = enlarged(training, size), enlarged(test, size)
     model = make_model(name, variant).train()
-    steps = 3 * options.length(30, 2)
+    steps = 3 * options.length(30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def train(name: str, variant: str, options: Options, seed: int) -> Run:
 
 def main(arguments: list[str] | None = None) -> Record:
     """Run the experiment; returns its record."""
-    options = parse_options(__doc__, arguments, seeds=3)
+    options = parse_options(__doc__, arguments)
     record = Record("image_classification", options)
     for name, seed in product(MODELS, options.seeds):
         for variant in (PLAIN, PATCHED, SCRAMBLED):

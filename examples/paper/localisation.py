@@ -63,10 +63,10 @@ class DigitTask:
         new_places: Whether held-out digits, and they alone, have their centres in the quadrant at
             the lower right (the paper's quadrant split). About a quarter of the training
             pictures is left out for it.
+        batch_size: Pictures per step.
     """
 
     metric = "IOU"
-    batch_size = 32
     learning_rate = 2e-3
     layout = Layout(canvas=64, digits=1, sizes=(12.0, 18.0))
 
@@ -79,8 +79,9 @@ class DigitTask:
         seed: int,
         *,
         new_places: bool = False,
+        batch_size: int = 32,
     ) -> None:
-        self.padded, self.strides = padded, strides
+        self.padded, self.strides, self.batch_size = padded, strides, batch_size
         generator = torch.Generator().manual_seed(seed)
         training, test = training_and_test_digits()
         self.pictures = scatter(training, pictures, self.layout, generator)

@@ -31,7 +31,7 @@ class DeconvSetting:
 
     def net(self, epochs: float) -> Net:
         """A stack of this size, trained for so many passes over the centres."""
-        recipe = Recipe(epochs, self.rate, self.decay, batch=16, points=20)
+        recipe = Recipe(epochs, self.rate, self.decay, batch=16, points=20, quick_batch=16)
         return Net(partial(deconv_stack, self.kernel, self.multiplier), recipe)
 
     def __str__(self) -> str:

@@ -15,8 +15,9 @@ from training_times import times_sooner
 
 SCORED = 128
 """Centres of each half that a point of a curve is measured on; final figures take all."""
-QUICK_POINTS = 3
-"""Points of the curves when only the mechanism is to be shown."""
+QUICK_SCORED, QUICK_POINTS = 32, 3
+"""Such centres, also of the final figures, and points of the curves when only the mechanism is to
+be shown."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Recipe:
         batch: Centres a step.
         points: Points of the curves.
         quick_epochs: Passes when only the mechanism is to be shown.
+        quick_batch: Centres a step then.
     """
 
     epochs: float
@@ -57,10 +59,15 @@ class Recipe:
     batch: int = 8
     points: int = 10
     quick_epochs: float = 0.2
+    quick_batch: int = 4
 
     def passes(self, options: Options) -> float:
         """Passes over the training centres under these options."""
         return self.quick_epochs if options.quick else self.epochs * options.budget
+
+    def batch_size(self, options: Options) -> int:
+        """Centres a step under these options."""
+        return self.quick_batch if options.quick else self.batch
 
     def curve_points(self, options: Options) -> int:
         """Points of the curves under these options."""
@@ -91,12 +98,13 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
     )
-    some = {"train": _sample(split.train, SCORED), "test": _sample(split.test, SCORED)}
+    scored = QUICK_SCORED if options.quick else SCORED
+    some = {"train": _sample(split.train, scored), "test": _sample(split.test, scored)}
     points = recipe.curve_points(options)
     measured_at = {math.ceil(steps * (n + 1) / points) for n in range(points)}
     curves: dict[str, list[float]] = {name: [] for name in ("step", "CPU seconds", "loss", *(some))}
     stopwatch, losses = Stopwatch(), []
-    batches = _batches(split.train, recipe.batch, steps)
+    batches = _batches(split.train, recipe.batch_size(options), steps)
     for step, centers in enumerate(tqdm(batches, label, steps, leave=False, disable=None), 1):
         with stopwatch:
             loss = task.loss(model(task.net_input(centers)), centers)
@@ -123,7 +131,7 @@ def fit(
 
 def steps_of(recipe: Recipe, count: int, options: Options) -> int:
     """Optimizer steps for ``count`` training centres under the options' budget."""
-    return max(1, round(recipe.passes(options) * math.ceil(count / recipe.batch)))
+    return max(1, round(recipe.passes(options) * math.ceil(count / recipe.batch_size(options))))
 
 
 def outputs(model: nn.Module, centers: Tensor, task: Task) -> Tensor:

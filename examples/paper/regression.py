@@ -44,8 +44,8 @@ TASK = Task(
 LINEAR = Net(linear_net, Recipe(epochs=3, rate=0.01, batch=4, quick_epochs=1))
 
 PLAIN_NETS = {
-    "pooling": Net(pooling_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
-    "strided": Net(strided_net, Recipe(epochs=8, rate=0.003, quick_epochs=1)),
+    "pooling": Net(pooling_net, Recipe(epochs=8, rate=0.003, quick_epochs=0.5)),
+    "strided": Net(strided_net, Recipe(epochs=8, rate=0.003, quick_epochs=0.5)),
 }
 """The authors' plain nets for the uniform and for the quadrant split; both are run on both."""
 

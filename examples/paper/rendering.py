@@ -61,7 +61,7 @@ SWEEP = Sweep(
 )
 """What the plain net's best is chosen from."""
 
-RENDERER = Net(renderer, Recipe(epochs=4, rate=0.01, decay=0.15, quick_epochs=0.4))
+RENDERER = Net(renderer, Recipe(epochs=4, rate=0.01, decay=0.15, quick_epochs=0.15))
 """Without the weight decay the painted squares fall apart in the quadrant that is held out."""
 NARROWER = "patched, narrower"
 NARROW_RENDERER = replace(RENDERER, build=partial(renderer, (8, 8, 8, 8)))
