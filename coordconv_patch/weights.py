@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
@@ -434,12 +434,18 @@ def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel, DataParallel, torch.compile or an EMA."""
     while True:
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
+        if _is_compiled(model):
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, _WRAPPERS) or _qualified_class(model) in _WRAPPERS_ELSEWHERE:
             model = model.get_submodule("module")
         else:
             return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    # torch.compile has loaded its compiler then; to import it takes as long as torch itself.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(model, compiler.OptimizedModule)
 
 
 def _qualified_class(model: nn.Module) -> str:
