@@ -137,7 +137,8 @@ def _pictures(experiments: Iterable[str]) -> str:
     for name in dict.fromkeys(experiments):
         picture = next((FOLDER / "results").glob(f"{name}.[pgj]*[gf]"))
         command = load(name)["command"]
-        parts.append(f"### {name.replace('_', ' ').capitalize()}\n\n`{command}`\n")
+        title = name.upper() if name in ("vae", "gan") else name.replace("_", " ").capitalize()
+        parts.append(f"### {title}\n\n`{command}`\n")
         parts.append(f"![{name}](results/{picture.name})\n")
     return "\n".join(parts)
 
