@@ -200,6 +200,42 @@ def test_a_net_can_be_patched_with_scrambled_coordinates() -> None:
     torch.testing.assert_close(patched(torch.zeros(1, 1, 64, 64))[0], grid)
 
 
+# --- the options -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [
+        ([], (0, 1, 2)),
+        (["--quick"], (0,)),
+        (["--seeds", "2"], (0, 1)),
+        (["--quick", "--seeds", "2"], (0, 1)),
+    ],
+)
+def test_a_quick_run_has_one_seed_unless_told_otherwise(
+    given: list[str], seeds: tuple[int, ...], tmp_path: Path
+) -> None:
+    options = experiment.parse_options("A script.", [*given, "--out", str(tmp_path)])
+    assert (options.seeds, options.quick, options.budget) == (seeds, "--quick" in given, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0: write a number of 1 or more"),
+        (["--budget", "0"], "--budget 0.0: write a positive factor"),
+        (["--budget", "inf"], "--budget inf: write a positive factor"),
+    ],
+)
+def test_options_that_leave_nothing_to_run_are_refused(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        experiment.parse_options("A script.", [*given, "--out", str(tmp_path / "new")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 # --- the record -----------------------------------------------------------------------------
 
 
