@@ -236,7 +236,27 @@ def test_options_that_leave_nothing_to_run_are_refused(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_try_leaves_the_recorded_runs_alone() -> None:
+    for given in (["--quick"], ["--budget", "0.5"]):
+        assert experiment.parse_options("A script.", given).out == experiment.TRIES
+    assert experiment.parse_options("A script.", []).out == experiment.RESULTS
+
+
 # --- the record -----------------------------------------------------------------------------
+
+
+def test_a_record_of_other_lengths_is_refused_and_stays(tmp_path: Path) -> None:
+    options = experiment.Options((0,), 1.0, False, tmp_path)
+    experiment.Record("some", options).run("s", "v", 0, lambda: experiment.Run(1, 1, 1.0, {}))
+    before = (tmp_path / "some.json").read_text()
+    for other in (
+        experiment.Options((0,), 1.0, True, tmp_path),
+        experiment.Options((0,), 2.0, False, tmp_path),
+    ):
+        with pytest.raises(SystemExit, match=r"some\.json holds runs of other lengths .*--out"):
+            experiment.Record("some", other)
+    assert (tmp_path / "some.json").read_text() == before
+    assert len(experiment.Record("some", options).runs) == 1
 
 
 def test_packed_pictures_and_positions_come_back() -> None:

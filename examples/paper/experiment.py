@@ -5,7 +5,8 @@ Every script takes the same four options::
     --seeds N    run seeds 0 to N - 1; without it 3, and 1 with --quick
     --budget F   multiply every length of training by F; 1 is the recorded run
     --quick      a run of seconds: it shows the mechanism, not the figures
-    --out DIR    where the record and the pictures go
+    --out DIR    where the record and the pictures go: results/, and with another budget or
+                 --quick tries/
 
 A record is kept run by run, so an interrupted experiment goes on where it stopped.
 """
@@ -32,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+TRIES = Path(__file__).parent / "tries"
+"""Where runs of other lengths go, unless told otherwise; git does not keep it."""
 
 _PACKAGES = (
     *("coordconv-patch", "torch", "torchvision", "timm", "numpy"),
@@ -71,16 +74,19 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     parser.add_argument("--seeds", type=int, help="how many: 0 to N - 1 (3; with --quick 1)")
     parser.add_argument("--budget", type=float, default=1.0, help="factor on training lengths")
     parser.add_argument("--quick", action="store_true", help="a run of seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results ({RESULTS.name}/, of tries {TRIES.name}/)"
+    )
     given = parser.parse_args(arguments)
     seeds = given.seeds if given.seeds is not None else 1 if given.quick else 3
     if seeds < 1:
         parser.error(f"--seeds {seeds}: write a number of 1 or more")
     if not (given.budget > 0 and math.isfinite(given.budget)):
         parser.error(f"--budget {given.budget}: write a positive factor")
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = given.out or (TRIES if given.quick or given.budget != 1 else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    return Options(tuple(range(seeds)), given.budget, given.quick, given.out)
+    return Options(tuple(range(seeds)), given.budget, given.quick, out)
 
 
 class Stopwatch:
@@ -137,7 +143,11 @@ class Record:
 
     Args:
         name: Of the experiment, and of its file.
-        options: Runs of other budgets, or of ``--quick``, are not taken over.
+        options: Where it is, and of what lengths its runs are.
+
+    Raises:
+        SystemExit: If the file holds runs of another budget, or only one of the two is quick;
+            they would be lost.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -147,8 +157,12 @@ class Record:
         self.runs: list[Run] = []
         if self.path.exists():
             stored = json.loads(self.path.read_text())
-            if (stored["budget"], stored["quick"]) == (options.budget, options.quick):
-                self.runs = [Run(**run) for run in stored["runs"]]
+            if (stored["budget"], stored["quick"]) != (options.budget, options.quick):
+                raise SystemExit(
+                    f"{self.path} holds runs of other lengths ({stored['command']}); "
+                    "remove it, or give another folder with --out"
+                )
+            self.runs = [Run(**run) for run in stored["runs"]]
 
     def run(self, setting: str, variant: str, seed: int, train: Callable[[], Run]) -> Run:
         """The run of this setting, variant and seed: the one kept, or a new one."""
