@@ -268,16 +268,6 @@ def test_patching_the_paper_s_sites_changes_no_score_and_no_box() -> None:
         assert torch.equal(before.boxes, after.boxes)
 
 
-def test_scrambled_coordinates_are_the_same_values_in_another_order() -> None:
-    scrambled = load("scrambled_coordinates").ScrambledCoordinates()
-    size = (12, 12)
-    true, shuffled = ccp.Coordinates().grid(size), scrambled.grid(size)
-    pixels = {tuple(pixel) for pixel in true.flatten(1).T.tolist()}
-    assert {tuple(pixel) for pixel in shuffled.flatten(1).T.tolist()} == pixels
-    assert torch.equal(shuffled, scrambled.grid(size))
-    assert torch.corrcoef(torch.stack([true[0].flatten(), shuffled[0].flatten()]))[0, 1].abs() < 0.3
-
-
 def test_quick_detection_moves_every_coordinate_weight(tmp_path: Path) -> None:
     detection = load("detection")
     record = detection.main(["--quick", "--out", str(tmp_path)])

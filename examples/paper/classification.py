@@ -24,17 +24,13 @@ from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import tiled_net
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
-    INK,
-    OTHER,
-    PATCHED,
-    PLAIN,
-    SCRAMBLED,
     curves,
     image_rows,
     new_figure,
     save,
 )
 from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
+from palette import BY_VARIANT, INK, ORANGE
 from torch import Tensor, nn
 
 TASK = Task(
@@ -76,11 +72,11 @@ WINDOW = 21
 """Height and width in pixels of what is drawn around the middle one."""
 
 LINES = {
-    "patched": (PATCHED, "1x1 convs, patched"),
-    "scrambled": (SCRAMBLED, "patched, scrambled coordinates"),
-    "plain": (OTHER, "1x1 convs, plain"),
+    "patched": (BY_VARIANT["patched"], "1x1 convs, patched"),
+    "scrambled": (BY_VARIANT["scrambled"], "patched, scrambled coordinates"),
+    "plain": (BY_VARIANT["plain"], "1x1 convs, plain"),
 }
-DECONV_LINE = (PLAIN, "transposed convs")
+DECONV_LINE = (ORANGE, "transposed convs")
 
 
 def main(arguments: list[str] | None = None) -> Record:
@@ -152,7 +148,7 @@ def _message(record: Record, deconv: str, splits: list[str]) -> tuple[str, str]:
 
 def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     axes = part.subplots()
-    curves(axes, record, split, LINES | {deconv: DECONV_LINE}, half="test")
+    curves(axes, record, split, LINES | {deconv: DECONV_LINE})
     axes.set_ylim(-0.03, 1.09)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("test accuracy", color=INK)

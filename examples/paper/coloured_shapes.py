@@ -21,7 +21,6 @@ RADIUS = 3
 """An object covers 7 x 7 pixels around its centre (the disc, most of them)."""
 PLACES = SIZE - 2 * RADIUS
 """Centres lie on RADIUS ... SIZE - RADIUS - 1 along each axis: 26 x 26 positions."""
-OBJECTS = ("square", "disc")
 GREEN = 0.6
 """Green light of either object: orange is (1, .6, 0) and blue (0, .6, 1)."""
 
@@ -128,14 +127,3 @@ def squares() -> tuple[ShapeSet, ShapeSet]:
     places = torch.stack([order, torch.full_like(order, ABSENT)], 1)
     held_out = len(order) // 5
     return ShapeSet(places[held_out:]), ShapeSet(places[:held_out])
-
-
-def squares_and_discs(training: int = 50_000, test: int = 2_000) -> tuple[ShapeSet, ShapeSet]:
-    """Pictures of both objects, as many as the paper's; the same at every call.
-
-    No picture of all 456,976 is in both sets.
-    """
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randperm(ABSENT**2, generator=generator)[: training + test]
-    places = torch.stack([pairs // ABSENT, pairs % ABSENT], 1)
-    return ShapeSet(places[:training]), ShapeSet(places[training:])

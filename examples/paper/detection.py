@@ -48,11 +48,8 @@ from region_proposals import (
 from scattered_digits import Layout, Scenes, scatter, training_and_test_digits
 from torch import Tensor, nn
 from tqdm import tqdm
-from variants import as_variant
+from variants import PATCHED, PLAIN, SCRAMBLED, as_variant, largest_coordinate_weights
 
-import coordconv_patch as ccp
-
-PLAIN, PATCHED, SCRAMBLED = "plain", "patched", "scrambled"
 ONE_SITE = {
     "patched: input only": PAPER_SITES[:1],
     "patched: RPN only": PAPER_SITES[1:2],
@@ -181,7 +178,7 @@ def train(setting: Setting, variant: str, options: Options, seed: int, name: str
     # Sampling draws from torch's own generator, which patching has not touched.
     torch.manual_seed(1000 + seed)
     watch, losses = Stopwatch(), []
-    for _ in tqdm(range(steps), desc=name, leave=False):
+    for _ in tqdm(range(steps), desc=name, leave=False, disable=None):
         chosen = torch.randint(len(training), (setting.batch_size,))
         batch = (training.images[chosen], boxes[chosen], counted[chosen])
         with watch:
@@ -192,7 +189,6 @@ def train(setting: Setting, variant: str, options: Options, seed: int, name: str
             schedule.step()
         losses.append(value.item())
     found = detect(model, test.images) if setting.faster_rcnn else candidates(model, test.images)
-    coordinates = [] if variant == PLAIN else ccp.coord_parameters(model)
     best = suppress(found, most=test.boxes.shape[1], threshold=0.5)
     return Run(
         parameters=count_parameters(model),
@@ -204,7 +200,7 @@ def train(setting: Setting, variant: str, options: Options, seed: int, name: str
             "loss": [sum(part) / len(part) for part in _parts(losses, 10)],
         },
         extra={
-            "largest coordinate weights": [float(w.detach().abs().max()) for w in coordinates],
+            "largest coordinate weights": largest_coordinate_weights(model),
             "boxes": [one.boxes.tolist() for one in best[:SHOWN]],
         },
     )

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from paired_dots import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, bare, dots
+from paired_dots import bare, dots
+from palette import BLUE, BY_VARIANT, GREEN, INK, MUTED, VERMILION
 from scattered_digits import Scenes
 
 BEST_BOXES, DIGITS = "IOU of best boxes", "IOU of digits"
@@ -137,8 +138,7 @@ def _variants(record: Record, setting: str) -> list[str]:
 
 
 def _colour(variant: str) -> str:
-    colours = {"plain": VERMILION, "patched": BLUE, "scrambled": PURPLE}
-    return colours.get(variant, GREEN)  # of those patched at one site
+    return BY_VARIANT.get(variant, GREEN)  # of those patched at one site
 
 
 def _draw_mechanism(axes: Any, record: Record, story: Story) -> None:

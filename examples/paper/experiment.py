@@ -84,7 +84,6 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     if not (given.budget > 0 and math.isfinite(given.budget)):
         parser.error(f"--budget {given.budget}: write a positive factor")
     out = given.out or (TRIES if given.quick or given.budget != 1 else RESULTS)
-    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     return Options(tuple(range(seeds)), given.budget, given.quick, out)
 
@@ -153,6 +152,7 @@ class Record:
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
         self.options = options
+        options.out.mkdir(parents=True, exist_ok=True)
         self.path = options.out / f"{name}.json"
         self.runs: list[Run] = []
         if self.path.exists():

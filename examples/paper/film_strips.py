@@ -29,10 +29,9 @@ def from_text(text: str) -> Tensor:
     return frames.float() / 255
 
 
-def draw(axes: Any, films: list[Tensor], gap: int = 2) -> None:
-    """Show films ``(frames, 3, H, W)`` one below the other, white gaps (pixels) between frames."""
-    rows = [torch.nn.functional.pad(film, (0, gap, 0, gap), value=1.0) for film in films]
-    strips = [film.permute(2, 0, 3, 1).flatten(1, 2) for film in rows]
-    picture = torch.cat(strips, 0)[:-gap, :-gap]
+def draw(axes: Any, film: Tensor, gap: int = 2) -> None:
+    """Show a film ``(frames, 3, H, W)``, white gaps (pixels) between its frames."""
+    frames = torch.nn.functional.pad(film, (0, gap), value=1.0)
+    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-gap]
     axes.imshow(picture.clamp(0, 1).numpy(), interpolation="nearest")
     axes.set_axis_off()

@@ -38,7 +38,7 @@ from finetune_picture import draw
 from localisation import CupOfCoffee, DigitTask, Task
 from torch import nn
 from tqdm import tqdm
-from variants import as_variant
+from variants import as_variant, coordinate_weights, largest_coordinate_weights
 
 import coordconv_patch as ccp
 
@@ -84,7 +84,7 @@ def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run
         name: Shown beside the progress bar.
     """
     groups: list = [{"params": list(model.parameters()), "lr": task.learning_rate}]
-    if is_patched(model):
+    if coordinate_weights(model):
         coord_lr = COORD_LEARNING_RATE * task.learning_rate
         groups = ccp.param_groups(model, lr=task.learning_rate, coord_lr=coord_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
@@ -94,7 +94,7 @@ def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run
     generator = torch.Generator().manual_seed(seed)
     measured = sorted({round(steps * part / 5) for part in range(6)})
     curve, watch = [task.measure(model)], Stopwatch()
-    for step in tqdm(range(1, steps + 1), desc=name, leave=False):
+    for step in tqdm(range(1, steps + 1), desc=name, leave=False, disable=None):
         chosen = torch.randint(len(task), (task.batch_size,), generator=generator)
         with watch:
             loss = task.loss(model, chosen)
@@ -104,7 +104,6 @@ def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run
             schedule.step()
         if step in measured:
             curve.append(task.measure(model))
-    coordinates = [float(w.detach().abs().max()) for w in coord_weights(model)]
     return Run(
         parameters=count_parameters(model),
         steps=steps,
@@ -112,20 +111,10 @@ def train(model: nn.Module, task: Task, steps: int, seed: int, name: str) -> Run
         metrics={task.metric: curve[-1]},
         curves={"step": [float(step) for step in measured], task.metric: curve},
         extra={
-            "largest coordinate weights": coordinates,
+            "largest coordinate weights": largest_coordinate_weights(model),
             "answers": task.answers(model, SHOWN),
         },
     )
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether a model has coordinate weights."""
-    return any(name.endswith("coord_weight") for name, _ in model.named_parameters())
-
-
-def coord_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The coordinate weights; none of a plain model."""
-    return ccp.coord_parameters(model) if is_patched(model) else []
 
 
 def run_seed(record: Record, setting: str, seed: int) -> None:

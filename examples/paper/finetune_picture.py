@@ -25,7 +25,8 @@ from branches import (
 from experiment import Record, Run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from paired_dots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION, VIOLET, bare, dots
+from paired_dots import bare, dots
+from palette import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, VERMILION, VIOLET
 
 COLOURS = {
     KEPT_ON: VERMILION,
@@ -95,7 +96,7 @@ def _draw_curves(axes: Any, record: Record, setting: str) -> None:
         _curve(axes, record.of(setting, variant), start, colour)
     axes.set_title(TITLES[setting], size=12, color=INK, weight="bold")
     bare(axes)
-    axes.grid(axis="y", color="#E5E7EB", lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_xlabel("steps; dashed: patched", color=MUTED)
     if setting == IMAGENET:
         axes.set_ylabel(f"find a cup: {metric}, held out", color=INK)

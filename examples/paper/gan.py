@@ -19,7 +19,6 @@ from generative import (
     COMPARED,
     FILMS,
     FRAMES,
-    Tile,
     compare,
     draw_films,
     draw_shares,
@@ -28,6 +27,7 @@ from generative import (
     square_movement,
 )
 from interpolation import coverage, spherical
+from tile import Tile
 from torch import Tensor, nn
 from tqdm import tqdm
 from variants import as_variant, coordinate_size

@@ -20,7 +20,8 @@ from coloured_shapes import presence, stencils
 from experiment import Options, Record, Run
 from film_strips import draw, from_text, to_text
 from interpolation import Movement, movement
-from torch import Tensor, nn
+from palette import BY_VARIANT
+from torch import Tensor
 
 FRAMES = 33
 """Frames of a film: a square sliding from corner to corner takes steps of 1.1 pixels."""
@@ -33,19 +34,6 @@ COMPARED = (
     ("tiled", "patched"),
     ("tiled", "scrambled"),
 )
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = dict(zip(COMPARED, ("#999999", "#56B4E9", "#000000", "#D55E00", "#CC79A7"), strict=True))
-
-
-class Tile(nn.Module):
-    """Repeats a latent ``(N, D)`` over a map ``(N, D, side, side)``."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return latent[:, :, None, None].expand(-1, -1, self.side, self.side)
 
 
 def square_movement(films: Tensor) -> Movement:
@@ -83,17 +71,18 @@ def draw_films(axes: list[Any], record: Record) -> None:
     """Show the kept films of the first seed, one net on each of the axes."""
     for row, compared in zip(axes, COMPARED, strict=True):
         first, second = (from_text(text) for text in record.of(*compared)[0].extra["films"])
-        draw(row, [torch.cat([first, torch.ones_like(first[:1]), second])])
+        draw(row, torch.cat([first, torch.ones_like(first[:1]), second]))
         title = {"loc": "left", "fontsize": 11, "fontweight": "bold"}
-        row.set_title(label(compared), color=COLOURS[compared], **title)
+        row.set_title(label(compared), color=BY_VARIANT[compared[1]], **title)
 
 
 def draw_shares(axes: Any, record: Record, metric: str, title: str) -> None:
     """Show a metric that is a part of 1: bars of its means, dots of every seed."""
     for place, compared in enumerate(COMPARED):
+        colour = BY_VARIANT[compared[1]]
         values = [100 * run.metrics[metric] for run in record.of(*compared)]
-        axes.barh(place, sum(values) / len(values), color=COLOURS[compared], alpha=0.5)
-        axes.plot(values, [place] * len(values), "o", color=COLOURS[compared], ms=5)
+        axes.barh(place, sum(values) / len(values), color=colour, alpha=0.5)
+        axes.plot(values, [place] * len(values), "o", color=colour, ms=5)
     axes.set(title=title, xlabel="%", xlim=(0, 105), ylim=(len(COMPARED) - 0.4, -0.6))
     axes.set_yticks(range(len(COMPARED)), [label(c, "\n") for c in COMPARED], fontsize=9)
 

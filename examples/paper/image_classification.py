@@ -21,12 +21,9 @@ from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_
 from scattered_digits import Digits, training_and_test_digits
 from torch import Tensor, nn
 from tqdm import tqdm
-from variants import as_variant
-
-import coordconv_patch as ccp
+from variants import PATCHED, PLAIN, SCRAMBLED, as_variant, largest_coordinate_weights
 
 MODELS = ("resnet18", "resnet50")
-PLAIN, PATCHED, SCRAMBLED = "plain", "patched", "scrambled"
 ACCURACY = "accuracy"
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
@@ -70,7 +67,7 @@ def train(name: str, variant: str, options: Options, seed: int) -> Run:
     generator = torch.Generator().manual_seed(seed)
     measured, curve, watch = [], [], Stopwatch()
     shown = f"{setting_of(name)}, {variant}, {seed}"
-    for step in tqdm(range(1, steps + 1), desc=shown, leave=False):
+    for step in tqdm(range(1, steps + 1), desc=shown, leave=False, disable=None):
         chosen = torch.randint(len(training), (BATCH_SIZE,), generator=generator)
         with watch:
             loss = F.cross_entropy(model(images[chosen]), training.labels[chosen])
@@ -81,14 +78,13 @@ def train(name: str, variant: str, options: Options, seed: int) -> Run:
         if step % (steps // 3) == 0:
             measured.append(step)
             curve.append(accuracy(model, test_images, test.labels))
-    coordinates = [] if variant == PLAIN else ccp.coord_parameters(model)
     return Run(
         parameters=count_parameters(model),
         steps=steps,
         cpu_seconds=watch.seconds,
         metrics={ACCURACY: curve[-1]},
         curves={"step": [float(step) for step in measured], ACCURACY: curve},
-        extra={"largest coordinate weights": [float(w.detach().abs().max()) for w in coordinates]},
+        extra={"largest coordinate weights": largest_coordinate_weights(model)},
     )
 
 

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CANVAS", "SPLITS", "Split"]
-
 CANVAS = 64
 """Height and width of the canvas, in pixels."""
 RADIUS = 4

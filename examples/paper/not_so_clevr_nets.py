@@ -10,14 +10,8 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from not_so_clevr import CANVAS
+from tile import Tile
 from torch import Tensor, nn
-
-
-class Tile(nn.Module):
-    """Repeats numbers ``(N, C)`` at every pixel of the canvas: ``(N, C, 64, 64)``, a view."""
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        return numbers[:, :, None, None].expand(-1, -1, CANVAS, CANVAS)
 
 
 class PixelSoftmax(nn.Module):
@@ -47,7 +41,7 @@ def tiled_net() -> nn.Sequential:
     Initialised as PyTorch does it: with He's larger weights this net and the renderer do worse in
     the quadrant that is held out.
     """
-    return nn.Sequential(Tile(), *_convolutions(2, (32, 32, 64, 64), kernel=1))
+    return nn.Sequential(Tile(CANVAS), *_convolutions(2, (32, 32, 64, 64), kernel=1))
 
 
 def renderer(widths: Sequence[int] = (8, 8, 16, 16)) -> nn.Sequential:

@@ -11,16 +11,9 @@ from experiment import Record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from palette import GRID, INK, MUTED
 from PIL import Image
 from torch import Tensor
-
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-PATCHED = "#0072B2"
-PLAIN = "#D55E00"
-SCRAMBLED = "#E69F00"
-OTHER = "#CC79A7"
-MUTED = "#6B7280"
-INK = "#1F2933"
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str) -> tuple[Figure, Any]:
@@ -61,27 +54,24 @@ def plain_axes(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=MUTED, labelsize=10)
-    axes.grid(axis="y", color="#E5E7EB", lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
 
 
-def curves(
-    axes: Any, record: Record, setting: str, lines: Mapping[str, tuple[str, str]], *, half: str
-) -> None:
-    """Draw a curve over CPU seconds, on a logarithmic axis; one line a seed.
+def curves(axes: Any, record: Record, setting: str, lines: Mapping[str, tuple[str, str]]) -> None:
+    """Draw test scores over CPU seconds, on a logarithmic axis; one line a seed.
 
     Args:
         axes: Where.
         record: Of the runs.
         setting: Which of them.
         lines: By variant: colour, and the name that the legend shows.
-        half: ``"train"`` or ``"test"``.
     """
     for variant, (colour, name) in lines.items():
         for number, run in enumerate(record.of(setting, variant)):
             axes.plot(
                 run.curves["CPU seconds"],
-                run.curves[half],
+                run.curves["test"],
                 color=colour,
                 lw=1.8,
                 alpha=0.9,

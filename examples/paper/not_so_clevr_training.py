@@ -12,6 +12,7 @@ from not_so_clevr import SPLITS, Split
 from torch import Tensor, nn
 from tqdm import tqdm
 from training_times import times_sooner
+from variants import largest_coordinate_weights
 
 SCORED = 128
 """Centres of each half that a point of a curve is measured on; final figures take all."""
@@ -80,7 +81,7 @@ def fit(
     """Train a net, in place, and score it.
 
     Args:
-        model: The net; it is in evaluation mode afterwards.
+        model: The net.
         split: Centres to train and to test on.
         task: What it is to learn.
         recipe: How.
@@ -125,7 +126,7 @@ def fit(
         f"{name} {task.score_name}": score(model, centers, task)
         for name, centers in everything.items()
     }
-    metrics["coordinate weights"] = _largest_coordinate_weight(model)
+    metrics["coordinate weights"] = max(largest_coordinate_weights(model), default=0.0)
     return Run(count_parameters(model), steps, round(stopwatch.seconds, 2), metrics, curves)
 
 
@@ -190,13 +191,6 @@ def _batches(centers: Tensor, size: int, steps: int) -> Iterator[Tensor]:
                 return
             done += 1
             yield centers[chosen]
-
-
-def _largest_coordinate_weight(model: nn.Module) -> float:
-    """Largest absolute value of the coordinate weights; 0 for a plain net, and before training."""
-    named = model.named_parameters()
-    weights = [weight for name, weight in named if name.endswith("coord_weight")]
-    return max((weight.abs().max().item() for weight in weights), default=0.0)
 
 
 def _rounded(value: float) -> float:

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-VERMILION, BLUE, GREEN, PURPLE, ORANGE = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"
-VIOLET = "#6A3D9A"  # Not theirs, but far from all of these.
-MUTED, INK = "#6B7280", "#1F2933"
+from palette import GRID, INK, MUTED
 
 
 def dots(
@@ -41,5 +38,5 @@ def bare(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
     axes.tick_params(colors=INK, length=0)
-    axes.grid(axis="x", color="#E5E7EB", lw=0.8)
+    axes.grid(axis="x", color=GRID, lw=0.8)
     axes.set_axisbelow(True)

@@ -21,16 +21,12 @@ from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import linear_net, pooling_net, strided_net
 from not_so_clevr_packing import pack_positions, unpack_positions
 from not_so_clevr_pictures import (
-    INK,
-    OTHER,
-    PATCHED,
-    PLAIN,
-    SCRAMBLED,
     new_figure,
     plain_axes,
     save,
 )
 from not_so_clevr_training import Recipe, Task, outputs, print_times
+from palette import BY_VARIANT, GREEN, INK, ORANGE
 from torch import nn
 
 TASK = Task(
@@ -50,10 +46,10 @@ PLAIN_NETS = {
 """The authors' plain nets for the uniform and for the quadrant split; both are run on both."""
 
 PANELS = {
-    "patched": (PATCHED, "linear, patched"),
-    "scrambled": (SCRAMBLED, "linear, scrambled coordinates"),
-    "pooling": (PLAIN, "convs and max-pools, plain"),
-    "strided": (OTHER, "strided convs, plain"),
+    "patched": (BY_VARIANT["patched"], "linear, patched"),
+    "scrambled": (BY_VARIANT["scrambled"], "linear, scrambled coordinates"),
+    "pooling": (ORANGE, "convs and max-pools, plain"),
+    "strided": (GREEN, "strided convs, plain"),
 }
 
 

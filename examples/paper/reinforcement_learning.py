@@ -28,6 +28,7 @@ import gymnasium
 import torch
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from go_to_target import CELL_PIXELS, GoToTarget
+from palette import BY_VARIANT
 from scrambled_coordinates import ScrambledCoordinates
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -258,10 +259,6 @@ def train_pacman(variant: str, seed: int, options: Options) -> Run:
     )
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = {"plain": "#666666", "patched": "#D55E00", "scrambled": "#CC79A7"}
-
-
 def draw_picture(record: Record) -> None:
     """Learning curves of every run: success on the small task, points in Ms. Pac-Man."""
     import matplotlib.pyplot as plt
@@ -275,7 +272,7 @@ def draw_picture(record: Record) -> None:
             label = variant if run.seed == 0 else None
             values = run.curves["return" if setting == ATARI else "success"]
             thousands = [step / 1_000 for step in run.curves["step"]]
-            panel[setting].plot(thousands, values, color=COLOURS[variant], label=label)
+            panel[setting].plot(thousands, values, color=BY_VARIANT[variant], label=label)
     for setting, axes in panel.items():
         axes.set(title=setting, xlabel="thousand steps")
         if setting == ATARI:

@@ -25,17 +25,13 @@ from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import renderer
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
-    INK,
-    OTHER,
-    PATCHED,
-    PLAIN,
-    SCRAMBLED,
     curves,
     image_rows,
     new_figure,
     save,
 )
 from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
+from palette import BY_VARIANT, INK, ORANGE, VERMILION
 from torch import Tensor, nn
 
 TASK = Task(
@@ -74,11 +70,11 @@ DRAWN = torch.tensor([[36, 36], [45, 41], [58, 58], [34, 57]])
 """Centres whose painted squares are drawn; all are in the quadrant split's test set."""
 
 LINES = {
-    "patched": (PATCHED, "1x1 and 3x3 convs, patched"),
-    "scrambled": (SCRAMBLED, "patched, scrambled coordinates"),
-    "plain": (OTHER, "1x1 and 3x3 convs, plain"),
+    "patched": (BY_VARIANT["patched"], "1x1 and 3x3 convs, patched"),
+    "scrambled": (BY_VARIANT["scrambled"], "patched, scrambled coordinates"),
+    "plain": (BY_VARIANT["plain"], "1x1 and 3x3 convs, plain"),
 }
-DECONV_LINE = (PLAIN, "transposed convs")
+DECONV_LINE = (ORANGE, "transposed convs")
 
 
 def main(arguments: list[str] | None = None) -> Record:
@@ -139,7 +135,7 @@ def _message(record: Record, deconv: str, splits: list[str]) -> tuple[str, str]:
 
 def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     axes = part.subplots()
-    curves(axes, record, split, LINES | {deconv: DECONV_LINE}, half="test")
+    curves(axes, record, split, LINES | {deconv: DECONV_LINE})
     axes.set_ylim(-0.03, 1.09)
     axes.set_ylabel("test IOU", color=INK)
     final = ", ".join(
@@ -167,7 +163,7 @@ def _draw_squares(part: Any, record: Record, deconv: str, split: str) -> None:
     def mark(axes: Any, column: int) -> None:
         x, y = (center - RADIUS - 0.5 for center in centers[column])
         side = 2 * RADIUS + 1
-        axes.add_patch(Rectangle((x, y), side, side, fill=False, ec=PLAIN, lw=1.6))
+        axes.add_patch(Rectangle((x, y), side, side, fill=False, ec=VERMILION, lw=1.6))
 
     image_rows(part, rows, [f"({x}, {y})" for x, y in centers], (half, half), mark)
 

@@ -135,11 +135,10 @@ def _row(claim: Claim) -> str:
 def _pictures(experiments: Iterable[str]) -> str:
     parts = []
     for name in dict.fromkeys(experiments):
-        picture = next((FOLDER / "results").glob(f"{name}.[pgj]*[gf]"))
         command = load(name)["command"]
         title = name.upper() if name in ("vae", "gan") else name.replace("_", " ").capitalize()
         parts.append(f"### {title}\n\n`{command}`\n")
-        parts.append(f"![{name}](results/{picture.name})\n")
+        parts.append(f"![{name}](results/{name}.png)\n")
     return "\n".join(parts)
 
 

@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from coloured_shapes import ShapeSet, centres, cross_fade, presence, sliding, squares, stencils
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from generative import (
-    COLOURS,
     COMPARED,
     FILMS,
     FRAMES,
-    Tile,
     compare,
     draw_films,
     draw_shares,
@@ -30,6 +28,8 @@ from generative import (
     square_movement,
 )
 from interpolation import positions, straight
+from palette import BY_VARIANT
+from tile import Tile
 from torch import Tensor, nn
 from tqdm import tqdm
 from variants import as_variant, coordinate_size
@@ -181,7 +181,8 @@ def draw_picture(record: Record) -> None:
         for run in record.of(*compared):
             name = label(compared) if run.seed == 0 else None
             curve = run.curves["step"], run.curves["loss"]
-            loss.plot(*curve, color=COLOURS[compared], label=name, lw=1.2)
+            dashes = "--" if compared[0] == "deconv" else "-"
+            loss.plot(*curve, dashes, color=BY_VARIANT[compared[1]], label=name, lw=1.2)
     loss.set(
         title="Loss on held-out pictures", xlabel="step", ylabel="nats a picture", yscale="log"
     )

@@ -10,26 +10,35 @@ from typing import TypeVar, cast
 
 import torch
 from scrambled_coordinates import ScrambledCoordinates
-from torch import nn
+from torch import Tensor, nn
 
 import coordconv_patch as ccp
+
+PLAIN, PATCHED, SCRAMBLED = "plain", "patched", "scrambled"
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def as_variant(model: Model, variant: str, where: str | list[str] = "all") -> Model:
     """The model itself if ``"plain"``, else a patched copy, its coordinates true or scrambled."""
-    if variant == "plain":
+    if variant == PLAIN:
         return model
-    coords = ScrambledCoordinates() if variant == "scrambled" else None
+    coords = ScrambledCoordinates() if variant == SCRAMBLED else None
     return cast(Model, ccp.patch(model, where, coords=coords))
+
+
+def coordinate_weights(model: nn.Module) -> list[Tensor]:
+    """The coordinate weights, of a plain model none."""
+    named = model.named_parameters()
+    return [weight.detach() for name, weight in named if name.endswith("coord_weight")]
 
 
 def coordinate_size(model: nn.Module) -> float:
     """Mean absolute coordinate weight; 0 if there is none, or none has moved."""
-    weights = [
-        parameter.detach().flatten()
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] == "coord_weight"
-    ]
+    weights = [weight.flatten() for weight in coordinate_weights(model)]
     return torch.cat(weights).abs().mean().item() if weights else 0.0
+
+
+def largest_coordinate_weights(model: nn.Module) -> list[float]:
+    """Largest absolute coordinate weight of each patched convolution: 0 before training."""
+    return [weight.abs().max().item() for weight in coordinate_weights(model)]
