@@ -33,9 +33,7 @@ def test_the_task_is_a_gymnasium_environment_drawn_as_said() -> None:
 
 
 def test_rewards_add_up_to_the_way_and_one_for_arriving() -> None:
-    env = task.GoToTarget()
-    env.reset(seed=0)
-    env.agent, env.target = (0, 0), (2, 1)
+    env = task.GoToTarget.starting((0, 0), (2, 1))
     steps = [env.step(action) for action in (3, 2, 3, 3, 1)]
     assert [step[1] for step in steps] == [1, -1, 1, 1, 2]
     assert [step[2] for step in steps] == [False, False, False, False, True]
@@ -43,9 +41,7 @@ def test_rewards_add_up_to_the_way_and_one_for_arriving() -> None:
 
 
 def test_walls_stop_the_agent_and_episodes_are_cut_off() -> None:
-    env = task.GoToTarget()
-    env.reset(seed=0)
-    env.agent, env.target = (0, 0), (3, 3)
+    env = task.GoToTarget.starting((0, 0), (3, 3))
     steps = [env.step(0) for _ in range(env.limit)]
     assert env.agent == (0, 0)
     assert all(step[1] == 0 for step in steps)
@@ -67,16 +63,36 @@ def test_patched_extractors_start_from_the_plain_outputs() -> None:
             assert len(list(ccp.coord_parameters(model))) == len(convs)
 
 
+def test_every_start_is_evaluated_once_with_the_models_actions() -> None:
+    class Rightwards:
+        """Walks to the right."""
+
+        seen = 0
+
+        def predict(self, pictures: np.ndarray) -> tuple[np.ndarray, None]:
+            Rightwards.seen = max(Rightwards.seen, len(pictures))
+            return np.full(len(pictures), 3), None
+
+    measured = script.evaluate(Rightwards())
+    assert Rightwards.seen == 16 * 15
+    # In each of 4 rows, 3 + 2 + 1 pairs have the target to the right of the agent.
+    assert measured["success"] == pytest.approx(24 / 240)
+    # Rewards of a start add up to the way that is saved, and 1 for arriving.
+    saved = 0.0
+    for x, y in task.CELLS:
+        for right, row in set(task.CELLS) - {(x, y)}:
+            arrives = row == y and right > x
+            end = right if arrives else 3
+            saved += abs(right - x) - abs(right - end) + arrives
+    assert measured["return"] == pytest.approx(saved / 240)
+
+
 @pytest.mark.parametrize("variant", ["plain", "patched"])
 def test_only_coordinates_tell_the_pooled_net_where_the_agent_is(variant: str) -> None:
-    env = task.GoToTarget()
-    env.reset(seed=0)
-    pictures = []
-    for cell in ((0, 0), (2, 1)):
-        env.agent, env.target = cell, (3, 3)
-        pictures.append(torch.from_numpy(env.picture()) / 255)
+    episodes = [task.GoToTarget.starting(cell, (3, 3)) for cell in ((0, 0), (2, 1))]
+    pictures = [torch.from_numpy(episode.picture()) / 255 for episode in episodes]
     torch.manual_seed(0)
-    model = script.EXTRACTORS["pooled", variant](env.observation_space)
+    model = script.EXTRACTORS["pooled", variant](episodes[0].observation_space)
     if variant == "patched":
         for weight in ccp.coord_parameters(model):
             torch.nn.init.normal_(weight, std=0.1)
