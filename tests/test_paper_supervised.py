@@ -285,7 +285,10 @@ def test_times_sooner_compares_the_moments_of_the_plain_nets_best() -> None:
         sooner(patched, curves([1.0], [0.0]))
 
 
-def test_the_best_setting_is_one_of_the_finalists_trained_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["uniform", "quadrant"])
+def test_the_best_setting_is_one_of_the_splits_finalists_trained_to_the_end(
+    tmp_path: Path, split: str
+) -> None:
     options = experiment.Options((0,), 1.0, False, tmp_path)
     record = experiment.Record("deconv", options)
     task = training.Task(data.scaled, nn.MSELoss(), data.accuracy, "x")
@@ -293,14 +296,15 @@ def test_the_best_setting_is_one_of_the_finalists_trained_to_the_end(tmp_path: P
     fully = {0.1: 0.91, 0.3: 0.95}  # the second is no finalist
 
     class Scored(supervised.Supervised):
-        def train(self, net: supervised.Net, split: str, label: str) -> experiment.Run:
+        def train(self, net: supervised.Net, where: str, label: str) -> experiment.Run:
+            assert where == split
             scores = briefly if net.recipe.epochs == 1 else fully
             return experiment.Run(1, 1, 1.0, {"test x": scores[net.recipe.rate]})
 
     settings = tuple(deconv.DeconvSetting(2, 1, rate) for rate in (0.1, 0.2, 0.3))
     sweep = deconv.Sweep(settings, epochs=3, brief_epochs=1)
-    assert sweep.best(Scored(record, options, task, {})) == settings[2]
-    assert len(record.runs) == 5
+    assert sweep.best(Scored(record, options, task, {}), split) == settings[2]
+    assert [run.setting for run in record.runs] == [f"sweep, {split}"] * 3 + [split] * 2
 
 
 def test_all_nets_are_run_with_every_seed_and_the_controls_with_one(tmp_path: Path) -> None:
@@ -315,7 +319,7 @@ def test_all_nets_are_run_with_every_seed_and_the_controls_with_one(tmp_path: Pa
     tiled = supervised.Net(nets.tiled_net, training.Recipe(1, 0.1))
     plain = supervised.Net(nets.linear_net, training.Recipe(1, 0.1))
     untrained = Untrained(record, options, task, {})
-    untrained.compare(tiled, {"other": plain}, untrained.splits)
+    untrained.compare(tiled, {split: {"other": plain} for split in data.SPLITS}, untrained.splits)
     assert {(run.variant, run.parameters) for run in record.runs} == {
         ("patched", 7553),
         ("other", 890),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -70,19 +70,22 @@ class Supervised:
         return replace(run, extra={name: keep(model, centers) for name, keep in self.kept.items()})
 
     def compare(
-        self, patchable: Net, others: dict[str, Net], control_splits: Iterable[str]
+        self,
+        patchable: Net,
+        others: Mapping[str, Mapping[str, Net]],
+        control_splits: Iterable[str],
     ) -> None:
         """Run what the record lacks: the patched net and others, on all splits and seeds.
 
         Args:
             patchable: The net that is patched.
-            others: The nets that it is compared with, by their name in the record.
+            others: By split, the nets that it is compared with, by their name in the record.
             control_splits: Where ``patchable`` is trained plain and with scrambled coordinates
                 as well: with one seed, for neither gets anywhere.
         """
-        nets = {"patched": patchable.variant("patched"), **others}
         for seed in self.options.seeds:
             for split in self.splits:
+                nets = {"patched": patchable.variant("patched"), **others[split]}
                 for name, net in nets.items():
                     self.record.run(split, name, seed, partial(self.train, net, split, name))
         for split in control_splits:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from experiment import Options, Record, Run, Stopwatch, count_parameters
-from not_so_clevr import SPLITS, Split
+from not_so_clevr import Split
 from torch import Tensor, nn
 from tqdm import tqdm
 from training_times import times_sooner
@@ -152,16 +152,16 @@ def score(model: nn.Module, centers: Tensor, task: Task) -> float:
     return result
 
 
-def print_times(record: Record, plain: str, task: Task) -> None:
+def print_times(record: Record, plain: Mapping[str, str], task: Task) -> None:
     """Print how soon the patched net reached the plain one's best test score, split by split.
 
     Args:
         record: Has runs of ``"patched"`` and of ``plain``.
-        plain: The plain net's variant.
+        plain: The plain net's variant, by split.
         task: Says which scores are good.
     """
-    for split in SPLITS:
-        pairs = zip(record.of(split, "patched"), record.of(split, plain), strict=False)
+    for split, variant in plain.items():
+        pairs = zip(record.of(split, "patched"), record.of(split, variant), strict=True)
         for patched, other in pairs:
             print(f"{split}, seed {other.seed}: {_sooner(patched, other, task)}")
 

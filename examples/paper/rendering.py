@@ -9,6 +9,7 @@ A stack of transposed convolutions, the authors' plain net, against the 1x1 clas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from experiment import Record, parse_options
 from matplotlib.patches import Rectangle
-from not_so_clevr import CANVAS, RADIUS, SPLITS, mean_iou, scaled, squares
+from not_so_clevr import CANVAS, RADIUS, mean_iou, scaled, squares
 from not_so_clevr_deconv import DeconvSetting, Sweep
 from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import renderer
@@ -51,6 +52,7 @@ SWEEP = Sweep(
         DeconvSetting(3, 2, 0.005),
         DeconvSetting(3, 3, 0.005),
         DeconvSetting(4, 2, 0.005),
+        DeconvSetting(3, 2, 0.01, decay=0.15),
     ),
     epochs=14,
     brief_epochs=3,
@@ -84,13 +86,14 @@ def main(arguments: list[str] | None = None) -> Record:
     experiment = Supervised(
         record, options, TASK, {"painted": lambda net, _: pack_levels(painted(net))}
     )
-    best = SWEEP.settings[1] if options.quick else SWEEP.best(experiment)
-    deconv = str(best)
-    others = {deconv: best.net(SWEEP.epochs)}
+    best = {split: SWEEP.best(experiment, split) for split in experiment.splits}
+    others = {split: {str(one): one.net(SWEEP.epochs)} for split, one in best.items()}
     if not options.quick:
-        others[NARROWER] = NARROW_RENDERER.variant("patched")
+        for nets in others.values():
+            nets[NARROWER] = NARROW_RENDERER.variant("patched")
     experiment.compare(RENDERER, others, control_splits=["uniform"])
     record.print_table()
+    deconv = {split: str(one) for split, one in best.items()}
     print_times(record, deconv, TASK)
     draw(record, deconv, options.out / "rendering.png")
     return record
@@ -107,26 +110,28 @@ def painted(net: nn.Module) -> Tensor:
     return outputs(net, DRAWN, TASK)[:, 0, half:, half:].sigmoid()
 
 
-def draw(record: Record, deconv: str, path: Path) -> None:
-    """Draw the IOU curves and a few painted squares, as far as they are recorded."""
-    splits = [split for split in SPLITS if record.of(split, "patched")]
-    figure, body = new_figure(13, 9, *_message(record, deconv, splits))
-    for part, split in zip(np.atleast_1d(body.subfigures(1, len(splits))), splits, strict=True):
+def draw(record: Record, deconv: Mapping[str, str], path: Path) -> None:
+    """Draw the IOU curves and a few painted squares."""
+    figure, body = new_figure(13, 9, *_message(record, deconv))
+    parts = np.atleast_1d(body.subfigures(1, len(deconv)))
+    for part, (split, plain) in zip(parts, deconv.items(), strict=True):
         upper, lower = part.subfigures(2, 1, height_ratios=[1.05, 1])
-        _draw_curves(upper, record, deconv, split)
-        _draw_squares(lower, record, deconv, split)
+        _draw_curves(upper, record, plain, split)
+        _draw_squares(lower, record, plain, split)
     save(figure, path)
 
 
-def _message(record: Record, deconv: str, splits: list[str]) -> tuple[str, str]:
+def _message(record: Record, deconv: Mapping[str, str]) -> tuple[str, str]:
     """Title and subtitle, made from what was measured."""
-    found = [f"{record.mean(split, 'patched', 'test IOU'):.3f} ({split})" for split in splits]
-    patched, plain = (record.of("uniform", variant)[0] for variant in ("patched", deconv))
+    found = [f"{record.mean(split, 'patched', 'test IOU'):.3f} ({split})" for split in deconv]
+    patched = record.of("uniform", "patched")[0]
+    sizes = {record.of(split, plain)[0].parameters for split, plain in deconv.items()}
     title = f"Painted by coordinates: IOU {' and '.join(found)} on held-out positions"
+    stacks = " and ".join(f"{size:,}" for size in sorted(sizes))
     subtitle = (
         f"(x, y) in, a 9 x 9 square out. Curves: {SCORED} centres that were held out; one line a "
         f"seed. Patched: {patched.parameters:,} parameters, transposed convolutions: "
-        f"{plain.parameters:,}.\n"
+        f"{stacks}.\n"
         "Below: painted squares of the lower right quadrant (all of it is held out in the quadrant "
         "split); outlined: the truth."
     )
@@ -141,7 +146,6 @@ def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
     final = ", ".join(
         f"{name} {record.mean(split, variant, 'test IOU'):.3f}"
         for variant, name in (("patched", "patched"), (deconv, "transposed convs"))
-        if record.of(split, variant)
     )
     title = f"{split.capitalize()} split: {final}"
     axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
@@ -156,7 +160,6 @@ def _draw_squares(part: Any, record: Record, deconv: str, split: str) -> None:
             unpack_levels(record.of(split, variant)[0].extra["painted"], len(DRAWN), half, half),
         )
         for variant, name in (("patched", "patched"), (deconv, "transposed"))
-        if record.of(split, variant)
     }
     centers = DRAWN.tolist()
 

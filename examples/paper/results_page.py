@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from claims import CLAIMS, Claim, Comparison, Figure
+from claims import CLAIMS, Claim, Comparison, Figure, Gain
 from training_times import times_sooner
 
 FOLDER = Path(__file__).parent
@@ -23,8 +23,9 @@ PAGE = FOLDER / "README.md"
 
 _HEADER = """# The paper's experiments, by patching plain models
 
-Each script builds a plain convolutional model, patches it with one call, and trains both for the
-same number of steps. The claims are those of Liu et al. 2018 and of the authors' post; what was
+Each script builds a plain convolutional model, patches it with one call, and trains both alike.
+Nets of another kind that they are compared with (transposed convolutions, pooling) have training
+recipes of their own. The claims are those of Liu et al. 2018 and of the authors' post; what was
 measured is the mean over the seeds, ± their standard deviation, on small networks and short
 budgets that fit one CPU core. A negative result stands as it is.
 
@@ -49,12 +50,15 @@ class Runs:
         return statistics.mean(run["metrics"][metric] for run in self.runs)
 
     def cell(self, figure: Figure) -> str:
-        """Such as ``patched .996 ± .001 (3 seeds, 906 parameters, 20 CPU s)``."""
+        """Such as ``patched .996 ± .001 (3 seeds, 906 parameters, 90 steps, 20 CPU s)``."""
         values = [run["metrics"][figure.metric] for run in self.runs]
         spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else ""
         seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
         seconds = statistics.mean(run["cpu_seconds"] for run in self.runs)
-        cost = f"{seeds}, {self.runs[0]['parameters']:,} parameters, {seconds:.0f} CPU s"
+        cost = (
+            f"{seeds}, {self.runs[0]['parameters']:,} parameters, {self.runs[0]['steps']:,} steps, "
+            f"{seconds:.0f} CPU s"
+        )
         if figure.by_seed:
             shown = ", ".join(f"{value:{figure.form}}" for value in values)
             return f"{figure.label} **{shown}** ({cost})"
@@ -64,7 +68,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Costs:
-    """The runs of the patched net and of a plain one, with the same seeds."""
+    """The runs of the patched net and of a plain one; those of the same seeds are compared."""
 
     patched: Runs
     plain: Runs
@@ -82,7 +86,7 @@ class Costs:
         )
 
     def _times(self, comparison: Comparison) -> Iterator[str]:
-        for patched, plain in zip(self.patched.runs, self.plain.runs, strict=True):
+        for patched, plain in pairs(self.patched, self.plain):
             times = times_sooner(
                 patched["curves"],
                 plain["curves"],
@@ -96,8 +100,23 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / "results" / f"{name}.json").read_text())
 
 
-def runs_of(record: dict[str, Any], figure: Figure | Comparison) -> Runs:
-    """The runs that a figure is the mean of; of many variants, the best that has all seeds.
+def pairs(first: Runs, second: Runs) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The runs of both that have the same seed."""
+    others = {run["seed"]: run for run in second.runs}
+    return ((run, others[run["seed"]]) for run in first.runs if run["seed"] in others)
+
+
+def gains(record: dict[str, Any], gain: Gain) -> list[float]:
+    """How much higher the one variant scores than the other, seed by seed."""
+    control = runs_of(record, replace(gain, variant=gain.control))
+    return [
+        run["metrics"][gain.metric] - other["metrics"][gain.metric]
+        for run, other in pairs(runs_of(record, gain), control)
+    ]
+
+
+def runs_of(record: dict[str, Any], figure: Figure | Comparison | Gain) -> Runs:
+    """The runs that a figure is the mean of; of many variants, the best of those with most seeds.
 
     Raises:
         KeyError: If the record has none: the claim must be measured before it is reported.
@@ -114,8 +133,11 @@ def runs_of(record: dict[str, Any], figure: Figure | Comparison) -> Runs:
     )
 
 
-def cell(record: dict[str, Any], figure: Figure | Comparison) -> str:
-    """What the page says of a figure or a comparison."""
+def cell(record: dict[str, Any], figure: Figure | Comparison | Gain) -> str:
+    """What the page says of a figure, a comparison or a gain."""
+    if isinstance(figure, Gain):
+        shown = ", ".join(f"{value:{figure.form}}" for value in gains(record, figure))
+        return f"{figure.label} **{shown}**"
     runs = runs_of(record, figure)
     if isinstance(figure, Figure):
         return runs.cell(figure)
