@@ -57,7 +57,13 @@ def test_a_record_holds_exactly_the_runs_of_its_script(
 
     def kept(record: Any, setting: str, variant: str, seed: int, train: Callable[[], Any]) -> Any:
         asked.add((setting, variant, seed))
-        return run(record, setting, variant, seed, lambda: pytest.fail(f"no run {seed} of {setting}, {variant}"))
+        return run(
+            record,
+            setting,
+            variant,
+            seed,
+            lambda: pytest.fail(f"no run {seed} of {setting}, {variant}"),
+        )
 
     monkeypatch.setattr(experiment.Record, "run", kept)
     record = importlib.import_module(name).main(["--seeds", "3", "--out", str(tmp_path)])

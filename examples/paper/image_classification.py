@@ -16,8 +16,8 @@ from itertools import product
 import timm
 import torch
 import torch.nn.functional as F
-from classification_picture import draw
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
+from image_classification_picture import draw
 from scattered_digits import Digits, training_and_test_digits
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -9,13 +9,14 @@ from typing import Any
 from experiment import Record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from paired_dots import BLUE, INK, MUTED, PURPLE, VERMILION, bare, dots
+from paired_dots import bare, dots
+from palette import BY_VARIANT, INK, MUTED
 from scattered_digits import training_and_test_digits
 
 NAMES = {
-    "plain": ("plain", VERMILION),
-    "patched": ("first convolution patched", BLUE),
-    "scrambled": ("patched, coordinates scrambled", PURPLE),
+    "plain": "plain",
+    "patched": "first convolution patched",
+    "scrambled": "patched, coordinates scrambled",
 }
 
 
@@ -69,7 +70,8 @@ def _gain(record: Record, setting: str) -> float:
 
 def _draw_accuracies(axes: Any, record: Record, setting: str, *, with_names: bool) -> None:
     """One row a variant, a dot a seed."""
-    for row, (variant, (_, colour)) in enumerate(NAMES.items()):
+    for row, variant in enumerate(NAMES):
+        colour = BY_VARIANT[variant]
         values = [100 * run.metrics["accuracy"] for run in record.of(setting, variant)]
         dots(axes, -row, values, colour)
         axes.annotate(
@@ -80,7 +82,7 @@ def _draw_accuracies(axes: Any, record: Record, setting: str, *, with_names: boo
             color=colour,
             weight="bold",
         )
-    names = [name for name, _ in NAMES.values()] if with_names else [""] * len(NAMES)
+    names = list(NAMES.values()) if with_names else [""] * len(NAMES)
     axes.set_yticks([-row for row in range(len(NAMES))], names)
     axes.set_ylim(0.6 - len(NAMES), 0.6)
     axes.set_title(_model(setting), size=12, color=INK, weight="bold", loc="left")
