@@ -153,14 +153,10 @@ def test_verdicts_on_what_was_learnt_to_the_end(page: Any) -> None:
     assert training == pytest.approx(0.88, abs=0.005)
 
 
-def test_verdicts_on_films(page: Any) -> None:
+def test_verdicts_on_films_of_transposed_convolutions(page: Any) -> None:
     def slides(model: str, setting: str, variant: str) -> list[float]:
         return values(page, model, setting, variant, "sliding_films")
 
-    for model in ("vae", "gan"):  # "with every seed"
-        assert min(slides(model, "tiled", "patched")) > 0.95
-        assert max(slides(model, "tiled", "plain")) < 0.01
-        assert max(slides(model, "tiled", "scrambled")) < 0.4
     assert statistics.mean(slides("vae", "deconv", "patched")) < statistics.mean(
         slides("vae", "deconv", "plain")
     )
@@ -173,21 +169,6 @@ def test_verdicts_on_films(page: Any) -> None:
     for variant in ("plain", "patched"):  # "a third of the squares are still not whole"
         for whole in values(page, "gan", "deconv, longer", variant, "intact"):
             assert 0.6 < whole < 0.72
-
-
-def test_verdicts_on_reinforcement_learning(page: Any) -> None:
-    for algorithm in ("A2C", "PPO"):
-        for net, variant in (
-            ("NatureCNN", "plain"),
-            ("NatureCNN", "patched"),
-            ("pooled", "patched"),
-        ):
-            found = values(
-                page, "reinforcement_learning", f"{algorithm}, {net}", variant, "success"
-            )
-            assert min(found) > 0.9
-        blind = values(page, "reinforcement_learning", f"{algorithm}, pooled", "plain", "success")
-        assert max(blind) < 0.4
 
 
 # --- the page -------------------------------------------------------------------------------
