@@ -134,3 +134,17 @@ def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_
             assert min(run["metrics"]["success"] for run in knowing) > 0.9
         latest = max(steps_to(0.9, run["curves"]) for run in patched)
         assert latest < min(steps_to(0.9, run["curves"]) for run in scrambled)
+
+
+def test_recorded_ms_pacman_is_played_better_by_the_plain_net_with_both_seeds() -> None:
+    record = json.loads((PAPER / "results" / "reinforcement_learning.json").read_text())
+    points = {
+        variant: [
+            run["metrics"]["return"]
+            for run in record["runs"]
+            if (run["setting"], run["variant"]) == (script.ATARI, variant)
+        ]
+        for variant in script.PACMAN_VARIANTS
+    }
+    assert len(points["plain"]) == len(points["patched"]) == 2
+    assert min(points["plain"]) > max(points["patched"])

@@ -437,7 +437,7 @@ CLAIMS = (
             for metric, unit in (("return", "points"), ("frames_per_second", "frames a second"))
             for variant in ("plain", "patched")
         ),
-        "no, here the plain one is better; but one seed, and a tenth of the usual frames",
+        "no: the plain one is better with both seeds, after a tenth of the usual frames",
     ),
     _finetuning(
         "narrow view, unpadded",
