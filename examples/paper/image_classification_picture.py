@@ -1,4 +1,4 @@
-"""The picture of the classification experiment: test accuracy by model and variant."""
+"""The picture of the image classification: test accuracy by model and variant."""
 
 from __future__ import annotations
 
