@@ -118,10 +118,16 @@ def steps_to(success: float, curves: dict[str, list[float]]) -> float:
     )
 
 
-def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_ones() -> None:
+def recorded() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The recorded runs by setting and variant."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in json.loads((PAPER / "results" / "reinforcement_learning.json").read_text())["runs"]:
         runs.setdefault((run["setting"], run["variant"]), []).append(run)
+    return runs
+
+
+def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_ones() -> None:
+    runs = recorded()
     for algorithm in script.ALGORITHMS:
         plain, patched, scrambled = (
             runs[f"{algorithm}, pooled", variant] for variant in ("plain", "patched", "scrambled")
@@ -137,13 +143,9 @@ def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_
 
 
 def test_recorded_ms_pacman_is_played_better_by_the_plain_net_with_both_seeds() -> None:
-    record = json.loads((PAPER / "results" / "reinforcement_learning.json").read_text())
+    runs = recorded()
     points = {
-        variant: [
-            run["metrics"]["return"]
-            for run in record["runs"]
-            if (run["setting"], run["variant"]) == (script.ATARI, variant)
-        ]
+        variant: [run["metrics"]["return"] for run in runs[script.ATARI, variant]]
         for variant in script.PACMAN_VARIANTS
     }
     assert len(points["plain"]) == len(points["patched"]) == 2

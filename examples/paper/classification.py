@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from experiment import Record, Run, parse_options
@@ -25,13 +24,14 @@ from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import tiled_net
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
-    curves,
+    STACK_LINE,
+    draw_splits,
     image_rows,
-    new_figure,
-    save,
+    split_curves,
+    stack_sizes,
 )
 from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
-from palette import BY_VARIANT, INK, ORANGE
+from palette import BY_VARIANT
 from torch import Tensor, nn
 
 TASK = Task(
@@ -77,7 +77,6 @@ LINES = {
     "scrambled": (BY_VARIANT["scrambled"], "patched, scrambled coordinates"),
     "plain": (BY_VARIANT["plain"], "1x1 convs, plain"),
 }
-DECONV_LINE = (ORANGE, "transposed convs")
 
 
 def main(arguments: list[str] | None = None) -> Record:
@@ -118,13 +117,14 @@ def predictions(net: nn.Module) -> Tensor:
 
 def draw(record: Record, deconv: Mapping[str, str], path: Path) -> None:
     """Draw the accuracy curves and the predictions for neighbouring pixels."""
-    figure, body = new_figure(13, 9, *_message(record, deconv))
-    parts = np.atleast_1d(body.subfigures(1, len(deconv)))
-    for part, (split, plain) in zip(parts, deconv.items(), strict=True):
-        upper, lower = part.subfigures(2, 1, height_ratios=[1.15, 1])
-        _draw_curves(upper, record, plain, split)
-        _draw_neighbours(lower, record, plain, split)
-    save(figure, path)
+    draw_splits(
+        _message(record, deconv),
+        deconv,
+        partial(_draw_curves, record),
+        partial(_draw_neighbours, record),
+        ratio=1.15,
+        path=path,
+    )
 
 
 def _message(record: Record, deconv: Mapping[str, str]) -> tuple[str, str]:
@@ -136,38 +136,27 @@ def _message(record: Record, deconv: Mapping[str, str]) -> tuple[str, str]:
         for run in record.of(split, "patched")
     )
     patched = record.of("uniform", "patched")[0]
-    sizes = {record.of(split, plain)[0].parameters for split, plain in deconv.items()}
     result = "every pixel" if worst == 1 else f"at least {worst:.1%} of the pixels"
     seconds = max(run.cpu_seconds for split in deconv for run in record.of(split, "patched"))
     title = f"One patched convolution, {seconds:.0f} CPU seconds: {result} named right"
-    stacks = " and ".join(f"{size:,}" for size in sorted(sizes))
     subtitle = (
         f"(x, y) in, one of {CANVAS * CANVAS:,} pixels out. Curves: {SCORED} centres that were "
         f"held out; one line a seed. Patched: {patched.parameters:,} parameters, transposed "
-        f"convolutions: {stacks}.\n"
+        f"convolutions: {stack_sizes(record, deconv)}.\n"
         f"Below: softmax around five neighbouring pixels of the lower right quadrant, "
         f"each relative to its highest value; circled: the truth."
     )
     return title, subtitle
 
 
-def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
+def _draw_curves(record: Record, part: Any, split: str, deconv: str) -> None:
     axes = part.subplots()
-    curves(axes, record, split, LINES | {deconv: DECONV_LINE})
-    axes.set_ylim(-0.03, 1.09)
+    split_curves(axes, record, split, deconv, LINES, metric="test accuracy", form=".0%")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("test accuracy", color=INK)
-    final = ", ".join(
-        f"{name} {record.mean(split, variant, 'test accuracy'):.0%}"
-        for variant, name in (("patched", "patched"), (deconv, "transposed convs"))
-    )
-    axes.set_title(
-        f"{split.capitalize()} split: {final}", loc="left", size=12, weight="bold", color=INK
-    )
 
 
-def _draw_neighbours(part: Any, record: Record, deconv: str, split: str) -> None:
-    lines = LINES | {deconv: DECONV_LINE}
+def _draw_neighbours(record: Record, part: Any, split: str, deconv: str) -> None:
+    lines = LINES | {deconv: STACK_LINE}
     rows = {
         name: (
             lines[variant][0],

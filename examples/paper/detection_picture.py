@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from paired_dots import bare, dots
+from paired_dots import bare, dots, note
 from palette import BLUE, BY_VARIANT, GREEN, INK, MUTED, VERMILION
 from scattered_digits import Scenes
 
@@ -152,15 +152,7 @@ def _draw_mechanism(axes: Any, record: Record, story: Story) -> None:
         values = [run.metrics[BEST_BOXES] for run in record.of(setting, variant)]
         colour = _colour(variant)
         dots(axes, -row, values, colour)
-        axes.annotate(
-            f"{mean(values):.3f}",
-            (1.0, -row),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="center",
-            color=colour,
-            weight="bold",
-        )
+        note(axes, -row, f"{mean(values):.3f}", colour)
     names = [f"{words}, {variant.removeprefix('patched: ')}" for _, words, variant in rows]
     axes.set_yticks([-row for row in range(len(rows))], names)
     axes.set_ylim(0.6 - len(rows), 0.6)

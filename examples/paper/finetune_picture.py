@@ -25,7 +25,7 @@ from branches import (
 from experiment import Record, Run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from paired_dots import bare, dots
+from paired_dots import bare, dots, note
 from palette import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, VERMILION, VIOLET
 
 COLOURS = {
@@ -117,15 +117,8 @@ def _draw_finals(axes: Any, record: Record, setting: str, *, with_names: bool) -
         metric = _metric(runs[0])
         values = [run.metrics[metric] for run in runs]
         dots(axes, -row, values, colour)
-        axes.annotate(
-            f"{mean(values):.2f}" if setting in NETS else f"{mean(values):.1f} px",
-            (1.0, -row),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            ha="right",
-            color=colour,
-            weight="bold",
-        )
+        figure = f"{mean(values):.2f}" if setting in NETS else f"{mean(values):.1f} px"
+        note(axes, -row, figure, colour)
     bare(axes)
     names = list(COLOURS) if with_names else [""] * len(COLOURS)
     axes.set_yticks([-row for row in range(len(COLOURS))], names)

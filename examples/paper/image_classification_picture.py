@@ -9,7 +9,7 @@ from typing import Any
 from experiment import Record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from paired_dots import bare, dots
+from paired_dots import bare, dots, note
 from palette import BY_VARIANT, INK, MUTED
 from scattered_digits import training_and_test_digits
 
@@ -74,14 +74,8 @@ def _draw_accuracies(axes: Any, record: Record, setting: str, *, with_names: boo
         colour = BY_VARIANT[variant]
         values = [100 * run.metrics["accuracy"] for run in record.of(setting, variant)]
         dots(axes, -row, values, colour)
-        axes.annotate(
-            f"{mean(values):.2f} ± {100 * record.spread(setting, variant, 'accuracy'):.2f} %",
-            (1.01, -row),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=colour,
-            weight="bold",
-        )
+        spread = 100 * record.spread(setting, variant, "accuracy")
+        note(axes, -row, f"{mean(values):.2f} ± {spread:.2f} %", colour, outside=True)
     names = list(NAMES.values()) if with_names else [""] * len(NAMES)
     axes.set_yticks([-row for row in range(len(NAMES))], names)
     axes.set_ylim(0.6 - len(NAMES), 0.6)

@@ -7,13 +7,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from experiment import Record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from palette import GRID, INK, MUTED
+from palette import GRID, INK, MUTED, ORANGE
 from PIL import Image
 from torch import Tensor
+
+STACK_LINE = (ORANGE, "transposed convs")
+"""Colour and name of the stack of transposed convolutions, whichever was chosen."""
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str) -> tuple[Figure, Any]:
@@ -87,6 +91,72 @@ def curves(axes: Any, record: Record, setting: str, lines: Mapping[str, tuple[st
     axes.legend(frameon=False, fontsize=9.5, loc="upper left")
     axes.set_xlabel("CPU seconds of training", color=INK, size=10.5)
     plain_axes(axes)
+
+
+def draw_splits(
+    message: tuple[str, str],
+    stacks: Mapping[str, str],
+    upper: Callable[[Any, str, str], None],
+    lower: Callable[[Any, str, str], None],
+    *,
+    ratio: float,
+    path: Path,
+) -> None:
+    """Draw two things a split, one above the other, and write the picture.
+
+    Args:
+        message: Title and subtitle.
+        stacks: By split, the variant of the transposed convolutions.
+        upper: Draws the one, given its part of the figure, the split and that variant.
+        lower: Likewise.
+        ratio: Height of the upper part, in heights of the lower one.
+        path: The PNG file.
+    """
+    figure, body = new_figure(13, 9, *message)
+    parts = np.atleast_1d(body.subfigures(1, len(stacks)))
+    for part, (split, stack) in zip(parts, stacks.items(), strict=True):
+        above, below = part.subfigures(2, 1, height_ratios=[ratio, 1])
+        upper(above, split, stack)
+        lower(below, split, stack)
+    save(figure, path)
+
+
+def split_curves(
+    axes: Any,
+    record: Record,
+    split: str,
+    stack: str,
+    lines: Mapping[str, tuple[str, str]],
+    *,
+    metric: str,
+    form: str,
+) -> None:
+    """Draw a split's :func:`curves`, titled by what the patched net and the stack came to.
+
+    Args:
+        axes: Where.
+        record: Of the runs.
+        split: Which of them.
+        stack: The variant of the transposed convolutions.
+        lines: Of the other variants, see :func:`curves`.
+        metric: The test score.
+        form: Its format.
+    """
+    curves(axes, record, split, {**lines, stack: STACK_LINE})
+    axes.set_ylim(-0.03, 1.09)
+    axes.set_ylabel(metric, color=INK)
+    final = ", ".join(
+        f"{name} {record.mean(split, variant, metric):{form}}"
+        for variant, name in (("patched", "patched"), (stack, STACK_LINE[1]))
+    )
+    title = f"{split.capitalize()} split: {final}"
+    axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
+
+
+def stack_sizes(record: Record, stacks: Mapping[str, str]) -> str:
+    """Parameters of the transposed convolutions, such as ``"103,585 and 409,921"``."""
+    sizes = {record.of(split, stack)[0].parameters for split, stack in stacks.items()}
+    return " and ".join(f"{size:,}" for size in sorted(sizes))
 
 
 def image_rows(

@@ -32,6 +32,27 @@ def dots(
     axes.plot([mean(values)] * 2, [row - reach, row + reach], color=colour, lw=3)
 
 
+def note(axes: Any, row: float, text: str, colour: str, *, outside: bool = False) -> None:
+    """Write a row's figure at the right edge of the axes, inside of it or beside it.
+
+    Args:
+        axes: Where.
+        row: Position along y.
+        text: What is written.
+        colour: Of the text.
+        outside: Whether it stands beside the axes.
+    """
+    axes.annotate(
+        text,
+        (1.01 if outside else 1.0, row),
+        xycoords=("axes fraction", "data"),
+        ha="left" if outside else "right",
+        va="center",
+        color=colour,
+        weight="bold",
+    )
+
+
 def bare(axes: Any) -> None:
     """No frame but the lower line; light vertical grid."""
     for side in ("top", "right", "left"):

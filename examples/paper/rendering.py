@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from experiment import Record, parse_options
@@ -26,13 +25,14 @@ from not_so_clevr_experiment import Net, Supervised
 from not_so_clevr_nets import renderer
 from not_so_clevr_packing import pack_levels, unpack_levels
 from not_so_clevr_pictures import (
-    curves,
+    STACK_LINE,
+    draw_splits,
     image_rows,
-    new_figure,
-    save,
+    split_curves,
+    stack_sizes,
 )
 from not_so_clevr_training import SCORED, Recipe, Task, outputs, print_times
-from palette import BY_VARIANT, INK, ORANGE, VERMILION
+from palette import BY_VARIANT, VERMILION
 from torch import Tensor, nn
 
 TASK = Task(
@@ -76,7 +76,6 @@ LINES = {
     "scrambled": (BY_VARIANT["scrambled"], "patched, scrambled coordinates"),
     "plain": (BY_VARIANT["plain"], "1x1 and 3x3 convs, plain"),
 }
-DECONV_LINE = (ORANGE, "transposed convs")
 
 
 def main(arguments: list[str] | None = None) -> Record:
@@ -112,48 +111,39 @@ def painted(net: nn.Module) -> Tensor:
 
 def draw(record: Record, deconv: Mapping[str, str], path: Path) -> None:
     """Draw the IOU curves and a few painted squares."""
-    figure, body = new_figure(13, 9, *_message(record, deconv))
-    parts = np.atleast_1d(body.subfigures(1, len(deconv)))
-    for part, (split, plain) in zip(parts, deconv.items(), strict=True):
-        upper, lower = part.subfigures(2, 1, height_ratios=[1.05, 1])
-        _draw_curves(upper, record, plain, split)
-        _draw_squares(lower, record, plain, split)
-    save(figure, path)
+    draw_splits(
+        _message(record, deconv),
+        deconv,
+        partial(_draw_curves, record),
+        partial(_draw_squares, record),
+        ratio=1.05,
+        path=path,
+    )
 
 
 def _message(record: Record, deconv: Mapping[str, str]) -> tuple[str, str]:
     """Title and subtitle, made from what was measured."""
     found = [f"{record.mean(split, 'patched', 'test IOU'):.3f} ({split})" for split in deconv]
     patched = record.of("uniform", "patched")[0]
-    sizes = {record.of(split, plain)[0].parameters for split, plain in deconv.items()}
     title = f"Painted by coordinates: IOU {' and '.join(found)} on held-out positions"
-    stacks = " and ".join(f"{size:,}" for size in sorted(sizes))
     subtitle = (
         f"(x, y) in, a 9 x 9 square out. Curves: {SCORED} centres that were held out; one line a "
         f"seed. Patched: {patched.parameters:,} parameters, transposed convolutions: "
-        f"{stacks}.\n"
+        f"{stack_sizes(record, deconv)}.\n"
         "Below: painted squares of the lower right quadrant (all of it is held out in the quadrant "
         "split); outlined: the truth."
     )
     return title, subtitle
 
 
-def _draw_curves(part: Any, record: Record, deconv: str, split: str) -> None:
+def _draw_curves(record: Record, part: Any, split: str, deconv: str) -> None:
     axes = part.subplots()
-    curves(axes, record, split, LINES | {deconv: DECONV_LINE})
-    axes.set_ylim(-0.03, 1.09)
-    axes.set_ylabel("test IOU", color=INK)
-    final = ", ".join(
-        f"{name} {record.mean(split, variant, 'test IOU'):.3f}"
-        for variant, name in (("patched", "patched"), (deconv, "transposed convs"))
-    )
-    title = f"{split.capitalize()} split: {final}"
-    axes.set_title(title, loc="left", size=12, weight="bold", color=INK)
+    split_curves(axes, record, split, deconv, LINES, metric="test IOU", form=".3f")
 
 
-def _draw_squares(part: Any, record: Record, deconv: str, split: str) -> None:
+def _draw_squares(record: Record, part: Any, split: str, deconv: str) -> None:
     half = CANVAS // 2
-    lines = LINES | {deconv: DECONV_LINE}
+    lines = LINES | {deconv: STACK_LINE}
     rows = {
         name: (
             lines[variant][0],
