@@ -134,7 +134,8 @@ def test_recorded_pooled_nets_arrive_only_with_coordinates_and_sooner_with_true_
         )
         assert len(plain) == len(patched) == len(scrambled) == 3
         assert max(run["metrics"]["success"] for run in plain) < 0.4
-        assert min(run["metrics"]["success"] for run in (*patched, *scrambled)) > 0.9
+        assert min(run["metrics"]["success"] for run in patched) > 0.95
+        assert min(run["metrics"]["success"] for run in scrambled) > 0.9
         for variant in ("plain", "patched"):
             knowing = runs[f"{algorithm}, NatureCNN", variant]
             assert min(run["metrics"]["success"] for run in knowing) > 0.9
