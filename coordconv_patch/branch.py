@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.traceback import annotate, preserve_node_meta
 
-from coordconv_patch.coords import Coordinates
+from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.geometry import (
     CONV_FUNCTIONS,
     DECLARED,
@@ -32,12 +32,14 @@ from coordconv_patch.geometry import (
     flat_amounts,
     pad_amounts,
 )
+from coordconv_patch.map_cache import MapCache
 
 __all__ = [
     "BRANCH_NAME",
     "CONVENTION_KEY",
     "ChosenCalls",
     "CoordBranch",
+    "CoordLayer",
     "coordinate_map",
     "grid_for",
     "pad_grid",
@@ -189,8 +191,54 @@ class ChosenCalls:
         return f"call{plural} {', '.join(map(str, self.indices))} of {self.total}"
 
 
-class CoordBranch(nn.Module):
-    """The branch alone: added to a functional convolution in a graph, or to chosen calls.
+class CoordLayer(nn.Module):
+    """What holds a coordinate weight: a patched convolution, or the branch of a functional one.
+
+    Attributes:
+        coords: The convention of the coordinate channels.
+        coord_weight: Parameter of shape ``(C_out, K, *kernel_size)``, for transposed
+            convolutions ``(K, C_out, *kernel_size)``, whatever the groups.
+        coord_padding: How the convolution pads its input.
+    """
+
+    coords: Coordinates
+    coord_weight: nn.Parameter
+    coord_padding: Padding
+    _map_cache: MapCache
+
+    def map_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        """The coordinate map for a call of the convolution; a kept one where that is safe.
+
+        Args:
+            input: The convolution's input, batched or not.
+            output: What the plain convolution made of it.
+            weight: The coordinate weight, which a parametrization computes at every access.
+        """
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self._map_cache.clear()
+        elif (
+            type(weight) is nn.Parameter
+            and (weight.is_cpu or self._map_cache.is_constant)
+            and not (is_capturing() or is_transforming())
+        ):
+            return self._map_cache.get(weight, input, output, self.compute_map)
+        return self.compute_map(input, output, weight)
+
+    def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        """The same, computed anew. Shape ``(1, C_out, *output_size)``, without 1 if unbatched."""
+        raise NotImplementedError
+
+    def keep_maps_constant_(self) -> None:
+        """Keep coordinate maps from now on without looking whether the weight has changed."""
+        self._map_cache = MapCache(is_constant=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._map_cache.clear()  # its maps are on the old device, in the old dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class CoordBranch(CoordLayer):
+    """The branch alone: added to a functional convolution, or to chosen calls of a module.
 
     Args:
         geometry: Geometry of the convolution whose output it is added to.
@@ -218,6 +266,7 @@ class CoordBranch(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._map_cache = MapCache()
         self.geometry = geometry
         self.coords = coords
         self.coord_padding = padding
@@ -232,9 +281,23 @@ class CoordBranch(nn.Module):
         return self.geometry.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.coord_weight
+        # The convolution's output, whose dtype tells whether autocast is on, is not known here.
+        if torch.is_autocast_enabled(weight.device.type):
+            return self.compute_map(input, input, weight)
+        return self.map_for(input, input, weight)
+
+    def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        """As :meth:`CoordLayer.compute_map`; the output is not looked at."""
         geometry = self.geometry
-        branch = self.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding)
+        input_size = input.shape[-geometry.ndim :]
+        branch = self.compute_branch(input_size, geometry.output_padding, weight)
         return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("coords", "geometry", "coord_padding"):
+            self._map_cache.clear()
 
     def compute_branch(
         self,
@@ -271,6 +334,7 @@ class CoordBranch(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._map_cache.clear()
         zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def extra_repr(self) -> str:
@@ -278,7 +342,7 @@ class CoordBranch(nn.Module):
 
 
 def zero_if_missing(
-    layer: CoordBranch | Any,
+    layer: CoordLayer,
     state_dict: Mapping[str, Any],
     prefix: str,
     missing_keys: list[str],

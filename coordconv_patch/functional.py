@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,8 +25,12 @@ from coordconv_patch.geometry import (
 __all__ = [
     "ADDITIONS",
     "CONV_SIGNATURES",
+    "NOT_PADDED",
+    "PADS",
     "FunctionInput",
+    "OwnPadding",
     "branch_of",
+    "call_geometry",
     "conv_arguments",
     "function_geometry",
     "function_input",
@@ -35,6 +40,11 @@ __all__ = [
     "is_coordinate_convolution",
     "is_function_site",
     "join_names",
+    "module_path",
+    "own_padding",
+    "pad_arguments",
+    "pads_nothing",
+    "weight_site_name",
 ]
 
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -125,35 +135,66 @@ def function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
         if found is None:
             return join_names(prefix, node.name)
         return join_names(prefix, str(found[1].target).removesuffix(BRANCH_NAME)[:-1])
-    # "conv1.weight" names the site conv1, as if conv1 were a module site; where it is one,
-    # the functional use of its weight is another site.
-    full_name = join_names(prefix, weight.target)
-    holder, _, attribute = full_name.rpartition(".")
-    own_holder = str(weight.target).rpartition(".")[0]
-    if not holder or attribute != "weight" or isinstance(module.get_submodule(own_holder), _ConvNd):
-        return full_name
-    return holder
+    holder = module.get_submodule(str(weight.target).rpartition(".")[0])
+    return weight_site_name(join_names(prefix, weight.target), holder)
+
+
+def weight_site_name(weight: str, holder: nn.Module) -> str:
+    """The site name of a functional convolution by a stored weight.
+
+    ``"conv1.weight"`` names the site conv1, as if conv1 were a module site; where it is one,
+    the functional use of its weight is another site.
+
+    Args:
+        weight: Qualified name of the weight in the model.
+        holder: The module that holds it.
+    """
+    outer, _, attribute = weight.rpartition(".")
+    if not outer or attribute != "weight" or isinstance(holder, _ConvNd):
+        return weight
+    return outer
 
 
 def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
-    """The geometry of a functional convolution.
+    """The geometry of a functional convolution in a graph.
 
     Raises:
         PatchError: If the graph does not tell it, or its weight is not of floats.
     """
     arguments = conv_arguments(node)
-    weight = arguments.get("weight")
-    shape, dtype = _shape_and_dtype(root, weight)
+    shape, dtype = _shape_and_dtype(root, arguments.get("weight"))
     if shape is None:
         raise PatchError(
             "its weight is computed at run time (per sample, perhaps), so its shape is unknown"
         )
+    return call_geometry(node.target, arguments, shape, dtype, function_input(node).own)
+
+
+def call_geometry(
+    function: Any,
+    arguments: Mapping[str, Any],
+    weight_shape: Sequence[int],
+    dtype: torch.dtype | None,
+    own: OwnPadding,
+) -> ConvGeometry:
+    """The geometry of one call of a convolution function.
+
+    Args:
+        function: One of :data:`CONV_SIGNATURES`.
+        arguments: The call's arguments by name; numbers, or nodes of a graph.
+        weight_shape: Shape of its weight.
+        dtype: The weight's dtype; ``None`` if unknown.
+        own: How the code that calls it has padded its input.
+
+    Raises:
+        PatchError: If a number is computed at run time, or the weight is not of floats.
+    """
     if dtype is not None and not dtype.is_floating_point:
         raise PatchError(f"its weight has dtype {dtype}; coordinates need floats")
+    shape = tuple(int(length) for length in weight_shape)
     ndim = len(shape) - 2
-    name = getattr(node.target, "__name__", str(node.target))
+    name = getattr(function, "__name__", str(function))
     transposed = bool(arguments.get("transposed", "transpose" in name))
-    own = function_input(node)
     numbers: dict[str, Any] = {}
     for key, default in (
         ("stride", 1),
@@ -164,7 +205,7 @@ def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
     ):
         value = arguments.get(key, default)
         parts = value if isinstance(value, (tuple, list)) else [value]
-        if any(isinstance(part, fx.Node) for part in parts):
+        if any(isinstance(part, (fx.Node, fx.Proxy)) for part in parts):
             raise PatchError(f"its {key} is computed at run time")
         if key == "groups" or isinstance(value, str):
             numbers[key] = value
@@ -176,71 +217,128 @@ def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
         transposed=transposed,
         in_channels=shape[0] if transposed else shape[1] * groups,
         out_channels=shape[1] * groups if transposed else shape[0],
-        kernel_size=tuple(shape[2:]),
+        kernel_size=shape[2:],
         stride=numbers["stride"],
         padding=numbers["padding"] if own.declared is None else own.declared,
         dilation=numbers["dilation"],
         groups=groups,
-        padding_mode=own.padding_mode,
+        padding_mode=own.mode,
         output_padding=numbers["output_padding"] if transposed else (),
     )
+
+
+@dataclass(frozen=True)
+class OwnPadding:
+    """Padding by an operation of its own in front of a convolution function.
+
+    A subclass such as Conv2dSame, and ``padding_mode="circular"``, pad like that.
+    Coordinates are those of the image before it, as for the module itself.
+
+    Attributes:
+        rule: How the input is padded, where the function's arguments do not say it.
+        mode: As torch.nn's convolutions have it in ``padding_mode``.
+        declared: The ``padding`` that such a convolution would declare; ``None``: as the
+            function's arguments say.
+        amounts: The pixels of that padding, ``(before, after)`` per spatial dimension;
+            empty where there is none.
+    """
+
+    rule: Padding = DECLARED
+    mode: str = "zeros"
+    declared: str | tuple[int, ...] | None = None
+    amounts: tuple[tuple[int, int], ...] = ()
+
+
+NOT_PADDED = OwnPadding()
+
+
+def own_padding(
+    pad: Mapping[str, Any], ndim: int, kernel_size: Sequence[int] | None, dilation: Any
+) -> OwnPadding | None:
+    """What a padding operation in front of a convolution function comes to.
+
+    Args:
+        pad: The operation's arguments ``pad``, ``mode`` and ``value``, as of ``F.pad``.
+        ndim: Number of the convolution's spatial dimensions.
+        kernel_size: Its kernel size; ``None`` if unknown.
+        dilation: Its ``dilation`` argument.
+
+    Returns:
+        ``None`` where the border is a part of the image: the padding is no convolution's.
+
+    Raises:
+        PatchError: If its amounts are computed at run time.
+    """
+    flat = pad["pad"]
+    if isinstance(flat, fx.Node) or any(not isinstance(amount, int) for amount in flat):
+        raise PatchError("it pads by amounts that are computed at run time, from the image size")
+    mode = str(pad.get("mode") or "constant")
+    pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
+    pairs = ((0, 0),) * (ndim - len(pairs)) + pairs  # F.pad takes the last dimensions alone
+    if any(any(pair) for pair in pairs[:-ndim]):
+        return None  # it pads channels or the batch
+    pairs = pairs[-ndim:]
+    if mode == "constant":
+        # A border of another value than zero is a part of the image.
+        return None if pad.get("value") else OwnPadding(Padding("fixed", pairs), amounts=pairs)
+    declared = _declared_padding(pairs, kernel_size, dilation)
+    return None if declared is None else OwnPadding(DECLARED, mode, declared, pairs)
 
 
 @dataclass(frozen=True)
 class FunctionInput:
     """What a functional convolution is given, before its own module pads it.
 
-    A subclass such as Conv2dSame, and ``padding_mode="circular"``, pad by an operation of
-    its own. Coordinates are those of the image before it, as for the module itself.
-
     Attributes:
         node: The input's node.
-        padding: How it is padded, where the function's arguments do not say it.
-        padding_mode: As torch.nn's convolutions have it.
-        declared: The ``padding`` that such a convolution would declare; ``None``: as the
-            function's arguments say.
-        amounts: The pixels of that padding, ``(before, after)`` per spatial dimension.
+        own: How its own module has padded it.
     """
 
     node: fx.Node
-    padding: Padding = DECLARED
-    padding_mode: str = "zeros"
-    declared: str | tuple[int, ...] | None = None
-    amounts: tuple[tuple[int, int], ...] = ()
+    own: OwnPadding = NOT_PADDED
 
 
-_PADS = (F.pad, _aten.pad.default, _aten.constant_pad_nd.default)
+PADS = (F.pad, _aten.pad.default, _aten.constant_pad_nd.default)
+"""Functions that pad."""
 
 
 def function_input(node: fx.Node) -> FunctionInput:
-    """The input of a functional convolution, and how it is padded.
+    """The input of a functional convolution in a graph, and how it is padded.
 
     Raises:
         PatchError: If its own module pads it by amounts that are computed at run time.
     """
     arguments = conv_arguments(node)
     source = cast(fx.Node, arguments["input"])
+    if source.target not in PADS or not pads_nothing(arguments) or not _is_part_of(source, node):
+        return FunctionInput(source)
+    given = pad_arguments(source.target, source.args, source.kwargs)
+    weight = arguments["weight"].meta.get("val")
+    kernel_size = None if weight is None else weight.shape[2:]
+    ndim = _ndim_of(node.target) if kernel_size is None else len(kernel_size)
+    if ndim is None:
+        return FunctionInput(source)
+    own = own_padding(given, ndim, kernel_size, arguments.get("dilation", 1))
+    return FunctionInput(source) if own is None else FunctionInput(given["input"], own)
+
+
+def _ndim_of(function: Any) -> int | None:
+    """Spatial dimensions of a convolution function, by its name; ``None`` if that tells none."""
+    digits = re.search(r"([123])d", str(getattr(function, "__name__", function)))
+    return int(digits[1]) if digits else None
+
+
+def pad_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a padding function by the names that ``F.pad`` has."""
+    constant = function is _aten.constant_pad_nd.default
+    names = ("input", "pad", "value") if constant else ("input", "pad", "mode", "value")
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def pads_nothing(arguments: Mapping[str, Any]) -> bool:
+    """Whether a convolution function itself is told to pad nothing."""
     padding = arguments.get("padding", 0)
-    unpadded = padding == "valid" if isinstance(padding, str) else not any(_as_list(padding))
-    if source.target not in _PADS or not unpadded or not _is_part_of(source, node):
-        return FunctionInput(source)
-    given = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False))
-    if source.target is _aten.constant_pad_nd.default:
-        given = dict(zip(("input", "pad", "value"), source.args, strict=False))
-    given |= source.kwargs
-    flat = cast("Sequence[Any]", given["pad"])
-    if isinstance(flat, fx.Node) or any(isinstance(amount, fx.Node) for amount in flat):
-        raise PatchError("it pads by amounts that are computed at run time, from the image size")
-    mode, inner = str(given.get("mode", "constant")), cast(fx.Node, given["input"])
-    pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if mode == "constant":
-        if given.get("value"):
-            return FunctionInput(source)  # a border of another value than zero is part of the image
-        return FunctionInput(inner, Padding("fixed", pairs), amounts=pairs)
-    declared = _declared_padding(node, pairs)
-    if declared is None:
-        return FunctionInput(source)
-    return FunctionInput(inner, DECLARED, mode, declared, pairs)
+    return padding == "valid" if isinstance(padding, str) else not any(_as_list(padding))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -249,27 +347,25 @@ def _as_list(value: Any) -> list[Any]:
 
 def _is_part_of(node: fx.Node, convolution: fx.Node) -> bool:
     """Whether the module that calls the convolution, or a part of it, calls another node."""
-    own, other = _module_path(convolution), _module_path(node)
+    own, other = module_path(convolution), module_path(node)
     return own == other or (bool(own) and other.startswith(f"{own}."))
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the module whose code made a node of a graph."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])
 
 
 def _declared_padding(
-    node: fx.Node, pairs: Sequence[tuple[int, int]]
+    pairs: Sequence[tuple[int, int]], kernel_size: Sequence[int] | None, dilation: Any
 ) -> str | tuple[int, ...] | None:
     """The ``padding`` attribute of a convolution that pads by these amounts."""
     if all(before == after for before, after in pairs):
         return tuple(before for before, _ in pairs)
-    arguments = conv_arguments(node)
-    dilation = _as_list(arguments.get("dilation", 1))
-    weight = arguments["weight"].meta.get("val")
-    if weight is None:
+    if kernel_size is None:
         return None
-    kernel_size = tuple(weight.shape[2:])
+    dilation = _as_list(dilation)
     amounts = pad_amounts(
         DECLARED,
         (),

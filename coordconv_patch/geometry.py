@@ -27,6 +27,7 @@ from coordconv_patch.modes import in_mode
 __all__ = [
     "CONV_FUNCTIONS",
     "TORCH_CONVS",
+    "Call",
     "ConvGeometry",
     "ConvSpy",
     "Padding",
@@ -157,6 +158,17 @@ class ConvGeometry:
         if self.transposed:
             parts.append("transposed")
         return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One execution of a convolution, as seen on example inputs.
+
+    Sizes are spatial: ``(H, W)`` for images, in pixels.
+    """
+
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
 
 
 def _short(values: str | Sequence[int]) -> str:

@@ -13,11 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from coordconv_patch.branch import (
     BRANCH_NAME,
     CoordBranch,
+    CoordLayer,
     coordinate_map,
     grid_for,
     zero_if_missing,
 )
-from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
+from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
     DECLARED,
@@ -46,7 +47,7 @@ _MAP_ATTRIBUTES = frozenset(
 """Attributes of a layer that its coordinate map is made from, besides its weight."""
 
 
-class CoordConvNd(_ConvNd):
+class CoordConvNd(CoordLayer, _ConvNd):
     """What every coordinate convolution has in common; mixed in before a convolution class.
 
     A layer takes the arguments of the plain class, and ``coords=``: any stride,
@@ -66,10 +67,6 @@ class CoordConvNd(_ConvNd):
         coord_padding: How the convolution pads its input.
     """
 
-    coords: Coordinates
-    coord_weight: nn.Parameter
-    coord_padding: Padding
-    _map_cache: MapCache
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
@@ -109,35 +106,15 @@ class CoordConvNd(_ConvNd):
         weight = self._parameters.get("coord_weight")
         if weight is None:
             weight = self.coord_weight
-        own_parameter = type(weight) is nn.Parameter
-        if torch.is_grad_enabled() and weight.requires_grad:
-            self._map_cache.clear()
-            branch = self.branch_for(input, output, weight)
-        elif (
-            own_parameter
-            and (weight.is_cpu or self._map_cache.is_constant)
-            and not (is_capturing() or is_transforming())
-        ):
-            branch = self._map_cache.get(weight, input, output, self.branch_for)
-        else:
-            branch = self.branch_for(input, output, weight)
+        branch = self.map_for(input, output, weight)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
         # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
-        if own_parameter and self._output_is_fresh:
+        if type(weight) is nn.Parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
 
-    def branch_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
-        """The coordinate map to add to the plain convolution's output, in its dtype.
-
-        Args:
-            input: The convolution's input, batched or not.
-            output: What the plain convolution made of it.
-            weight: The coordinate weight, which a parametrization computes at every access.
-
-        Returns:
-            Shape ``(1, C_out, *output_size)``, unbatched ``(C_out, *output_size)``.
-        """
+    def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        """As :meth:`CoordLayer.compute_map`, in the output's dtype."""
         ndim = len(self.kernel_size)
         input_size = input.shape[-ndim:]
         output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
@@ -150,10 +127,6 @@ class CoordConvNd(_ConvNd):
         super().__setattr__(name, value)
         if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
             self._map_cache.clear()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._map_cache.clear()  # its maps are on the old device, in the old dtype
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _check_new_weight(self, new: nn.Parameter) -> None:
         """Refuse another weight Parameter where it would leave trained coordinates behind.
@@ -217,10 +190,6 @@ class CoordConvNd(_ConvNd):
             - (self.dilation[dim] * (self.kernel_size[dim] - 1) + 1)
             for dim in range(len(input_size))
         )
-
-    def keep_maps_constant_(self) -> None:
-        """Keep coordinate maps from now on without looking whether the weight has changed."""
-        self._map_cache = MapCache(is_constant=True)
 
     def reset_parameters(self) -> None:
         """Reset the plain convolution as torch does, and the coordinate weight to zero.

@@ -2,8 +2,9 @@
 
 A module site is rewritten by giving the convolution module its coordinate class
 in place, in the module tree that every graph refers to; the model keeps its
-class, methods, hooks, aliases, flags and state_dict names. A functional site is
-rewritten in a graph: conv(x, W) becomes conv(x, W) + branch(x).
+class, methods, hooks, aliases, flags and state_dict names. So does a module that calls a
+convolution function itself: see :mod:`coordconv_patch.owned_calls`. Only in a GraphModule, which
+has no other code, is the graph rewritten: conv(x, W) becomes conv(x, W) + branch(x).
 
 Everything that can fail is done before the first change.
 """
@@ -14,14 +15,14 @@ import copy
 import dataclasses
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
-from coordconv_patch.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
@@ -33,12 +34,11 @@ from coordconv_patch.functional import (
     function_input,
     function_nodes,
 )
-from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
 from coordconv_patch.select import Where
-from coordconv_patch.sites import Site
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
 
@@ -69,8 +69,7 @@ def patch(
             trace.
 
     Returns:
-        The patched copy. Where a functional convolution of a plain module was chosen,
-        the smallest submodule that calls it is a GraphModule; the plan says which.
+        The patched copy.
 
     Raises:
         SelectionError: If a selector matches nothing that can be patched.
@@ -100,16 +99,13 @@ def patch_(
         The model itself.
 
     Raises:
-        PatchError: As :func:`patch`; also for an ExportedProgram, and if the model's
-            own forward calls a chosen functional convolution: both need :func:`patch`.
+        PatchError: As :func:`patch`; also for an ExportedProgram, which needs :func:`patch`.
     """
     if isinstance(model, ExportedProgram):
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
     decided = plan(model, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    patched = apply_plan_(model, decided)
-    assert patched is model
-    return model
+    return apply_plan_(model, decided)
 
 
 def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.Module:
@@ -126,8 +122,7 @@ def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.
 def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
     """Take the coordinates away again, in place.
 
-    Modules get back the class that they had. A submodule that had become a
-    GraphModule stays one, without the branches.
+    Modules get back the class that they had, graphs lose the branches.
 
     Args:
         model: A patched model.
@@ -182,43 +177,56 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     """Carry a plan out on a model, in place; on the model that was planned, or on a copy of it.
 
     Returns:
-        The model; a GraphModule in its stead if the model's own forward calls a
-        chosen functional convolution and the model is not the one that was planned.
+        The model itself.
 
     Raises:
         PatchError: If a chosen site cannot be patched. The model is unchanged then.
     """
     check_not_wrapped(model)
-    modules = [row for row in decided.rows if row.chosen and row.site.kind == "module"]
-    functions = [row for row in decided.rows if row.chosen and row.site.kind == "function"]
+    chosen = [row for row in decided.rows if row.chosen]
+    in_graphs = [row for row in chosen if row.site.nodes]
     edits = [
-        _GraphEdit(model, owner, rows, decided.coords)
-        for owner, rows in _by_owner(functions).items()
+        _GraphEdit(model, name, rows, decided.coords) for name, rows in _by_graph(in_graphs).items()
     ]
-    planned = any(row.site.region and row.site.region.module is model for row in functions)
-    if planned and any(edit.replaces_root for edit in edits):
-        raise PatchError(
-            "the model's own forward calls a chosen functional convolution, so the model has to "
-            "become a GraphModule: use patch(...), which returns one"
-        )
-    _check_callers(modules, edits)
-    done: list[_ConvNd] = []
+    done: list[nn.Module] = []
     try:
-        for row in modules:
-            site, module = row.site, cast(_ConvNd, model.get_submodule(row.site.name))
-            if row.calls is None:
-                convert_(module, decided.coords, site.padding)
-            else:
-                add_to_calls_(model, site.name, row.calls, decided.coords, site.padding)
-            done.append(module)
+        for row in chosen:
+            if not row.site.nodes:
+                done.append(_patched_module_(model, row, decided.coords))
     except BaseException:
         for module in done:
             _revert_(model, module)
         raise
     for edit in edits:
-        model = edit.commit()
+        edit.commit()
     guard_folding_(model)
     return model
+
+
+def _patched_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> nn.Module:
+    """Patch one site that is not in a graph; returns the module that was changed for it."""
+    site = row.site
+    if site.owned is not None:
+        assert site.geometry is not None
+        assert site.weight is not None
+        calls = site.owned
+        if row.calls is not None:
+            calls = _narrowed(calls, row.calls)
+        add_to_owner_(model, site.name, calls, site.geometry, coords, site.weight, row.calls)
+        return model.get_submodule(calls.owner)
+    module = cast(_ConvNd, model.get_submodule(site.name))
+    if row.calls is None:
+        convert_(module, coords, site.padding)
+    else:
+        add_to_calls_(model, site.name, row.calls, coords, site.padding)
+    return module
+
+
+def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
+    """Some of a functional site's calls alone."""
+    positions = calls.indices or tuple(range(chosen.total))
+    indices = tuple(positions[index] for index in chosen.indices)
+    return dataclasses.replace(calls, indices=indices, total=calls.total or chosen.total)
 
 
 def _revert_(model: nn.Module, module: nn.Module) -> None:
@@ -226,20 +234,8 @@ def _revert_(model: nn.Module, module: nn.Module) -> None:
         revert_(module)
     elif chosen_calls_of(module) is not None:
         remove_from_calls_(model, module)
-
-
-def _check_callers(modules: Sequence[PlanRow], edits: Sequence[_GraphEdit]) -> None:
-    """Refuse to count calls in a module that becomes a graph, which would not run the hooks."""
-    for row in modules:
-        for edit in edits if row.calls is not None else ():
-            assert row.calls is not None
-            caller = row.calls.caller
-            if edit.replaces_module and (caller == edit.owner or _is_inside(caller, edit.owner)):
-                raise PatchError(
-                    f"{row.site.name}: its calls cannot be chosen while "
-                    f"{edit.owner or 'the model'} becomes a GraphModule for its functional "
-                    "convolutions: choose all its calls, or leave those functions out"
-                )
+    elif isinstance(module, CallOwner):
+        remove_from_owner_(module)
 
 
 def _warn_of_obstacles(decided: Plan) -> None:
@@ -267,50 +263,26 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _by_owner(rows: Iterable[PlanRow]) -> dict[str, list[PlanRow]]:
-    """Functional sites by the qualified name of the module whose graph is to be edited.
-
-    The graph of a plain module holds those of its submodules, so where both a module and one
-    inside it call functional convolutions, the outer one's graph is edited for both.
-    """
-    owners: dict[str, list[PlanRow]] = {}
-    for row in sorted(rows, key=lambda row: _owner(row.site)):
-        owner = _owner(row.site)
-        enclosing = (other for other in owners if other == owner or _is_inside(owner, other))
-        owners.setdefault(next(enclosing, owner), []).append(row)
-    return owners
-
-
-def _owner(site: Site) -> str:
-    assert site.region is not None
-    in_graph_module = isinstance(site.region.module, fx.GraphModule)
-    return site.region.name if in_graph_module else site.owner
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
+def _by_graph(rows: Iterable[PlanRow]) -> dict[str, list[PlanRow]]:
+    """Sites in graphs, by the qualified name of the GraphModule whose graph is to be edited."""
+    graphs: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        assert row.site.region is not None
+        graphs.setdefault(row.site.region.name, []).append(row)
+    return graphs
 
 
 class _GraphEdit:
-    """Branches added to the functional convolutions of one module; prepared, then committed."""
+    """Branches added to the functional convolutions of a GraphModule; prepared, then committed."""
 
     def __init__(
         self, model: nn.Module, owner: str, rows: list[PlanRow], coords: Coordinates
     ) -> None:
-        self.model = model
         self.owner = owner
-        self.module = model.get_submodule(owner)
-        self.replaces_module = not isinstance(self.module, fx.GraphModule)
+        self.target = cast(fx.GraphModule, model.get_submodule(owner))
         self.added: dict[str, nn.Module] = {}
-        if self.replaces_module:
-            self.target, self.graph, flags = as_graph_module(owner, self.module)
-            for name in sorted(flags):
-                flag = self.added[name] = TrainingFlag()
-                flag.training = self.module.get_submodule(name.rpartition(".")[0]).training
-        else:
-            self.target = cast(fx.GraphModule, self.module)
-            self.graph = copy.deepcopy(self.target.graph)
-        nodes_by_site = function_nodes(owner, self.module, self.graph)
+        self.graph = copy.deepcopy(self.target.graph)
+        nodes_by_site = function_nodes(owner, self.target, self.graph)
         for row in rows:
             name = row.site.name
             if name not in nodes_by_site:
@@ -350,24 +322,11 @@ class _GraphEdit:
             node.replace_all_uses_with(total)
             total.args = (node, branch)
 
-    @property
-    def replaces_root(self) -> bool:
-        return self.replaces_module and not self.owner
-
-    def commit(self) -> nn.Module:
-        """Put the edited graph in place; returns the model, or what stands for it now."""
+    def commit(self) -> None:
+        """Put the edited graph in place."""
         for name, module in self.added.items():
             self.target.add_submodule(name, module)
         self.target.graph = self.graph
-        if not self.replaces_module:
-            return self.model
-        if not self.owner:
-            return self.target
-        for parent in list(self.model.modules()):
-            for child_name, child in parent._modules.items():
-                if child is self.module:
-                    parent._modules[child_name] = self.target
-        return self.model
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:

@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 
 from coordconv_patch.branch import ChosenCalls
 from coordconv_patch.coords import Coordinates
+from coordconv_patch.geometry import Call
 from coordconv_patch.programs import from_exported
-from coordconv_patch.recording import Call
 from coordconv_patch.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites import Site, SiteMap, find_sites
 
@@ -209,7 +209,7 @@ def _row(choice: Choice, coords: Coordinates) -> PlanRow:
             indices = range(len(site.calls)) if choice.calls is None else choice.calls
             calls = [site.calls[index] for index in indices]
             multiply_adds = sum(_multiply_adds(parameters, site, call) for call in calls)
-    note = _note(site, choice.chosen)
+    note = _note(site)
     if chosen_calls is not None:
         note = f"{chosen_calls}; {note}" if note else str(chosen_calls)
     return PlanRow(
@@ -230,16 +230,13 @@ def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
     return parameters * math.prod(call.input_size if transposed else call.output_size)
 
 
-def _note(site: Site, chosen: bool) -> str:
+def _note(site: Site) -> str:
     notes = []
     if site.calls is not None:
         if not site.calls:
             notes.append("never called on the example inputs")
         elif all(math.prod(call.input_size) == 1 for call in site.calls):
             notes.append("its input is one pixel, whose coordinates are 0")
-    in_graph = site.region is not None and hasattr(site.region.module, "graph")
-    if chosen and site.kind == "function" and not in_graph:
-        notes.append(f"{site.owner or 'the model'} becomes a GraphModule")
     return "; ".join(notes)
 
 

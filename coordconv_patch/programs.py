@@ -214,7 +214,7 @@ class _Branch:
         own, given = function_input(convolution), function_input(plain)
         if replace(own, node=given.node) != given:
             raise PatchError("its grid is not padded as the convolution's input is")
-        self.input, self.padding = given.node, given.padding
+        self.input, self.padding = given.node, given.own.rule
         self.coords = _convention(own.node)
         branch = function_geometry(root, convolution)
         self.geometry = replace(

@@ -15,31 +15,20 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.branch import CoordBranch
 from coordconv_patch.errors import PatchError
-from coordconv_patch.functional import CONV_SIGNATURES, conv_arguments, function_input
+from coordconv_patch.function_log import FunctionLog, FunctionSite
+from coordconv_patch.functional import conv_arguments, function_input
+from coordconv_patch.geometry import Call
 from coordconv_patch.inputs import run_model
 from coordconv_patch.modes import evaluating, state_restored
 
 __all__ = [
-    "Call",
     "GraphFunctions",
     "Recording",
     "record_arguments",
     "record_calls",
     "record_run",
 ]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One execution of a site, as seen on the example inputs.
-
-    Sizes are spatial: ``(H, W)`` for images, in pixels.
-    """
-
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,13 +54,12 @@ class Recording:
         calls: The calls of each site, in order of execution.
         callers: For each site the innermost module of whose single call all of them
             were part; ``None`` where there is none that hooks can be put on.
-        functions: Convolution functions that modules call outside the sites, by module
-            name: the function's name and its calls.
+        functions: The functional sites of plain modules, in order of their first calls.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     callers: dict[str, str | None] = field(default_factory=dict)
-    functions: dict[str, dict[str, list[Call]]] = field(default_factory=dict)
+    functions: tuple[FunctionSite, ...] = ()
 
 
 def record_calls(
@@ -100,8 +88,8 @@ def record_run(
     modules: Mapping[str, nn.Module],
     functions: Sequence[GraphFunctions],
 ) -> Recording:
-    """As :func:`record_calls`, with who called each site, and functions that are no sites."""
-    recorder = _CallRecorder(model, modules, functions)
+    """As :func:`record_calls`, with who called each site, and the functional sites it showed."""
+    recorder = _CallRecorder(model, modules, functions, FunctionLog(model, example_inputs))
     with evaluating(model), state_restored(model), warnings.catch_warnings(), recorder:
         # The model's warnings would seem to come from here, where its functions are watched.
         warnings.simplefilter("ignore", UserWarning)
@@ -155,14 +143,16 @@ class _CallRecorder(TorchFunctionMode):
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         functions: Sequence[GraphFunctions],
+        log: FunctionLog,
     ) -> None:
         super().__init__()
+        self._log = log
         self._model = model
         self._modules = modules
         self._functions = functions
-        self._calls: dict[str, list[Call]] = {}
-        self._around: dict[str, list[tuple[str, int]]] = {}
-        self._loose: dict[str, dict[str, list[Call]]] = {}
+        self._calls: dict[int | str, list[Call]] = {}
+        self._around: dict[int | str, list[tuple[str, int]]] = {}
+        self._interprets = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._regions_noted = 0
         self._running: list[tuple[str, int]] = []
@@ -194,8 +184,14 @@ class _CallRecorder(TorchFunctionMode):
 
     def recording(self) -> Recording:
         """What was noted."""
-        callers = {name: self._caller(around) for name, around in self._around.items()}
-        return Recording(self._calls, callers, self._loose)
+        functions = tuple(self._log.sites())
+        # Functional sites are known by their weights until all of their calls are.
+        names: dict[int | str, str] = {id(site.weight): site.name for site in functions}
+        calls = {names.get(key, str(key)): calls for key, calls in self._calls.items()}
+        callers = {
+            names.get(key, str(key)): self._caller(around) for key, around in self._around.items()
+        }
+        return Recording(calls, callers, functions)
 
     def _caller(self, around: Sequence[tuple[str, int]]) -> str | None:
         for name, _ in reversed(around):
@@ -212,12 +208,12 @@ class _CallRecorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in CONV_SIGNATURES and self._running and not self._regions_noted:
-            name = self._running[-1][0]
-            if not isinstance(self._model.get_submodule(name), (_ConvNd, CoordBranch)):
-                given = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs or {})
-                calls = self._loose.setdefault(name, {}).setdefault(func.__name__, [])
-                calls.append(_call(given["input"], output, given["weight"].dim() - 2))
+        if not self._interprets:
+            in_graph = bool(self._regions_noted)
+            own = self._log.note(func, args, kwargs or {}, output, self._running, in_graph=in_graph)
+            if own is not None:
+                weight, source = own
+                self._note(id(weight), source, output, weight.dim() - 2)
         return output
 
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -228,7 +224,7 @@ class _CallRecorder(TorchFunctionMode):
 
     def _note(
         self,
-        name: str,
+        name: int | str,
         source: Tensor,
         output: Tensor,
         ndim: int,
@@ -282,7 +278,11 @@ class _CallRecorder(TorchFunctionMode):
             is_graph = isinstance(module, fx.GraphModule)
             runnable = module if is_graph else fx.GraphModule(module, traced.graph)
             inputs = _placeholder_values(traced.graph, is_graph, args, kwargs)
-            Interpreter(runnable).run(*inputs, enable_io_processing=False)
+            self._interprets = True
+            try:
+                Interpreter(runnable).run(*inputs, enable_io_processing=False)
+            finally:
+                self._interprets = False
         self._regions_noted += 1
 
     def _after_region(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -292,7 +292,7 @@ class _CallRecorder(TorchFunctionMode):
 def _padding_amounts(node: fx.Node) -> Sequence[tuple[int, int]]:
     """Pixels by which the module that calls a functional convolution has padded its input."""
     try:
-        return function_input(node).amounts
+        return function_input(node).own.amounts
     except PatchError:
         return ()
 

@@ -168,7 +168,14 @@ def _check_calls(site: Site, calls: tuple[int, ...], selector: object) -> None:
                     f"where={_show(selector)}: call {index} of {site.name} asks for an output_size "
                     "of its own, which chosen calls do not follow: choose all calls"
                 )
-    if site.kind == "function":
+    if site.owned is not None:
+        if not _is_in_one_run(site):
+            raise SelectionError(
+                f"where={_show(selector)}: the {len(site.calls)} calls of {site.name} happen in "
+                f"several runs of {site.owned.owner or 'the model'}, which cannot be told apart: "
+                "choose all calls"
+            )
+    elif site.kind == "function":
         if len(site.nodes) != len(site.calls):
             raise SelectionError(
                 f"where={_show(selector)}: {site.name} is called at {len(site.nodes)} places of a "
@@ -181,6 +188,13 @@ def _check_calls(site: Site, calls: tuple[int, ...], selector: object) -> None:
             "GraphModules call it, which lose their hooks when they are copied: choose all calls, "
             "or patch the model before it is traced"
         )
+
+
+def _is_in_one_run(site: Site) -> bool:
+    """Whether all calls of a functional site happen in one forward of the module that calls."""
+    owner = site.owned.owner if site.owned is not None else ""
+    caller = site.caller
+    return caller is not None and (not owner or f"{caller}.".startswith(f"{owner}."))
 
 
 def _match(site_map: SiteMap, selector: object) -> list[Site]:

@@ -9,9 +9,11 @@ forward pass on example inputs, where given, tells order and sizes for any model
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,22 +25,24 @@ from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
 from coordconv_patch.errors import PatchError
 from coordconv_patch.foreign import adapter_obstacle, foreign_convolutions, quantization_obstacle
+from coordconv_patch.function_log import common_caller
 from coordconv_patch.functional import (
+    NOT_PADDED,
     branch_of,
+    conv_arguments,
     function_geometry,
     function_input,
     function_nodes,
-    function_site_name,
     has_exported_branch,
     is_function_site,
     join_names,
+    weight_site_name,
 )
-from coordconv_patch.geometry import DECLARED, ConvGeometry, Padding
-from coordconv_patch.graph_modules import TrainingFlag
+from coordconv_patch.geometry import DECLARED, Call, ConvGeometry, Padding
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
+from coordconv_patch.owned_calls import OwnedCalls, owned_layers, owner_obstacle
 from coordconv_patch.recording import (
-    Call,
     GraphFunctions,
     Recording,
     record_arguments,
@@ -94,9 +98,9 @@ class Site:
         module: The convolution module; ``None`` for a functional site.
         aliases: Further names under which the same module is registered.
         region: The region it was traced in; ``None`` if in none.
-        owner: For a functional site, the qualified name of the smallest submodule
-            that calls it: the one that becomes a GraphModule.
-        nodes: For a functional site, its nodes in the region's graph.
+        nodes: For a functional site of a GraphModule, its nodes in the graph.
+        owned: For a functional site of a plain module, which calls of which module it is.
+        weight: The weight of such a site, or one like it where it is computed.
     """
 
     name: str
@@ -112,8 +116,9 @@ class Site:
     module: nn.Module | None = field(default=None, repr=False, compare=False)
     aliases: tuple[str, ...] = ()
     region: Region | None = field(default=None, repr=False, compare=False)
-    owner: str = ""
     nodes: tuple[fx.Node, ...] = field(default=(), repr=False, compare=False)
+    owned: OwnedCalls | None = None
+    weight: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -167,7 +172,9 @@ def find_sites(
     order: list[str] | None = finder.execution_order("")
     if example_inputs is not None:
         recorded = _recorded(model, sites, example_inputs)
-        sites += finder.loose_functions(recorded)
+        # What ran is the truth: a trace may take another way through the code.
+        ran = {site.name: site for site in finder.recorded_functions(recorded)}
+        sites = [site for site in sites if site.name not in ran] + list(ran.values())
         order = list(recorded.calls)
         sites = [
             replace(
@@ -188,7 +195,7 @@ def _recorded(model: nn.Module, sites: Sequence[Site], example_inputs: Any) -> R
     modules = {site.name: site.module for site in sites if site.module is not None}
     by_region: dict[Region, GraphFunctions] = {}
     for site in sites:
-        if site.module is None and site.region is not None:
+        if site.nodes and site.region is not None:
             region = site.region
             functions = GraphFunctions(region.module, region.graph, {})
             by_region.setdefault(region, functions).names.update(
@@ -199,7 +206,7 @@ def _recorded(model: nn.Module, sites: Sequence[Site], example_inputs: Any) -> R
 
 def _calls_of(site: Site, recorded: Recording) -> tuple[Call, ...] | None:
     """A site's calls; unknown for convolutions that cannot be watched."""
-    if site.module is None and site.region is None:
+    if site.kind == "module" and site.module is None:
         return site.calls
     return tuple(recorded.calls.get(site.name, ()))
 
@@ -212,9 +219,9 @@ class _Finder:
         self.probe_padding = probe_padding
         self.regions: list[Region] = []
         self.region_of: dict[str, Region] = {}
-        self.leaves: set[str] = set()
         self.region_of_call: dict[str, Region] = {}
         self.failed: list[str] = []
+        self.name_of_function: dict[fx.Node, str] = {}
         self.untraced = ""
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -241,7 +248,6 @@ class _Finder:
             if node.op == "call_module":
                 target = join_names(name, node.target)
                 leaf = self.model.get_submodule(target)
-                self.leaves.add(target)
                 if target not in self.region_of and _may_hold_sites(leaf):
                     self.trace(target, leaf)
 
@@ -294,7 +300,7 @@ class _Finder:
                         return None
                     order += inner
             elif is_function_site(node):
-                order.append(function_site_name(region.name, region.module, node))
+                order.append(self.name_of_function[node])
         return order
 
     def module_sites(self) -> Iterator[Site]:
@@ -339,37 +345,91 @@ class _Finder:
         return None
 
     def function_sites(self) -> Iterator[Site]:
-        """The functional convolutions in the traced graphs; calls of one weight are one site."""
+        """The functional convolutions in the traced graphs; calls by one weight are one site."""
         for region in self.region_of.values():
-            for name, nodes in function_nodes(region.name, region.module, region.graph).items():
-                yield _function_site(region, name, nodes)
+            if isinstance(region.module, fx.GraphModule):
+                nodes_of = function_nodes(region.name, region.module, region.graph)
+                found = [(_graph_site(region, *named), named[1]) for named in nodes_of.items()]
+            else:
+                found = list(self._traced_sites(region))
+            for site, nodes in found:
+                self.name_of_function.update(dict.fromkeys(nodes, site.name))
+                yield site
 
-    def loose_functions(self, recorded: Recording) -> Iterator[Site]:
-        """Convolution functions that were seen running, in modules of no traced region."""
-        for name, functions in recorded.functions.items():
-            if self._is_traced(name):
-                continue
-            module = self.model.get_submodule(name)
-            for function, calls in functions.items():
-                yield Site(
-                    name=join_names(name, function),
-                    kind="function",
-                    class_name=function,
-                    geometry=None,
-                    calls=tuple(calls),
-                    obstacle=(
-                        f"{name or 'the model'} ({type(module).__name__}) calls it in a forward "
-                        "that torch.fx cannot trace: make it a torch.nn convolution module"
-                    ),
-                )
+    def _traced_sites(self, region: Region) -> Iterator[tuple[Site, list[fx.Node]]]:
+        """The functional sites of plain modules, as a trace shows them, and their nodes."""
+        by_weight: dict[Any, list[fx.Node]] = {}
+        for node in filter(is_function_site, region.graph.nodes):
+            weight = conv_arguments(node).get("weight")
+            is_stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
+            by_weight.setdefault(
+                str(cast(fx.Node, weight).target) if is_stored else weight, []
+            ).append(node)
+        taken: Counter[str] = Counter()
+        for weight, nodes in by_weight.items():
+            if isinstance(weight, str):
+                yield self._site_by_stored_weight(region, weight, nodes), nodes
+            else:
+                site = self._site_by_computed_weight(region, nodes)
+                taken[site.name] += 1
+                count = taken[site.name] - 1
+                name = f"{site.name}_{count}" if count else site.name
+                yield replace(site, name=name), nodes
 
-    def _is_traced(self, name: str) -> bool:
-        """Whether the code of a module's forward is part of a region's graph."""
-        while name not in self.region_of:
-            if not name or name in self.leaves:
-                return False
-            name = name.rpartition(".")[0]
-        return True
+    def _site_by_stored_weight(self, region: Region, weight: str, nodes: list[fx.Node]) -> Site:
+        stored = join_names(region.name, weight)
+        holder = stored.rpartition(".")[0]
+        owner = common_caller([_callers(region, node) for node in nodes], holder)
+        module = self.model.get_submodule(owner)
+        name = weight_site_name(stored, self.model.get_submodule(holder))
+        site = _graph_site(region, name, nodes)
+        padding = NOT_PADDED if site.obstacle else function_input(nodes[0]).own
+        indices, total = _positions(region, nodes, weight)
+        relative = stored[len(owner) :].lstrip(".")
+        return replace(
+            site,
+            nodes=(),
+            obstacle=site.obstacle or owner_obstacle(module),
+            patched=name in owned_layers(module),
+            owned=OwnedCalls(owner, site.class_name, relative, padding, indices, total),
+            weight=operator.attrgetter(stored)(self.model),
+        )
+
+    def _site_by_computed_weight(self, region: Region, nodes: list[fx.Node]) -> Site:
+        owner = common_caller([_callers(region, node) for node in nodes])
+        site = _graph_site(region, "", nodes)
+        name = join_names(owner, site.class_name)
+        patched = name in owned_layers(self.model.get_submodule(owner))
+        obstacle = (
+            "its weight is computed when the model runs, so a trace does not tell its shape: pass "
+            "example_inputs=..., on which it is seen"
+        )
+        return replace(
+            site,
+            name=name,
+            nodes=(),
+            geometry=None,
+            obstacle="" if patched else obstacle,
+            patched=patched,
+            owned=OwnedCalls(owner, site.class_name, None),
+        )
+
+    def recorded_functions(self, recorded: Recording) -> Iterator[Site]:
+        """The functional sites of plain modules that were seen running."""
+        for found in recorded.functions:
+            owner = self.model.get_submodule(found.owned.owner)
+            yield Site(
+                name=found.name,
+                kind="function",
+                class_name=found.owned.function,
+                geometry=found.geometry,
+                padding=found.owned.padding.rule,
+                obstacle=found.obstacle or owner_obstacle(owner),
+                patched=found.name in owned_layers(owner),
+                region=self._region_around(join_names(found.owned.owner, "?")),
+                owned=found.owned,
+                weight=found.weight,
+            )
 
 
 def _is_in(name: str, outer: str) -> bool:
@@ -378,7 +438,7 @@ def _is_in(name: str, outer: str) -> bool:
 
 def _may_hold_sites(module: nn.Module) -> bool:
     """Whether tracing into a module can bring sites: torch.nn's own layers hold none."""
-    if isinstance(module, (_ConvNd, CoordBranch, TrainingFlag, torch.jit.ScriptModule)):
+    if isinstance(module, (_ConvNd, CoordBranch, torch.jit.ScriptModule)):
         return False
     return any(
         isinstance(inner, _ConvNd)
@@ -395,7 +455,38 @@ def _foreign_sites(model: nn.Module) -> Iterator[Site]:
         )
 
 
-def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
+def _callers(region: Region, node: fx.Node) -> list[str]:
+    """Qualified names of the modules that ran when a node was traced, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [region.name, *(join_names(region.name, path) for path, _ in stack.values())]
+
+
+def _positions(
+    region: Region, nodes: Sequence[fx.Node], weight: str
+) -> tuple[tuple[int, ...] | None, int]:
+    """Positions of a site's calls among those by its weight, where the weight has other users.
+
+    A convolution module whose weight the code also uses by itself is one.
+
+    Returns:
+        The positions and the number of calls; ``None`` and 0 where there is no other user.
+    """
+    holder = region.module.get_submodule(weight.rpartition(".")[0])
+    if not isinstance(holder, _ConvNd):
+        return None, 0
+    alike = [
+        node
+        for node in region.graph.nodes
+        if node in nodes
+        or (node.op == "call_module" and region.module.get_submodule(node.target) is holder)
+    ]
+    if len(alike) == len(nodes):
+        return None, 0
+    return tuple(i for i, node in enumerate(alike) if node in nodes), len(alike)
+
+
+def _graph_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
+    """A functional site as a graph shows it."""
     geometry: ConvGeometry | None = None
     obstacle, padding = "", DECLARED
     try:
@@ -403,7 +494,7 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
         geometry = geometries.pop()
         if geometries:
             obstacle = "one weight is used with several strides or paddings"
-        paddings = {function_input(node).padding for node in nodes}
+        paddings = {function_input(node).own.rule for node in nodes}
         padding = paddings.pop()
         if paddings:
             obstacle = "one weight is used with several strides or paddings"
@@ -416,9 +507,6 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
     if hasattr(region.module, "train_graph"):
         obstacle = obstacle or "its graph module has two graphs, for training and evaluation"
     target = nodes[0].target
-    stack = nodes[0].meta.get("nn_module_stack") or {}
-    traced_here = not isinstance(region.module, fx.GraphModule)
-    owner = str(list(stack)[-1]) if stack and traced_here else ""
     return Site(
         name=name,
         kind="function",
@@ -429,7 +517,6 @@ def _function_site(region: Region, name: str, nodes: list[fx.Node]) -> Site:
         patched=any(patched),
         calls=_calls_from_meta(nodes),
         region=region,
-        owner=join_names(region.name, owner),
         nodes=tuple(nodes),
     )
 

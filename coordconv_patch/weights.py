@@ -29,7 +29,7 @@ from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.branch import ChosenCalls, CoordBranch
 from coordconv_patch.conversion import check_not_wrapped
 from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import PatchError, WeightsError, listing
+from coordconv_patch.errors import WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
@@ -188,8 +188,7 @@ def _load(
     if in_place and len(plans) > 1:
         # The second plan could fail when the first is carried out already, so both are tried.
         rehearsal = copied(bare)
-        if _apply(rehearsal, plans) is not rehearsal:
-            raise PatchError("the model has to become a GraphModule: use load_coords(...)")
+        _apply(rehearsal, plans)
     target = model if in_place else copied(model)
     filled = _apply(unwrapped(target), plans)
     _fill(filled, file)

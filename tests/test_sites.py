@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError, SelectionError
-from coordconv_patch.recording import Call
 from coordconv_patch.sites import Site, find_sites
 
 

@@ -28,11 +28,11 @@ from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.branch import CoordBranch, coordinate_map, grid_for, pad_grid
 from coordconv_patch.errors import ExportError
-from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.geometry import CONV_FUNCTIONS, Call, ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
 from coordconv_patch.passes.strips import Strip, banded_strip, flat_strip
-from coordconv_patch.recording import Call, record_calls
+from coordconv_patch.recording import record_calls
 
 __all__ = [
     "LOWERINGS",

@@ -1,0 +1,296 @@
+"""What convolution functions a forward pass calls, in whose code, and by which weights.
+
+The log is kept by :class:`coordconv_patch.recording.CallRecorder`, which sees every torch
+function of a running model and knows which modules are running. It finds the sites of modules
+that call ``F.conv2d`` themselves, whether or not torch.fx can trace them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from coordconv_patch.branch import CoordBranch
+from coordconv_patch.errors import PatchError
+from coordconv_patch.functional import (
+    CONV_SIGNATURES,
+    NOT_PADDED,
+    OwnPadding,
+    call_geometry,
+    join_names,
+    own_padding,
+    pad_arguments,
+    pads_nothing,
+    weight_site_name,
+)
+from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.owned_calls import OwnedCalls
+
+__all__ = ["FunctionLog", "FunctionSite", "common_caller"]
+
+_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
+
+Running = Sequence[tuple[str, int]]
+"""The modules that are running, outermost first: their names, and the numbers of their runs."""
+
+
+@dataclass(frozen=True)
+class FunctionSite:
+    """A functional site of a plain module, as a forward pass showed it.
+
+    Attributes:
+        name: Its name.
+        owned: Which calls they are.
+        geometry: Their geometry; ``None`` where they have several.
+        obstacle: Why the site cannot be patched; empty if it can.
+        weight: The weight, or one like it where it is computed; alive, so that no other
+            tensor has its identity.
+    """
+
+    name: str
+    owned: OwnedCalls
+    geometry: ConvGeometry | None
+    obstacle: str
+    weight: Tensor = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A call of a convolution function, by any module."""
+
+    function: Any
+    weight: Tensor
+    running: tuple[tuple[str, int], ...]
+    is_own: bool
+    """Whether the innermost running module is not a convolution, so that its own code calls."""
+    from_input: bool
+    """Whether the weight was computed from the model's input."""
+    geometry: ConvGeometry | None
+    padding: OwnPadding
+    obstacle: str
+
+
+class FunctionLog:
+    """Collects the calls of convolution functions during one forward pass.
+
+    Args:
+        model: The model.
+        example_inputs: What it is run on: weights that are computed from these are told from
+            weights that are computed from parameters alone.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self._model = model
+        self._names: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names.setdefault(id(tensor), name)
+        self._events: list[_Event] = []
+        self._padded: tuple[Tensor, dict[str, Any], str] | None = None
+        self._of_input = _Descendants(example_inputs)
+
+    def note(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        running: Running,
+        *,
+        in_graph: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Look at one torch function that the model called.
+
+        Args:
+            func: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned.
+            running: The modules that are running.
+            in_graph: Whether a GraphModule called it, whose graph tells its sites.
+
+        Returns:
+            Of a convolution in a plain module's own code: its weight, and its input.
+        """
+        own = None
+        if func in _FUNCTIONS and running:
+            own = self._note_convolution(func, args, kwargs, running, in_graph)
+        elif func is F.pad and running:
+            self._padded = output, pad_arguments(func, args, kwargs), running[-1][0]
+        self._of_input.note((args, kwargs), output)
+        return own
+
+    def _note_convolution(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        running: Running,
+        in_graph: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs)
+        caller = self._model.get_submodule(running[-1][0])
+        if isinstance(caller, CoordBranch):
+            return None
+        weight = arguments["weight"]
+        given, padding, geometry, obstacle = arguments["input"], NOT_PADDED, None, ""
+        try:
+            given, padding = self._input(arguments, running[-1][0])
+            geometry = call_geometry(func, arguments, weight.shape, weight.dtype, padding)
+        except PatchError as error:
+            obstacle = str(error)
+        is_own = not (in_graph or isinstance(caller, (_ConvNd, fx.GraphModule)))
+        self._events.append(
+            _Event(
+                func,
+                weight,
+                tuple(running),
+                is_own,
+                weight in self._of_input,
+                geometry,
+                padding,
+                obstacle,
+            )
+        )
+        return (weight, given) if is_own else None
+
+    def _input(self, arguments: Mapping[str, Any], caller: str) -> tuple[Tensor, OwnPadding]:
+        given = arguments["input"]
+        if self._padded is None or self._padded[0] is not given or not pads_nothing(arguments):
+            return given, NOT_PADDED
+        _, pad, padded_by = self._padded
+        if padded_by != caller and not (caller and padded_by.startswith(f"{caller}.")):
+            return given, NOT_PADDED
+        size = arguments["weight"].shape[2:]
+        own = own_padding(pad, len(size), size, arguments.get("dilation", 1))
+        return (given, NOT_PADDED) if own is None else (pad["input"], own)
+
+    def sites(self) -> Iterator[FunctionSite]:
+        """The functional sites of plain modules, in order of their first calls."""
+        groups: dict[int, list[_Event]] = {}
+        for event in self._events:
+            if event.is_own:
+                groups.setdefault(id(event.weight), []).append(event)
+        taken: dict[str, int] = {}
+        for events in groups.values():
+            site = self._site(events)
+            count = taken[site.name] = taken.get(site.name, -1) + 1
+            yield replace(site, name=f"{site.name}_{count}") if count else site
+
+    def _site(self, events: Sequence[_Event]) -> FunctionSite:
+        first = events[0]
+        function = first.function.__name__
+        stored = self._names.get(id(first.weight))
+        stacks = [[name for name, _ in event.running] for event in events]
+        if stored is None:
+            owner = common_caller(stacks)
+            name = join_names(owner, function)
+        else:
+            holder = stored.rpartition(".")[0]
+            owner = common_caller(stacks, holder)
+            name = weight_site_name(stored, self._model.get_submodule(holder))
+        obstacle = next((event.obstacle for event in events if event.obstacle), "")
+        geometries = {(event.geometry, event.padding) for event in events}
+        if len(geometries) > 1:
+            obstacle = obstacle or "one weight is used with several strides or paddings"
+        if stored is None and any(event.from_input for event in events):
+            obstacle = obstacle or (
+                "its weight is computed from the model's input (per sample, perhaps), so there is "
+                "no one weight that coordinates could be added to"
+            )
+        counted: tuple[tuple[int, ...], int] | None = None
+        if not obstacle:
+            try:
+                counted = self._positions(events, owner, stored is not None)
+            except PatchError as error:
+                obstacle = str(error)
+        indices, total = (None, 0) if counted is None else counted
+        own_name = None if stored is None else stored[len(owner) :].lstrip(".")
+        return FunctionSite(
+            name=name,
+            owned=OwnedCalls(owner, function, own_name, first.padding, indices, total),
+            geometry=first.geometry if len(geometries) == 1 else None,
+            obstacle=obstacle,
+            weight=first.weight,
+        )
+
+    def _positions(
+        self, events: Sequence[_Event], owner: str, by_weight: bool
+    ) -> tuple[tuple[int, ...], int] | None:
+        """Where a site's calls are among those that look like them, in one run of the owner.
+
+        Returns:
+            The positions, and how many calls there are; ``None`` where every call by the
+            weight belongs to the site, so that nothing needs to be counted.
+
+        Raises:
+            PatchError: If that changes from run to run.
+        """
+        weight = events[0].weight
+        if by_weight:
+            alike = [event for event in self._events if event.weight is weight]
+            if all(event.is_own for event in alike):
+                return None
+        else:
+            alike = [
+                event
+                for event in self._events
+                if event.function is events[0].function
+                and not isinstance(event.weight, nn.Parameter)
+            ]
+        own = {id(event) for event in events}
+        runs: dict[int, list[bool]] = {}
+        for event in alike:
+            run = dict(event.running).get(owner)
+            if run is not None:
+                runs.setdefault(run, []).append(id(event) in own)
+        patterns = {tuple(pattern) for pattern in runs.values() if any(pattern)}
+        if len(patterns) > 1:
+            raise PatchError(
+                f"which calls of {owner or 'the model'} are its own changes from run to run: store "
+                "its weight as a Parameter, or make it a torch.nn convolution module"
+            )
+        (pattern,) = patterns
+        return tuple(i for i, is_own in enumerate(pattern) if is_own), len(pattern)
+
+
+def common_caller(stacks: Sequence[Sequence[str]], holder: str | None = None) -> str:
+    """The innermost module in whose call all of some calls happen, and that holds their weight.
+
+    Args:
+        stacks: For each call the qualified names of the running modules, outermost first.
+        holder: Name of the module that stores the weight; ``None``: none does.
+    """
+    for name in reversed(stacks[0]):
+        holds = holder is None or not name or holder == name or holder.startswith(f"{name}.")
+        if holds and all(name in stack for stack in stacks):
+            return name
+    return ""
+
+
+class _Descendants:
+    """Which tensors were computed from some tensors, by torch functions; known while they live."""
+
+    def __init__(self, roots: Any) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._add(roots)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        reference = self._known.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def note(self, inputs: Any, outputs: Any) -> None:
+        """Note a function's outputs, if any of its inputs is known."""
+        if any(isinstance(leaf, Tensor) and leaf in self for leaf in pytree.tree_leaves(inputs)):
+            self._add(outputs)
+
+    def _add(self, values: Any) -> None:
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self._known[id(leaf)] = weakref.ref(leaf)

@@ -1,0 +1,463 @@
+"""Coordinates for the convolution functions that a plain module calls in its own code.
+
+A module that calls ``F.conv2d(x, self.w)`` keeps its code: a copy of somebody's forward, by a
+trace say, cannot be proven equal. Its class is replaced in place by a subclass, whose methods
+run under a torch function mode. The mode lets every function run as it is, and adds the branch
+to the output of the calls that belong to a site::
+
+    F.conv2d(x, W)  ->  F.conv2d(x, W) + conv(c, W_c)
+
+A call is recognised by its weight, the very tensor that the module stores. A weight that is
+computed (``self.w * self.scale``) is another tensor in every call: such calls are recognised by
+their position among those of the same function with computed weights, during one forward.
+Every number of a recognised call is compared with the site's, and so is the number of calls
+where they are counted: what cannot be told apart raises, it is never guessed.
+
+All state of a running forward is in its mode object, so threads do not meet.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import FrameType, FunctionType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
+from coordconv_patch.coords import Coordinates, is_transforming
+from coordconv_patch.errors import PatchError
+from coordconv_patch.functional import (
+    CONV_SIGNATURES,
+    OwnPadding,
+    call_geometry,
+    own_padding,
+    pad_arguments,
+    pads_nothing,
+)
+from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
+
+__all__ = [
+    "CallOwner",
+    "OwnedCalls",
+    "add_to_owner_",
+    "owned_layers",
+    "owner_obstacle",
+    "remove_from_owner_",
+]
+
+
+@dataclass(frozen=True)
+class OwnedCalls:
+    """Which calls during a module's forward are those of one site.
+
+    Attributes:
+        owner: Qualified name of the module in whose forward the calls happen, ``""`` for the
+            model itself.
+        function: Name of the convolution function, such as ``"conv2d"``.
+        weight: Name of the stored weight relative to the owner; ``None`` where the weight is
+            computed.
+        padding: How the code pads the convolution's input by an operation of its own.
+        indices: Positions of the site's calls among those by the same weight, or by
+            computed weights, of that function; from 0 in one forward of the owner.
+            ``None``: every call by the weight.
+        total: How many such calls one forward makes; 0 where they are not counted.
+    """
+
+    owner: str
+    function: str
+    weight: str | None
+    padding: OwnPadding = field(default_factory=OwnPadding)
+    indices: tuple[int, ...] | None = None
+    total: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What an owner's mode looks for: the calls of one site, and the branch to add to them."""
+
+    site: str
+    calls: OwnedCalls
+    geometry: ConvGeometry
+    branch: str
+
+    @property
+    def counts(self) -> bool:
+        return self.calls.indices is not None
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return CONV_FUNCTIONS[self.geometry.ndim, self.geometry.transposed]
+
+
+class CallOwner(nn.Module):
+    """Mixed in before the class of a module whose own convolution calls see coordinates."""
+
+    _plain_class: type[nn.Module]
+    """The class that the module has without coordinates."""
+    _watches: tuple[_Watch, ...] = ()
+    """Empty in what somebody makes by ``type(module)(...)``: it computes as a plain module."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not passed on: a library that registers its subclasses would take this for one."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made at run time, so it is put back on what the plain class gives.
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not _OWNER_CLASSES.get(self._plain_class) or isinstance(reduced, str):
+            return reduced
+        make, arguments, *rest = reduced
+        return _made_owner, (self._plain_class, make, _of_plain_class(self, arguments)), *rest
+
+
+def _of_plain_class(owner: CallOwner, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a reduced object, with its plain class for its class at run time."""
+    plain = owner._plain_class
+    return tuple(plain if each is type(owner) else each for each in arguments)
+
+
+def _made_owner(plain: type[nn.Module], make: Callable[..., Any], arguments: Any) -> Any:
+    made = make(*arguments)
+    if type(made) is plain:
+        made.__class__ = _owner_class(plain)
+    return made
+
+
+_OWNER_CLASSES: dict[type[nn.Module], type[CallOwner]] = {}
+
+
+def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
+    """The class of an owner, by the class that it had; the same one every time.
+
+    It has the plain class's name: code looks at the names of classes.
+    """
+    if plain not in _OWNER_CLASSES:
+        methods = {name: _under_mode(plain, name) for name in _own_methods(plain)}
+        own: dict[str, Any] = {
+            "_plain_class": plain,
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+        }
+        metaclass: Any = type(plain)
+        made = metaclass(plain.__name__, (CallOwner, plain), own | methods)
+        _OWNER_CLASSES[plain] = cast("type[CallOwner]", made)
+    return _OWNER_CLASSES[plain]
+
+
+def _own_methods(plain: type[nn.Module]) -> list[str]:
+    """Names of the methods that a class adds to nn.Module, its forward among them.
+
+    Not the forward alone: callers may begin at another method (``vae.encode(x)``), and gradient
+    checkpointing calls a method again when its forward is long over.
+    """
+    names = {"forward"}
+    for base in plain.__mro__[: plain.__mro__.index(nn.Module)]:
+        names |= {name for name, value in vars(base).items() if _is_plain_method(name, value)}
+    return sorted(names)
+
+
+def _is_plain_method(name: str, value: Any) -> bool:
+    if name.startswith("__") or not isinstance(value, FunctionType):
+        return False
+    late = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return not any(runs_late(value) for runs_late in late)
+
+
+def _under_mode(plain: type[nn.Module], name: str) -> Callable[..., Any]:
+    is_forward = name == "forward"
+
+    @functools.wraps(getattr(plain, name))
+    def entered(self: CallOwner, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(plain, name)  # looked up anew: classes get other methods at run time
+        modes = _modes_for(self, is_forward)
+        if not modes:
+            return method(self, *args, **kwargs)
+        if len(modes) == 1:
+            with modes[0]:
+                output = method(self, *args, **kwargs)
+        else:
+            with modes[0], modes[1]:
+                output = method(self, *args, **kwargs)
+        for mode in modes:
+            mode.check_totals()
+        return output
+
+    _ENTERED.add(cast(FunctionType, entered).__code__)
+    return entered
+
+
+_ENTERED: set[Any] = set()
+"""Code of the methods above, to know their frames by (one code object, in truth)."""
+
+
+def _modes_for(owner: CallOwner, is_forward: bool) -> list[_BranchMode]:
+    """The modes that are to be entered for a call of one of an owner's methods.
+
+    Calls are counted in the forward alone. A method that runs inside of another one of the
+    same owner finds its modes there already.
+    """
+    watches = owner._watches
+    kinds = {watch.counts for watch in watches if is_forward or not watch.counts}
+    for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        if type(mode) is _BranchMode and mode.owner is owner:
+            kinds.discard(mode.counts)
+    return [
+        _BranchMode(owner, [watch for watch in watches if watch.counts is counts], counts)
+        for counts in sorted(kinds)
+    ]
+
+
+class _BranchMode(TorchFunctionMode):
+    """While entered, adds branches to the convolution calls of an owner's sites.
+
+    Args:
+        owner: The owner.
+        watches: What to look for.
+        counts: Whether the calls looked for are counted.
+    """
+
+    def __init__(self, owner: CallOwner, watches: Sequence[_Watch], counts: bool) -> None:
+        super().__init__()
+        self.owner = owner
+        self.counts = counts
+        self.watches = [(watch, _stored_weight(owner, watch)) for watch in watches]
+        self.seen = [0] * len(watches)
+        self.sees_padding = any(watch.calls.padding.amounts for watch in watches)
+        self.padded: tuple[Any, dict[str, Any]] | None = None
+        self.trains = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        output = func(*args, **kwargs)
+        if func in _FUNCTIONS:
+            arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs)
+            return self._with_branches(func, arguments, output)
+        if self.sees_padding and func is F.pad:
+            self.padded = output, pad_arguments(func, args, kwargs)
+        return output
+
+    def _with_branches(self, func: Any, arguments: dict[str, Any], output: Any) -> Any:
+        weight = arguments["weight"]
+        for index, (watch, stored) in enumerate(self.watches):
+            if func is not watch.function:
+                continue
+            if weight is not stored if stored is not None else _is_stored(weight):
+                continue
+            position = self.seen[index]
+            self.seen[index] += 1
+            indices = watch.calls.indices
+            if indices is None or position in indices:
+                output = self._with_branch(watch, func, arguments, output)
+        return output
+
+    def _with_branch(self, watch: _Watch, func: Any, arguments: dict[str, Any], output: Any) -> Any:
+        self._check_not_in_a_checkpoint(watch)
+        given, own = self._input(watch, arguments)
+        branch = cast(CoordBranch, self.owner.get_submodule(watch.branch))
+        if isinstance(given, fx.Proxy):  # somebody traces
+            return output + branch(given)
+        found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
+        if found != watch.geometry:
+            raise PatchError(
+                f"{watch.site} has coordinates for a convolution {watch.geometry}, but its code "
+                f"now calls one that is {found}. Unpatch the model, and patch it anew with "
+                "example inputs that run this way"
+            )
+        added = branch(given)
+        if added.dtype is not output.dtype:
+            added = added.to(output.dtype)
+        # In place, for nobody holds the output yet: it saves a copy of the activations.
+        is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
+        return output.add_(added) if is_own and not is_transforming() else output + added
+
+    def _input(self, watch: _Watch, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
+        """The convolution's input, before the code padded it where the site says that it does."""
+        given, expected = arguments["input"], watch.calls.padding
+        if not expected.amounts:
+            return given, expected
+        if self.padded is not None and self.padded[0] is given and pads_nothing(arguments):
+            pad = self.padded[1]
+            dilation = arguments.get("dilation", 1)
+            geometry = watch.geometry
+            if own_padding(pad, geometry.ndim, geometry.kernel_size, dilation) == expected:
+                return pad["input"], expected
+        raise PatchError(
+            f"{watch.site} pads its input by itself, by other pixels than when the model was "
+            f"patched ({expected.amounts}), so its coordinates cannot follow: unpatch the model, "
+            "and patch it anew with example inputs that run this way"
+        )
+
+    def check_totals(self) -> None:
+        """Check, after a forward, that it made the calls among which a site's were counted.
+
+        Raises:
+            PatchError: If it made some, and not as many as when the model was patched.
+        """
+        for (watch, _), seen in zip(self.watches, self.seen, strict=True):
+            if self.counts and seen not in (0, watch.calls.total):
+                raise PatchError(
+                    f"{watch.site} is told from other convolutions by its position among "
+                    f"{watch.calls.total} calls of {watch.calls.function} in {_place(watch)}, "
+                    f"which now made {seen}: patch the model anew with example inputs that run "
+                    "this way, or store the weight as a Parameter of its own"
+                )
+
+    def _check_not_in_a_checkpoint(self, watch: _Watch) -> None:
+        """Refuse a checkpoint around code that would run again without the mode.
+
+        A checkpointed *method* of the owner enters the mode when it runs again; a function
+        inside of a method does not, and its gradients would be wrong without a word.
+        """
+        if not self.trains or torch.compiler.is_compiling():
+            return
+        frame: FrameType | None = sys._getframe(1)
+        checkpointed = False
+        while frame is not None and frame.f_code not in _ENTERED:
+            checkpointed |= frame.f_code in _CHECKPOINTS
+            frame = frame.f_back
+        if checkpointed:
+            raise PatchError(
+                f"{watch.site}: gradient checkpointing of a function inside {_place(watch)} runs "
+                "it again without its coordinates: checkpoint the module, or one of its methods"
+            )
+
+
+_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
+_CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code__})
+
+
+def _place(watch: _Watch) -> str:
+    return watch.calls.owner or "the model"
+
+
+def _stored_weight(owner: nn.Module, watch: _Watch) -> Any:
+    """The weight by which the calls are known; ``None`` where they are known by position."""
+    name = watch.calls.weight
+    if name is None:
+        return None
+    return operator.attrgetter(name)(owner)
+
+
+def _is_stored(weight: Any) -> bool:
+    """Whether a weight is a parameter, not computed."""
+    if isinstance(weight, fx.Proxy):
+        return weight.node.op == "get_attr"
+    return isinstance(weight, nn.Parameter)
+
+
+def owner_obstacle(owner: nn.Module) -> str:
+    """Why the calls of a module cannot be watched; empty if they can."""
+    name = type(owner).__name__
+    if "forward" in vars(owner):
+        return (
+            f"the forward of {name} is replaced on the instance (accelerate hooks, perhaps), which "
+            "would bypass the coordinates: patch the model before"
+        )
+    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return (
+            f"{name} calls it and is a {_container(owner)}, whose members are run one by one, and "
+            "the branch would be one of them: make it a torch.nn convolution module"
+        )
+    return ""
+
+
+def _container(owner: nn.Module) -> str:
+    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next(f"torch.nn.{kind.__name__}" for kind in kinds if isinstance(owner, kind))
+
+
+def add_to_owner_(
+    model: nn.Module,
+    site: str,
+    calls: OwnedCalls,
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    weight: Tensor,
+    chosen: ChosenCalls | None = None,
+) -> None:
+    """Give the calls of one site coordinates, in place; their weight starts at zero.
+
+    Args:
+        model: The model.
+        site: The site's name.
+        calls: Which calls.
+        geometry: Their geometry.
+        coords: The convention.
+        weight: A tensor on the device and in the dtype that the coordinate weight gets.
+        chosen: Which of the site's calls these are; ``None``: every one.
+    """
+    owner = model.get_submodule(calls.owner)
+    branch = CoordBranch(
+        geometry, coords, padding=calls.padding.rule, device=weight.device, dtype=weight.dtype
+    )
+    branch.training = owner.training
+    branch.chosen_calls = chosen
+    name = _branch_name(owner, site[len(calls.owner) :].lstrip("."))
+    before = type(owner)
+    if not isinstance(owner, CallOwner):
+        if parametrize.is_parametrized(owner):
+            # torch takes a parametrized module back to its first base class when the last
+            # parametrization is removed, so the owner's class goes beneath.
+            base = _owner_class(cast("type[nn.Module]", before.__bases__[0]))
+            owner.__class__ = _on_other_base(before, base)
+        else:
+            owner.__class__ = _owner_class(before)
+    holder, _, last = name.rpartition(".")
+    owner.get_submodule(holder).add_module(last, branch)
+    watch = _Watch(site, calls, geometry, name)
+    owner.__dict__["_watches"] = (*cast(CallOwner, owner)._watches, watch)
+
+
+def _branch_name(owner: nn.Module, holder: str) -> str:
+    """Where a site's branch goes: into the module that the site is named after, or beside."""
+    if not holder:
+        return BRANCH_NAME
+    is_module = holder in dict(owner.named_modules())
+    return f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
+
+
+def _on_other_base(parametrized: type, base: type) -> type:
+    """The class that torch made for a parametrized module, on another base class."""
+    hidden = ("__dict__", "__weakref__")
+    namespace = {name: value for name, value in vars(parametrized).items() if name not in hidden}
+    return type(parametrized)(parametrized.__name__, (base,), namespace)
+
+
+def owned_layers(owner: nn.Module) -> dict[str, tuple[OwnedCalls, ConvGeometry]]:
+    """The sites whose calls an owner watches, by site name; none of a plain module."""
+    watches = owner._watches if isinstance(owner, CallOwner) else ()
+    return {watch.site: (watch.calls, watch.geometry) for watch in watches}
+
+
+def remove_from_owner_(owner: CallOwner) -> None:
+    """Inverse of :func:`add_to_owner_`, for all of an owner's sites."""
+    for watch in owner._watches:
+        holder, _, last = watch.branch.rpartition(".")
+        delattr(owner.get_submodule(holder), last)
+    del owner.__dict__["_watches"]
+    before = type(owner)
+    plain: type = owner._plain_class
+    if parametrize.is_parametrized(owner):
+        plain = _on_other_base(before, plain)
+    owner.__class__ = plain  # it is a CallOwner no longer
