@@ -232,18 +232,14 @@ class FunctionLog:
         Raises:
             PatchError: If that changes from run to run.
         """
-        weight = events[0].weight
+        first = events[0]
+        alike = [event for event in self._events if event.function is first.function]
         if by_weight:
-            alike = [event for event in self._events if event.weight is weight]
+            alike = [event for event in alike if event.weight is first.weight]
             if all(event.is_own for event in alike):
                 return None
         else:
-            alike = [
-                event
-                for event in self._events
-                if event.function is events[0].function
-                and not isinstance(event.weight, nn.Parameter)
-            ]
+            alike = [event for event in alike if not isinstance(event.weight, nn.Parameter)]
         own = {id(event) for event in events}
         runs: dict[int, list[bool]] = {}
         for event in alike:

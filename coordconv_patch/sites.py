@@ -13,7 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,7 +38,7 @@ from coordconv_patch.functional import (
     join_names,
     weight_site_name,
 )
-from coordconv_patch.geometry import DECLARED, Call, ConvGeometry, Padding
+from coordconv_patch.geometry import CONV_FUNCTIONS, DECLARED, Call, ConvGeometry, Padding
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
 from coordconv_patch.owned_calls import OwnedCalls, owned_layers, owner_obstacle
@@ -361,10 +361,10 @@ class _Finder:
         by_weight: dict[Any, list[fx.Node]] = {}
         for node in filter(is_function_site, region.graph.nodes):
             weight = conv_arguments(node).get("weight")
-            is_stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
-            by_weight.setdefault(
-                str(cast(fx.Node, weight).target) if is_stored else weight, []
-            ).append(node)
+            key = weight
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                key = str(weight.target)
+            by_weight.setdefault(key, []).append(node)
         taken: Counter[str] = Counter()
         for weight, nodes in by_weight.items():
             if isinstance(weight, str):
@@ -469,10 +469,13 @@ def _positions(
     A convolution module whose weight the code also uses by itself is one.
 
     Returns:
-        The positions and the number of calls; ``None`` and 0 where there is no other user.
+        The positions and the number of calls; ``None`` and 0 where no other code gives the
+        weight to the same function.
     """
     holder = region.module.get_submodule(weight.rpartition(".")[0])
     if not isinstance(holder, _ConvNd):
+        return None, 0
+    if CONV_FUNCTIONS[len(holder.kernel_size), holder.transposed] is not nodes[0].target:
         return None, 0
     alike = [
         node

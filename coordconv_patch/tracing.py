@@ -28,6 +28,8 @@ __all__ = [
 class ConvTracer(fx.Tracer):
     """Traces with every convolution and batch norm module as a leaf, subclasses included.
 
+    GraphModules are leaves too: they have a graph of their own.
+
     Where timm is in use, the modules and functions that it declares untraceable
     are leaves too.
     """
@@ -44,7 +46,9 @@ class ConvTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (_ConvNd, CoordBranch, *self._leaf_classes)) or is_batch_norm(m):
+        if isinstance(m, (_ConvNd, CoordBranch, fx.GraphModule, *self._leaf_classes)):
+            return True
+        if is_batch_norm(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
 import warnings
 from typing import Any
 
@@ -487,7 +486,7 @@ def test_fused_float_convolution_is_patched(x: Tensor) -> None:
     assert list(coord_layers(patched)) == ["0.0", "3"]
 
 
-# --- functional convolutions that no graph holds --------------------------------------------------
+# --- functional convolutions in code of every kind -----------------------------------------------
 
 
 class Looping(nn.Module):
@@ -503,16 +502,22 @@ class Looping(nn.Module):
         return x
 
 
-def test_functional_convolution_outside_every_graph_is_reported(x: Tensor) -> None:
+def test_functional_convolution_outside_every_graph_is_patched(x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Looping())
     site = find_sites(model, x).sites[1]
-    assert (site.name, site.kind, len(site.calls)) == ("1.conv2d", "function", 2)
+    assert (site.name, site.kind, len(site.calls)) == ("1.kernel", "function", 2)
     assert site.calls[0].input_size == (12, 16)
-    assert "1 (Looping) calls it in a forward that torch.fx cannot trace" in site.obstacle
-    with pytest.warns(UserWarning, match="torch.fx cannot trace: make it a torch.nn"):
-        patched = ccp.patch(model, "all", example_inputs=x)
-    assert list(coord_layers(patched)) == ["0"]
+    patched = ccp.patch(model, "all", example_inputs=x)
+    assert list(coord_layers(patched)) == ["0", "1.kernel"]
     assert torch.equal(patched(x), model(x))
+    fill_coords_(patched)
+    more = torch.cat((x, x))  # four turns of the loop now, each with coordinates
+    expected = ConcatConv2d(patched[0])(more)
+    grid = ccp.Coordinates().grid((12, 16))
+    for _ in range(4):
+        branch = F.conv2d(grid[None], patched[1].kernel_coord_branch.coord_weight)
+        expected = F.conv2d(expected, model[1].kernel) + branch
+    torch.testing.assert_close(patched(more), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_convolution_modules_and_traced_functions_are_reported_once(x: Tensor) -> None:
@@ -533,7 +538,7 @@ def test_convolution_modules_and_traced_functions_are_reported_once(x: Tensor) -
             return self.c(self.b(self.a(x))) if len(x) else x
 
     names = [(site.name, len(site.calls)) for site in find_sites(Model(), x).sites]
-    assert names == [("a", 1), ("b.kernel", 1), ("c.conv2d", 2)]
+    assert names == [("a", 1), ("b.kernel", 1), ("c.kernel", 2)]
 
 
 class Scaled(nn.Module):
@@ -561,12 +566,9 @@ class Calling(nn.Module):
 
 
 @pytest.mark.parametrize("keywords", [{}, {"scale": 3.0}, {"scale": 2.0, "shift": None}])
-def test_optional_arguments_stay_arguments_of_the_graph(
-    keywords: dict[str, Any], x: Tensor
-) -> None:
+def test_optional_arguments_stay_arguments(keywords: dict[str, Any], x: Tensor) -> None:
     model = Calling(Scaled(), **keywords)
     patched = ccp.patch(model, "all")
-    assert isinstance(patched.inner, fx.GraphModule)
     assert torch.equal(patched(x), model(x))
     fill_coords_(patched)
     difference = patched(x) - model(x)
@@ -574,11 +576,13 @@ def test_optional_arguments_stay_arguments_of_the_graph(
     torch.testing.assert_close(difference, at_one * keywords.get("scale", 1.0))
 
 
-def test_optional_argument_that_changes_the_course_is_refused(x: Tensor) -> None:
-    model = Calling(Masked(), mask=torch.zeros(16))
-    with pytest.raises(PatchError, match=re.escape("optional arguments (mask) that change")):
-        ccp.patch_(model, "all")
-    assert type(model.inner) is Masked
+def test_optional_argument_may_change_the_course(x: Tensor) -> None:
+    model = Calling(Masked(), mask=torch.rand(16))
+    patched = ccp.patch(model, "all")
+    assert torch.equal(patched(x), model(x))
+    fill_coords_(patched)
+    unmasked = patched.inner(x) - model.inner(x)
+    torch.testing.assert_close(patched(x) - model(x), unmasked * model.keywords["mask"])
 
 
 class Dropping(nn.Module):
@@ -605,7 +609,7 @@ def test_functional_dropout_and_norm_follow_their_modules_flags(
     torch.manual_seed(0)
     model = nn.Sequential(Dropping(Dropping()))
     patched = ccp.patch(model, "all")
-    assert isinstance(patched[0], fx.GraphModule)
+    assert isinstance(patched[0], Dropping)
     for each in (patched, copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
         results = []
         for candidate in (copy.deepcopy(model), each):
@@ -620,7 +624,8 @@ def test_functional_dropout_and_norm_follow_their_modules_flags(
     assert list(plain.state_dict()) == list(model.state_dict())
 
 
-def test_code_that_differs_between_the_modes_is_refused() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_code_may_differ_between_the_modes(training: bool, x: Tensor) -> None:
     class Doubling(Scaled):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             x = F.conv2d(x, self.kernel, padding=1)
@@ -641,8 +646,16 @@ def test_code_that_differs_between_the_modes_is_refused() -> None:
             return F.dropout(F.conv2d(x, self.kernel), 0.2, self.other.training)
 
     for module in (Doubling(), Swapped(), Foreign()):
-        with pytest.raises(PatchError, match="behaves differently in training and evaluation"):
-            ccp.patch(nn.Sequential(module), "all")
+        model = nn.Sequential(module)
+        patched = ccp.patch(model, "all").train(training)
+        outputs = []
+        for each in (model.train(training), patched):
+            torch.manual_seed(3)
+            outputs.append(each(x))
+        assert torch.equal(*outputs)
+        fill_coords_(patched)
+        torch.manual_seed(3)
+        assert not torch.equal(patched(x), outputs[0])
 
 
 # --- tied weights, lazy modules, hooks, meta, bare convolutions -----------------------------------

@@ -163,24 +163,11 @@ def test_every_site_name_stands_whole_in_the_table() -> None:
     assert [row.site.name for row in plan.rows if row.site.name not in text] == []
 
 
-def test_table_says_what_becomes_a_graph_module(x: Tensor) -> None:
+def test_functional_convolutions_of_plain_modules_need_no_note(x: Tensor) -> None:
     model = nn.Sequential(Functional(), nn.Conv2d(4, 4, 1))
     rows = {row.site.name: row for row in ccp.plan(model, "all", example_inputs=x).rows}
-    assert rows["0.kernel"].note == "0 becomes a GraphModule"
-    assert rows["1"].note == ""
-    assert "0 becomes a GraphModule" in str(ccp.plan(model, "all"))
-    assert ccp.plan(Functional()).rows[0].note == "the model becomes a GraphModule"
-
-
-def test_nothing_becomes_a_graph_module_where_nothing_is_chosen() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), Functional())
-    rows = {row.site.name: row for row in ccp.plan(model, "first").rows}
-    assert rows["1.kernel"].note == ""
-
-
-def test_graph_module_stays_one() -> None:
-    plan = ccp.plan(torch.fx.symbolic_trace(Functional()))
-    assert plan.rows[0].note == ""
+    assert [row.note for row in rows.values()] == ["", ""]
+    assert [row.chosen for row in rows.values()] == [True, True]
 
 
 def test_traced_regions_are_counted_in_the_summary(x: Tensor) -> None:
@@ -223,7 +210,7 @@ def test_values_for_programs_are_json_for_unknown_geometry(where: str) -> None:
     values: Any = json.loads(json.dumps(ccp.plan(Computed(), where).to_dict()))
     assert {site["name"]: site["geometry"] is None for site in values["sites"]} == {
         "kernel": False,
-        "conv2d_1": True,
+        "conv2d": True,
         "conv": True,
     }
 
