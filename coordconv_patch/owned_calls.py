@@ -194,7 +194,7 @@ def _under_mode(plain: type[nn.Module], name: str) -> Callable[..., Any]:
             with modes[0], modes[1]:
                 output = method(self, *args, **kwargs)
         for mode in modes:
-            mode.check_totals()
+            mode.check()
         return output
 
     _ENTERED.add(cast(FunctionType, entered).__code__)
@@ -237,6 +237,7 @@ class _BranchMode(TorchFunctionMode):
         self.counts = counts
         self.watches = [(watch, _stored_weight(owner, watch)) for watch in watches]
         self.seen = [0] * len(watches)
+        self.strays: list[tuple[Any, Any]] = []
         self.sees_padding = any(watch.calls.padding.amounts for watch in watches)
         self.padded: tuple[Any, dict[str, Any]] | None = None
         self.trains = torch.is_grad_enabled()
@@ -259,16 +260,20 @@ class _BranchMode(TorchFunctionMode):
 
     def _with_branches(self, func: Any, arguments: dict[str, Any], output: Any) -> Any:
         weight = arguments["weight"]
+        is_stray = not _is_stored(weight)
         for index, (watch, stored) in enumerate(self.watches):
             if func is not watch.function:
                 continue
             if weight is not stored if stored is not None else _is_stored(weight):
                 continue
+            is_stray = False
             position = self.seen[index]
             self.seen[index] += 1
             indices = watch.calls.indices
             if indices is None or position in indices:
                 output = self._with_branch(watch, func, arguments, output)
+        if is_stray:
+            self.strays.append((func, None if isinstance(weight, fx.Proxy) else weight.shape))
         return output
 
     def _with_branch(self, watch: _Watch, func: Any, arguments: dict[str, Any], output: Any) -> Any:
@@ -277,8 +282,8 @@ class _BranchMode(TorchFunctionMode):
         branch = cast(CoordBranch, self.owner.get_submodule(watch.branch))
         if isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
-        found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
-        if found != watch.geometry:
+        if not _is_call_of(watch.geometry, arguments, own):
+            found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
             raise PatchError(
                 f"{watch.site} has coordinates for a convolution {watch.geometry}, but its code "
                 f"now calls one that is {found}. Unpatch the model, and patch it anew with "
@@ -296,6 +301,8 @@ class _BranchMode(TorchFunctionMode):
         given, expected = arguments["input"], watch.calls.padding
         if not expected.amounts:
             return given, expected
+        if torch.compiler.is_compiling():  # which does not show F.pad to modes
+            return _without_border(given, expected.amounts), expected
         if self.padded is not None and self.padded[0] is given and pads_nothing(arguments):
             pad = self.padded[1]
             dilation = arguments.get("dilation", 1)
@@ -308,13 +315,22 @@ class _BranchMode(TorchFunctionMode):
             "and patch it anew with example inputs that run this way"
         )
 
-    def check_totals(self) -> None:
-        """Check, after a forward, that it made the calls among which a site's were counted.
+    def check(self) -> None:
+        """Check, after a method of the owner, that no call of a site can have been missed.
 
         Raises:
-            PatchError: If it made some, and not as many as when the model was patched.
+            PatchError: If calls were counted, and are not as many as when the model was
+                patched, or a call by a computed weight may be one of a site whose stored
+                weight was not used itself.
         """
-        for (watch, _), seen in zip(self.watches, self.seen, strict=True):
+        for (watch, stored), seen in zip(self.watches, self.seen, strict=True):
+            if stored is not None and not seen and self._has_stray_like(watch, stored):
+                raise PatchError(
+                    f"{watch.site} is known by its stored weight, but {_place(watch)} now calls "
+                    f"{watch.calls.function} with one that it computes (another dtype, or a "
+                    "parametrization that was added since): unpatch the model, and patch it anew "
+                    "with example inputs that run this way"
+                )
             if self.counts and seen not in (0, watch.calls.total):
                 raise PatchError(
                     f"{watch.site} is told from other convolutions by its position among "
@@ -322,6 +338,13 @@ class _BranchMode(TorchFunctionMode):
                     f"which now made {seen}: patch the model anew with example inputs that run "
                     "this way, or store the weight as a Parameter of its own"
                 )
+
+    def _has_stray_like(self, watch: _Watch, stored: Any) -> bool:
+        shape = None if isinstance(stored, fx.Proxy) else stored.shape
+        return any(
+            func is watch.function and (shape is None or other is None or other == shape)
+            for func, other in self.strays
+        )
 
     def _check_not_in_a_checkpoint(self, watch: _Watch) -> None:
         """Refuse a checkpoint around code that would run again without the mode.
@@ -341,6 +364,43 @@ class _BranchMode(TorchFunctionMode):
                 f"{watch.site}: gradient checkpointing of a function inside {_place(watch)} runs "
                 "it again without its coordinates: checkpoint the module, or one of its methods"
             )
+
+
+def _is_call_of(geometry: ConvGeometry, arguments: Mapping[str, Any], own: OwnPadding) -> bool:
+    """Whether a call has a geometry; in terms that torch.compile can follow, and quick."""
+    ndim = geometry.ndim
+    groups, weight = arguments.get("groups", 1), arguments["weight"]
+    in_channels, out_channels = geometry.in_channels, geometry.out_channels
+    channels = (out_channels, in_channels // groups)
+    if geometry.transposed:
+        channels = (in_channels, out_channels // groups)
+    padding = geometry.padding if own.declared is None else (0,) * ndim
+    output_padding = geometry.output_padding if geometry.transposed else (0,) * ndim
+    return (
+        groups == geometry.groups
+        and tuple(weight.shape) == (*channels, *geometry.kernel_size)
+        and _spread(arguments.get("stride", 1), ndim) == geometry.stride
+        and _spread(arguments.get("dilation", 1), ndim) == geometry.dilation
+        and _spread(arguments.get("output_padding", 0), ndim) == output_padding
+        and _padding_of(arguments.get("padding", 0), ndim) == padding
+    )
+
+
+def _without_border(padded: Tensor, amounts: Sequence[tuple[int, int]]) -> Tensor:
+    """A view of a padded image without what was added ``(before, after)`` each dimension."""
+    for dim, (before, after) in enumerate(amounts, start=-len(amounts)):
+        padded = padded.narrow(dim, before, padded.shape[dim] - before - after)
+    return padded
+
+
+def _padding_of(value: Any, ndim: int) -> Any:
+    return value if isinstance(value, str) else _spread(value, ndim)
+
+
+def _spread(value: Any, ndim: int) -> tuple[int, ...]:
+    """An argument that may be one number for all dimensions, as one for each."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * ndim if len(numbers) == 1 else numbers
 
 
 _FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
