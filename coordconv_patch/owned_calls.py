@@ -510,11 +510,18 @@ def owned_layers(owner: nn.Module) -> dict[str, tuple[OwnedCalls, ConvGeometry]]
     return {watch.site: (watch.calls, watch.geometry) for watch in watches}
 
 
-def remove_from_owner_(owner: CallOwner) -> None:
-    """Inverse of :func:`add_to_owner_`, for all of an owner's sites."""
+def remove_from_owner_(owner: CallOwner, site: str | None = None) -> None:
+    """Inverse of :func:`add_to_owner_`, for one site of an owner or for all of them."""
+    kept = []
     for watch in owner._watches:
+        if site not in (None, watch.site):
+            kept.append(watch)
+            continue
         holder, _, last = watch.branch.rpartition(".")
         delattr(owner.get_submodule(holder), last)
+    owner.__dict__["_watches"] = tuple(kept)
+    if kept:
+        return
     del owner.__dict__["_watches"]
     before = type(owner)
     plain: type = owner._plain_class

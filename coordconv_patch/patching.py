@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch import fx, nn
@@ -26,7 +27,7 @@ from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import PatchError, listing
 from coordconv_patch.folding import guard_folding_, release_folding_
 from coordconv_patch.functional import (
     branch_of,
@@ -38,6 +39,7 @@ from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
+from coordconv_patch.same_outputs import Promise
 from coordconv_patch.select import Where
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
@@ -182,44 +184,56 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     Raises:
         PatchError: If a chosen site cannot be patched. The model is unchanged then.
     """
+    carry_out_(model, decided)
+    return model
+
+
+def carry_out_(model: nn.Module, decided: Plan) -> Callable[[], None]:
+    """As :func:`apply_plan_`; returns a function that undoes it as long as nothing else changes."""
     check_not_wrapped(model)
     chosen = [row for row in decided.rows if row.chosen]
     in_graphs = [row for row in chosen if row.site.nodes]
     edits = [
         _GraphEdit(model, name, rows, decided.coords) for name, rows in _by_graph(in_graphs).items()
     ]
-    done: list[nn.Module] = []
+    done: list[Callable[[], None]] = []
+
+    def undo() -> None:
+        release_folding_(model)
+        for step in reversed(done):
+            step()
+        guard_folding_(model)
+
     try:
         for row in chosen:
             if not row.site.nodes:
-                done.append(_patched_module_(model, row, decided.coords))
+                done.append(_patch_module_(model, row, decided.coords))
+        for edit in edits:
+            done.append(edit.undo)
+            edit.commit()
+        guard_folding_(model)
     except BaseException:
-        for module in done:
-            _revert_(model, module)
+        undo()
         raise
-    for edit in edits:
-        edit.commit()
-    guard_folding_(model)
-    return model
+    return undo
 
 
-def _patched_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> nn.Module:
-    """Patch one site that is not in a graph; returns the module that was changed for it."""
+def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> Callable[[], None]:
+    """Patch one site that is not in a graph; returns what undoes it."""
     site = row.site
     if site.owned is not None:
         assert site.geometry is not None
         assert site.weight is not None
-        calls = site.owned
-        if row.calls is not None:
-            calls = _narrowed(calls, row.calls)
+        calls = site.owned if row.calls is None else _narrowed(site.owned, row.calls)
         add_to_owner_(model, site.name, calls, site.geometry, coords, site.weight, row.calls)
-        return model.get_submodule(calls.owner)
+        owner = cast(CallOwner, model.get_submodule(calls.owner))
+        return functools.partial(remove_from_owner_, owner, site.name)
     module = cast(_ConvNd, model.get_submodule(site.name))
     if row.calls is None:
         convert_(module, coords, site.padding)
-    else:
-        add_to_calls_(model, site.name, row.calls, coords, site.padding)
-    return module
+        return functools.partial(revert_, cast(CoordConvNd, module))
+    add_to_calls_(model, site.name, row.calls, coords, site.padding)
+    return functools.partial(remove_from_calls_, model, module)
 
 
 def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
@@ -247,6 +261,33 @@ def _warn_of_obstacles(decided: Plan) -> None:
             f"convolutions without coordinates, because they cannot carry them: {shown}{more}",
             stacklevel=3,
         )
+
+
+def _warn_of_unreached(decided: Plan, promise: Promise | None) -> None:
+    """Warn of coordinates that the example inputs never reach, or in one mode only."""
+    if promise is not None:
+        reached = promise.reached
+    else:
+        known = [row.site for row in decided.rows if row.site.calls is not None]
+        if not known:
+            return
+        reached = {"evaluation": frozenset(site.name for site in known if site.calls)}
+    names = [site.name for site in decided.chosen]
+    everywhere = {name for name in names if all(name in run for run in reached.values())}
+    nowhere = [name for name in names if not any(name in run for run in reached.values())]
+    texts = []
+    if nowhere:
+        texts.append(f"never run on the example inputs: {listing(nowhere)}")
+    for mode, run in reached.items():
+        only = [name for name in names if name in run and name not in everywhere]
+        if only:
+            other = "evaluation" if mode == "training" else "training"
+            texts.append(
+                f"run in {mode} only, so that {other} knows nothing of their coordinates: "
+                f"{listing(only)}"
+            )
+    if texts:
+        warnings.warn(f"chosen convolutions {'; '.join(texts)}", stacklevel=3)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -281,7 +322,8 @@ class _GraphEdit:
         self.owner = owner
         self.target = cast(fx.GraphModule, model.get_submodule(owner))
         self.added: dict[str, nn.Module] = {}
-        self.graph = copy.deepcopy(self.target.graph)
+        self.before = self.target.graph
+        self.graph = copy.deepcopy(self.before)
         nodes_by_site = function_nodes(owner, self.target, self.graph)
         for row in rows:
             name = row.site.name
@@ -327,6 +369,12 @@ class _GraphEdit:
         for name, module in self.added.items():
             self.target.add_submodule(name, module)
         self.target.graph = self.graph
+
+    def undo(self) -> None:
+        """Put the graph back that was there before."""
+        self.target.graph = self.before
+        for name in self.added:
+            self.target.delete_submodule(name)
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:

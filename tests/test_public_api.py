@@ -44,7 +44,7 @@ FLOORS: list[set[str]] = [
     {"owned_calls"},
     {"function_log"},
     {"tracing", "recording"},
-    {"sites"},
+    {"same_outputs", "sites"},
     {"select"},
     {"plan"},
     {"patching"},

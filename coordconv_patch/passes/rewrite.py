@@ -96,7 +96,7 @@ class CoordConvPass(PassBase):
             def is_new(site: Site) -> bool:
                 return site.name in new
 
-            patch_(graph_module, is_new, coords=self.coords)
+            patch_(graph_module, is_new, coords=self.coords, example_inputs=self.example_inputs)
         return PassResult(graph_module, bool(new))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
