@@ -51,6 +51,7 @@ def patch(
     *,
     coords: Coordinates | str | None = None,
     example_inputs: Any = None,
+    check: bool = True,
 ) -> nn.Module:
     """A copy of the model whose chosen convolutions also see coordinates.
 
@@ -68,21 +69,34 @@ def patch(
             ``None``: the paper's.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
             keyword arguments). Needed for ``"first"`` on models that torch.fx cannot
-            trace.
+            trace, and for convolution functions whose weight the code computes.
+        check: With example inputs, compare the outputs of the copy with the model's bit for
+            bit, in evaluation and in training mode: two forward passes of each. A mode in which
+            the model itself fails on them is left out.
 
     Returns:
         The patched copy.
 
+    Warns:
+        UserWarning: Of convolutions that a selector describes and that cannot be patched, and
+            of chosen ones that the example inputs do not reach, or in one mode only.
+
     Raises:
         SelectionError: If a selector matches nothing that can be patched.
-        PatchError: If the model cannot be copied, or a chosen site cannot be patched.
+        PatchError: If the model cannot be copied, or a chosen site cannot be patched, or if
+            the copy's outputs differ.
     """
-    given = model
-    if isinstance(model, ExportedProgram):
-        model = from_exported(model)
-    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+    module = from_exported(model) if isinstance(model, ExportedProgram) else model
+    decided = plan(module, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    return apply_plan_(copied(model) if model is given else model, decided)
+    promise = Promise.of(module, example_inputs) if check else None
+    patched = apply_plan_(copied(module), decided)
+    if promise is not None:
+        broken = promise.broken_by(patched)
+        if broken is not None:
+            promise.explain(broken, module)
+    _warn_of_unreached(decided, promise)
+    return patched
 
 
 def patch_(
@@ -91,6 +105,7 @@ def patch_(
     *,
     coords: Coordinates | str | None = None,
     example_inputs: Any = None,
+    check: bool = True,
 ) -> nn.Module:
     """Patch a model in place; see :func:`patch` for the arguments and errors.
 
@@ -107,7 +122,16 @@ def patch_(
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
     decided = plan(model, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    return apply_plan_(model, decided)
+    promise = Promise.of(model, example_inputs) if check else None
+    undo = carry_out_(model, decided)
+    if promise is not None:
+        broken = promise.broken_by(model)
+        if broken is not None:
+            undo()
+            promise.explain(broken, model)
+            carry_out_(model, decided)
+    _warn_of_unreached(decided, promise)
+    return model
 
 
 def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.Module:

@@ -111,14 +111,9 @@ class Promise:
             return
         before = _inputs_of_convolutions(plain, self._example_inputs, broken.mode)
         site = _first_with_other_input(before, self._inputs)
-        where = (
-            f"the first convolution whose input differs is {site}"
-            if site
-            else (
-                "the input of every convolution is the same, so the difference arises at the last one "
-                "or behind it"
-            )
-        )
+        where = f"the first convolution whose input differs is {site}"
+        if not site:
+            where = "the input of every convolution is the same, so it arises at the last or later"
         place = f"output{broken.place}" if broken.place else "the output"
         raise PatchError(
             f"patching would change what the model computes: in {broken.mode} mode {place} is not "
