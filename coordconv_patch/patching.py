@@ -89,14 +89,8 @@ def patch(
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
     decided = plan(module, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    promise = Promise.of(module, example_inputs) if check else None
-    patched = apply_plan_(copied(module), decided)
-    if promise is not None:
-        broken = promise.broken_by(patched)
-        if broken is not None:
-            promise.explain(broken, module)
-    _warn_of_unreached(decided, promise)
-    return patched
+    target = module if module is not model else copied(module)
+    return _patch_and_check_(module, target, decided, example_inputs if check else None)
 
 
 def patch_(
@@ -122,16 +116,27 @@ def patch_(
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
     decided = plan(model, where, coords=coords, example_inputs=example_inputs)
     _warn_of_obstacles(decided)
-    promise = Promise.of(model, example_inputs) if check else None
-    undo = carry_out_(model, decided)
-    if promise is not None:
-        broken = promise.broken_by(model)
-        if broken is not None:
-            undo()
-            promise.explain(broken, model)
-            carry_out_(model, decided)
+    return _patch_and_check_(model, model, decided, example_inputs if check else None)
+
+
+def _patch_and_check_(
+    model: nn.Module, target: nn.Module, decided: Plan, example_inputs: Any
+) -> nn.Module:
+    """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
+    promise = None if example_inputs is None else Promise(model, target, example_inputs)
+    undo = carry_out_(target, decided)
+    broken = None if promise is None else promise.broken()
+    if promise is not None and broken is not None:
+        undo()
+        promise.explain(broken)
+        warnings.warn(
+            "the model gives other outputs each time that it is run on the example inputs, so they "
+            "could not be compared before and after patching",
+            stacklevel=3,
+        )
+        carry_out_(target, decided)
     _warn_of_unreached(decided, promise)
-    return model
+    return target
 
 
 def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.Module:
@@ -311,7 +316,7 @@ def _warn_of_unreached(decided: Plan, promise: Promise | None) -> None:
                 f"{listing(only)}"
             )
     if texts:
-        warnings.warn(f"chosen convolutions {'; '.join(texts)}", stacklevel=3)
+        warnings.warn(f"chosen convolutions {'; '.join(texts)}", stacklevel=4)
 
 
 def copied(model: nn.Module) -> nn.Module:

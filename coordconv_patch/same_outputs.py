@@ -6,10 +6,10 @@ and in training mode. That takes two forward passes of each, and leaves both as 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,28 +64,34 @@ class Promise:
     """What a model gave on its example inputs before it was patched.
 
     Args:
-        model: The model, not patched yet. It is left as it was.
+        model: The model. It is run in evaluation mode alone, as others may be running it.
+        target: What is to be patched: the model, or a copy. It is run in training mode.
         example_inputs: See :func:`coordconv_patch.inputs.split_inputs`.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, target: nn.Module, example_inputs: Any) -> None:
+        self._model, self._target = model, target
         self._example_inputs = example_inputs
-        self._before = _runs_of(model, example_inputs)
+        self._before = self._plain_runs()
         self._inputs: list[tuple[str, int]] = []
         self.reached: dict[Mode, frozenset[str]] = {}
         """The coordinate layers that the patched model ran, in the modes that were compared."""
 
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> Promise | None:
-        """A promise about a model; ``None`` where there are no example inputs to run it on."""
-        return None if example_inputs is None else cls(model, example_inputs)
+    def _plain_runs(self) -> dict[Mode, _Run]:
+        return {
+            "evaluation": _run(self._model, self._example_inputs, training=False),
+            "training": _run(self._target, self._example_inputs, training=True),
+        }
 
-    def broken_by(self, patched: nn.Module) -> Difference | None:
-        """Where a patched model's outputs are not those of the plain one; ``None`` if nowhere.
+    def broken(self) -> Difference | None:
+        """Where the target's outputs, now patched, are not the model's; ``None`` if nowhere.
 
         Modes in which the plain model itself fails on the example inputs are left out.
         """
-        after = _runs_of(patched, self._example_inputs)
+        after = {
+            mode: _run(self._target, self._example_inputs, training=mode == "training")
+            for mode in self._before
+        }
         self.reached = {
             mode: run.reached
             for mode, run in after.items()
@@ -93,24 +99,21 @@ class Promise:
         }
         broken = _first_difference(self._before, after)
         if broken is not None:
-            self._inputs = _inputs_of_convolutions(patched, self._example_inputs, broken.mode)
+            self._inputs = self._inputs_of_convolutions(broken.mode)
         return broken
 
-    def explain(self, broken: Difference, plain: nn.Module) -> None:
+    def explain(self, broken: Difference) -> None:
         """Say of a broken promise what is different, and where that begins.
 
-        Args:
-            broken: The difference.
-            plain: The model without the patch.
+        The target is plain again by now.
 
         Raises:
             PatchError: Unless the model gives other outputs each time by itself, so that
                 nothing can be said.
         """
-        if _first_difference(self._before, _runs_of(plain, self._example_inputs)) is not None:
+        if _first_difference(self._before, self._plain_runs()) is not None:
             return
-        before = _inputs_of_convolutions(plain, self._example_inputs, broken.mode)
-        site = _first_with_other_input(before, self._inputs)
+        site = _first_with_other_input(self._inputs_of_convolutions(broken.mode), self._inputs)
         where = f"the first convolution whose input differs is {site}"
         if not site:
             where = "the input of every convolution is the same, so it arises at the last or later"
@@ -122,13 +125,18 @@ class Promise:
             "please report this model"
         )
 
-
-def _runs_of(model: nn.Module, example_inputs: Any) -> dict[Mode, _Run]:
-    """Run a model on the example inputs in both modes, under the same seeds every time."""
-    return {
-        "evaluation": _run(model, example_inputs, training=False),
-        "training": _run(model, example_inputs, training=True),
-    }
+    def _inputs_of_convolutions(self, mode: Mode) -> list[tuple[str, int]]:
+        """The convolutions that run in one mode, in order, each with a checksum of its input."""
+        noting = _NotingInputs(self._target)
+        with (
+            _seeded(self._target, mode == "training"),
+            torch.no_grad(),
+            noting,
+            # What runs before it fails is what there is to see.
+            contextlib.suppress(PatchError),
+        ):
+            run_model(self._target, _copied(self._example_inputs))
+        return noting.seen
 
 
 def _run(model: nn.Module, example_inputs: Any, *, training: bool) -> _Run:
@@ -146,7 +154,7 @@ def _run(model: nn.Module, example_inputs: Any, *, training: bool) -> _Run:
         return _Run(None, frozenset(reached), str(error))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _seeded(model: nn.Module, training: bool) -> Iterator[None]:
     """Every run draws the same random numbers, and leaves no trace."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -161,7 +169,7 @@ def _seeded(model: nn.Module, training: bool) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _noting_reached(model: nn.Module, reached: set[str]) -> Iterator[None]:
     def hook_for(name: str) -> Any:
         return lambda *_: reached.add(name)
@@ -260,19 +268,6 @@ def _first_with_other_input(
             return after[0]
     longer = plain if len(plain) > len(patched) else patched
     return longer[min(len(plain), len(patched))][0] if len(plain) != len(patched) else ""
-
-
-def _inputs_of_convolutions(
-    model: nn.Module, example_inputs: Any, mode: Mode
-) -> list[tuple[str, int]]:
-    """The convolutions that run in one mode, in order, each with a checksum of its input."""
-    noting = _NotingInputs(model)
-    try:
-        with _seeded(model, mode == "training"), torch.no_grad(), noting:
-            run_model(model, _copied(example_inputs))
-    except PatchError:
-        pass  # what ran until then is what there is to see
-    return noting.seen
 
 
 class _NotingInputs(TorchFunctionMode):
