@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -70,8 +71,10 @@ class _Event:
     running: tuple[tuple[str, int], ...]
     is_own: bool
     """Whether the innermost running module is not a convolution, so that its own code calls."""
-    from_input: bool
-    """Whether the weight was computed from the model's input."""
+    weight_is_constant: bool
+    """Whether the weight does not depend on the model's input."""
+    input_is_constant: bool
+    """Whether the convolution's input does not either."""
     geometry: ConvGeometry | None
     padding: OwnPadding
     obstacle: str
@@ -82,18 +85,16 @@ class FunctionLog:
 
     Args:
         model: The model.
-        example_inputs: What it is run on: weights that are computed from these are told from
-            weights that are computed from parameters alone.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._names.setdefault(id(tensor), name)
         self._events: list[_Event] = []
         self._padded: tuple[Tensor, dict[str, Any], str] | None = None
-        self._of_input = _Descendants(example_inputs)
+        self._constants = _Constants(model)
 
     def note(
         self,
@@ -123,7 +124,7 @@ class FunctionLog:
             own = self._note_convolution(func, args, kwargs, running, in_graph)
         elif func is F.pad and running:
             self._padded = output, pad_arguments(func, args, kwargs), running[-1][0]
-        self._of_input.note((args, kwargs), output)
+        self._constants.note(func, args, kwargs, output)
         return own
 
     def _note_convolution(
@@ -152,7 +153,8 @@ class FunctionLog:
                 weight,
                 tuple(running),
                 is_own,
-                weight in self._of_input,
+                weight in self._constants,
+                arguments["input"] in self._constants,
                 geometry,
                 padding,
                 obstacle,
@@ -199,10 +201,14 @@ class FunctionLog:
         geometries = {(event.geometry, event.padding) for event in events}
         if len(geometries) > 1:
             obstacle = obstacle or "one weight is used with several strides or paddings"
-        if stored is None and any(event.from_input for event in events):
+        if not all(event.weight_is_constant for event in events):
             obstacle = obstacle or (
                 "its weight is computed from the model's input (per sample, perhaps), so there is "
                 "no one weight that coordinates could be added to"
+            )
+        elif all(event.input_is_constant for event in events):
+            obstacle = obstacle or (
+                "its input does not depend on the model's input (it merges kernels, perhaps)"
             )
         counted: tuple[tuple[int, ...], int] | None = None
         if not obstacle:
@@ -270,21 +276,52 @@ def common_caller(stacks: Sequence[Sequence[str]], holder: str | None = None) ->
     return ""
 
 
-class _Descendants:
-    """Which tensors were computed from some tensors, by torch functions; known while they live."""
+_VALUES_OF_NOTHING = frozenset(
+    {
+        *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor),
+        *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
+    }
+)
+"""Functions that ask a tensor for its shape, dtype or device, not for its values."""
 
-    def __init__(self, roots: Any) -> None:
+_VALUES_OF_THE_FIRST = frozenset(
+    {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+)
+"""Functions that ask their second tensor for no more than that."""
+
+
+class _Constants:
+    """Which tensors do not depend on a model's input: its own, and what is computed from them.
+
+    Every other tensor is taken for one that does, such as what comes out of an autograd
+    Function, which no torch function mode sees.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self._known: dict[int, weakref.ref[Tensor]] = {}
-        self._add(roots)
+        for module in model.modules():
+            self._add([list(module._parameters.values()), list(module._buffers.values())])
+            self._add([value for value in vars(module).values() if isinstance(value, Tensor)])
 
     def __contains__(self, tensor: Tensor) -> bool:
         reference = self._known.get(id(tensor))
         return reference is not None and reference() is tensor
 
-    def note(self, inputs: Any, outputs: Any) -> None:
-        """Note a function's outputs, if any of its inputs is known."""
-        if any(isinstance(leaf, Tensor) and leaf in self for leaf in pytree.tree_leaves(inputs)):
+    def note(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        """Note a function's outputs, if all of its inputs are known; forget them if not."""
+        if func in _VALUES_OF_NOTHING:
+            leaves = []
+        elif func in _VALUES_OF_THE_FIRST:
+            leaves = [args[0]]
+        else:
+            leaves = pytree.tree_leaves((args, kwargs))
+        if all(leaf in self for leaf in leaves if isinstance(leaf, Tensor)):
             self._add(outputs)
+            return
+        written = [args[0]] if func is Tensor.__setitem__ else outputs
+        for leaf in pytree.tree_leaves(written):
+            if isinstance(leaf, Tensor):
+                self._known.pop(id(leaf), None)
 
     def _add(self, values: Any) -> None:
         for leaf in pytree.tree_leaves(values):

@@ -89,7 +89,7 @@ def record_run(
     functions: Sequence[GraphFunctions],
 ) -> Recording:
     """As :func:`record_calls`, with who called each site, and the functional sites it showed."""
-    recorder = _CallRecorder(model, modules, functions, FunctionLog(model, example_inputs))
+    recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
     with evaluating(model), state_restored(model), warnings.catch_warnings(), recorder:
         # The model's warnings would seem to come from here, where its functions are watched.
         warnings.simplefilter("ignore", UserWarning)

@@ -534,6 +534,76 @@ def test_a_weight_computed_from_the_input_is_refused(x: Tensor) -> None:
             ccp.patch(Modulated(), "all", example_inputs=batch)
 
 
+def test_a_weight_computed_from_the_input_by_an_autograd_function_is_refused(x: Tensor) -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class Hidden(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.w * Double.apply(x).mean(), padding=1)
+
+    class Doubled(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(Double.apply(x), self.w * 2, padding=1)
+
+    with pytest.raises(SelectionError, match="its weight is computed from the model's input"):
+        ccp.patch(Hidden(), "all", example_inputs=x)
+    model = Doubled()
+    assert torch.equal(ccp.patch(model, "all", example_inputs=x)(x), model(x))
+
+
+def test_a_weight_that_asks_the_input_for_its_shape_alone_is_patched(x: Tensor) -> None:
+    class Resampling(nn.Module):
+        """One filter for each channel, as in Downsample1d of diffusers; no trace follows it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.rand(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            channels = x.shape[1]
+            weight = x.new_zeros(channels, channels, 3, 3)
+            index = torch.arange(channels)
+            weight[index, index] = self.kernel.to(x).expand(channels, -1, -1)
+            return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight)
+
+    class Written(Resampling):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = x.new_zeros(3, 3, 3, 3)
+            weight[0] = x[0, :, :3, :3].unsqueeze(0)
+            return F.conv2d(x, weight, padding=1)
+
+    model = Resampling()
+    patched = ccp.patch(model, "all", example_inputs=x)
+    assert torch.equal(patched(x), model(x))
+    (coord_weight,) = ccp.coord_parameters(fill_(patched))
+    weight = torch.stack([torch.eye(3)[c, :, None, None] * model.kernel for c in range(3)])
+    expected = concatenated(x, weight, coord_weight)
+    torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SelectionError, match="its weight is computed from the model's input"):
+        ccp.patch(Written(), "all", example_inputs=x)
+
+
+def test_convolutions_that_merge_kernels_are_left_out(x: Tensor) -> None:
+    class Merging(Owner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            merged = F.conv2d(self.w.detach().transpose(0, 1), self.conv.weight.data)
+            return F.conv2d(x, merged.transpose(0, 1), padding=1)
+
+    model = Merging()
+    with pytest.warns(UserWarning, match="its input does not depend on the model's input"):
+        patched = ccp.patch(model, "all", example_inputs=x, check=False)
+    assert torch.equal(patched(x), model(x))
+    names = list(ccp.layers.coord_layers(patched))
+    assert names == ["conv", "conv2d_1"]  # conv is chosen, though it never runs
+
+
 def test_a_call_that_runs_otherwise_than_when_patched_raises_by_name(x: Tensor) -> None:
     class Steered(Owner):
         def forward(self, x: Tensor, dilation: int = 1, pad: int = 1) -> Tensor:

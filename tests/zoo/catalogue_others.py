@@ -198,7 +198,6 @@ _DIFFUSERS = [
             up_block_types=("AttnUpBlock1D", "UpBlock1DNoSkip"),
         ),
         functools.partial(_image_and_step, 2, 2, 64),
-        refused="calls it in a forward that torch.fx cannot trace",
     ),
     Entry(
         "diffusers/AutoencoderKL",

@@ -81,7 +81,7 @@ def _reparametrised(name: str) -> nn.Module:
 def _entry(name: str, height: int, width: int, **options: Any) -> Entry:
     build = functools.partial(_create, name, **options)
     # CondConv2d: the weights are a mixture that each image chooses.
-    refused = "computed at run time|CondConv2d" if "_cc_" in name else ""
+    refused = "computed from the model's input|CondConv2d" if "_cc_" in name else ""
     return Entry(f"timm/{name}", build, image(2, 3, height, width), refused=refused)
 
 
