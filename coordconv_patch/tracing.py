@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.modes import state_restored
 from coordconv_patch.norms import is_batch_norm
+from coordconv_patch.stand_ins import TensorProxy, autograd_functions_recorded, isinstance_answered
 
 __all__ = [
     "ConvTracer",
@@ -45,12 +46,43 @@ class ConvTracer(fx.Tracer):
         )
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that is known to stand for a tensor, where it certainly does."""
+        return TensorProxy(node, self) if self._gives_tensor(node) else super().proxy(node)
+
+    def _gives_tensor(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            kind = type(self.root.get_submodule(str(node.target)))
+            return kind.__module__.startswith("torch.nn") and not issubclass(kind, _GIVES_TUPLES)
+        if node.op in ("call_function", "call_method"):
+            return str(getattr(node.target, "__name__", node.target)) in _GIVES_A_TENSOR
+        return node.op in ("placeholder", "get_attr")
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (_ConvNd, CoordBranch, fx.GraphModule, *self._leaf_classes)):
             return True
         if is_batch_norm(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+
+_GIVES_TUPLES = (
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
+)
+"""Layers of torch.nn whose result is not a tensor, or need not be."""
+
+_GIVES_A_TENSOR = frozenset(
+    {
+        *("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "layer_norm", "group_norm"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "pad", "interpolate"),
+        *("relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid", "tanh"),
+        *("softmax", "dropout", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "cat", "stack"),
+        *("add", "sub", "mul", "truediv", "neg", "clamp", "float", "half", "contiguous"),
+        *("permute", "reshape", "view", "transpose", "unsqueeze", "squeeze", "mean"),
+    }
+)
+"""Names of functions and methods whose result is one tensor if their argument is."""
 
 
 def trace(module: nn.Module) -> fx.Graph:
@@ -68,7 +100,7 @@ def trace(module: nn.Module) -> fx.Graph:
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    with state_restored(module):
+    with state_restored(module), isinstance_answered(module):
         return ConvTracer().trace(module, concrete_args=defaults or None)
 
 
@@ -90,7 +122,7 @@ def trace_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     Raises:
         Exception: Whatever the module's code raises when it meets a proxy all the same.
     """
-    with state_restored(module), torch.no_grad():
+    with state_restored(module), torch.no_grad(), autograd_functions_recorded(_KnownProxy):
         return _CallTracer(args, kwargs).trace(module)
 
 
@@ -194,8 +226,14 @@ class _KnownProxy(fx.Proxy):
 
     @property  # type: ignore[misc]  # isinstance() only reads it
     def __class__(self) -> type:
-        """What isinstance() sees: code that asks for a tensor gets one."""
-        return type(self.__dict__["known_value"])
+        """What isinstance() sees: code that asks for a tensor gets one.
+
+        Only Python code: C++ asks in the same way, and would read a proxy's memory as that of a
+        tensor, where nothing looks for ``__torch_function__`` first.
+        """
+        if "isinstance" in sys._getframe(1).f_code.co_names:
+            return type(self.__dict__["known_value"])
+        return type(self)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.__dict__["known_value"], name)
