@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.traceback import annotate, preserve_node_meta
 
@@ -29,8 +28,8 @@ from coordconv_patch.geometry import (
     DECLARED,
     ConvGeometry,
     Padding,
-    flat_amounts,
     pad_amounts,
+    pad_by_axis,
 )
 
 __all__ = [
@@ -109,8 +108,9 @@ def pad_grid(
         dilation=dilation,
         declared=padding,
     )
-    mode = padding_mode if declared else "constant"
-    return F.pad(grid, flat_amounts(amounts), mode=mode), (0,) * len(kernel_size)
+    ndim = len(kernel_size)
+    modes = (padding_mode,) * ndim if declared else rule.modes or ("zeros",) * ndim
+    return pad_by_axis(grid, amounts, modes), (0,) * ndim
 
 
 def coordinate_map(

@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
     {"version", "errors", "atomic", "modes", "inputs"},
     {"coords", "norms"},
     {"geometry"},
+    {"padding_probe"},
     {"branch", "map_cache"},
     {"layers"},
     {"chosen_calls", "conversion", "foreign", "functional"},
