@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any, cast
@@ -26,6 +27,7 @@ from coordconv_patch.geometry import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
+from coordconv_patch.padding_probe import padding_of
 
 __all__ = [
     "CoordConv1d",
@@ -44,6 +46,12 @@ _MAP_ATTRIBUTES = frozenset(
     {"coords", "coord_padding", "stride", "padding", "dilation", "padding_mode", "output_padding"}
 )
 """Attributes of a layer that its coordinate map is made from, besides its weight."""
+
+_NEVER_PADDING = frozenset({"training", "coords", "coord_padding", "_map_cache", "forward"})
+"""Attributes that tell nothing of how a layer pads."""
+
+_CHANGED = "changed"
+"""What a layer followed when something has changed since: equal to no method."""
 
 
 class CoordConvNd(_ConvNd):
@@ -73,6 +81,12 @@ class CoordConvNd(_ConvNd):
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
+    _followed: Any = None
+    """The ``_conv_forward`` put on the instance that ``coord_padding`` was found for, if any."""
+    _written_in_forward: frozenset[str] = frozenset()
+    """Attributes that the plain forward writes, so what they hold is nobody's setting."""
+    _written_in_probe: set[str] | None = None
+    """Those that a probe has written so far; ``None`` while there is none."""
     _is_loading: bool = False
     """Whether a state_dict is being loaded, which may assign a new weight."""
     _output_is_fresh: bool = True
@@ -91,6 +105,7 @@ class CoordConvNd(_ConvNd):
         convention = Coordinates.of(coords)
         super().__init__(*args, **kwargs)
         self._attach(convention, DECLARED, new_coord_weight(self, convention))
+        self._note_change("padding")  # a subclass may pad in its own way
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution plus the coordinate branch.
@@ -104,6 +119,8 @@ class CoordConvNd(_ConvNd):
             Tensor of the shape and dtype that the plain convolution returns.
         """
         output = super().forward(input, *args, **kwargs)
+        if self.__dict__.get("_conv_forward") is not self._followed:
+            self._follow_padding()
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
         # at the parameters is cheaper than nn.Module.__getattr__, which parametrizations need.
         weight = self._parameters.get("coord_weight")
@@ -147,9 +164,59 @@ class CoordConvNd(_ConvNd):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and type(value) is nn.Parameter:
             self._check_new_weight(value)
+        before = self.__dict__.get(name, _CHANGED)
         super().__setattr__(name, value)
-        if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
+        if "_map_cache" not in self.__dict__:
+            return
+        if name in _MAP_ATTRIBUTES:
             self._map_cache.clear()
+        if before is not value and not isinstance(value, Tensor):
+            self._note_change(name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if "_map_cache" in self.__dict__:
+            self._note_change(name)
+
+    def _note_change(self, name: str) -> None:
+        """Follow a change of an attribute that the plain forward may read when it pads."""
+        if self._written_in_probe is not None:
+            self._written_in_probe.add(name)
+        # What is set while the model is captured, its own code sets.
+        elif not (name in _NEVER_PADDING or name in self._written_in_forward or is_capturing()):
+            self.__dict__["_followed"] = _CHANGED
+            # Half of a change may be one that no branch can follow; the next forward tells.
+            with contextlib.suppress(PatchError):
+                self._follow_padding()
+
+    def _follow_padding(self) -> None:
+        """Let the coordinates be padded as the plain forward pads now.
+
+        Raises:
+            PatchError: If they cannot be; or while the model is being captured.
+        """
+        if is_capturing() or is_transforming():
+            raise PatchError(
+                f"how {self._short_name()} pads was changed since it last ran: run the model once "
+                "before it is compiled, traced, exported or transformed"
+            )
+        written = self.__dict__["_written_in_probe"] = set()
+        try:
+            padding = padding_of(self, super().forward)
+        except PatchError as error:
+            raise PatchError(
+                f"the padding of {self._short_name()} was changed after it got coordinates, which "
+                f"cannot follow: {error}. Undo the change, or unpatch the model first"
+            ) from error
+        finally:
+            del self.__dict__["_written_in_probe"]
+        self.__dict__["_written_in_forward"] = self._written_in_forward | written
+        if padding != self.coord_padding:
+            self.coord_padding = padding
+        self.__dict__["_followed"] = self.__dict__.get("_conv_forward")
+
+    def _short_name(self) -> str:
+        return f"{type(self).__name__} ({ConvGeometry.of(self)})"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._map_cache.clear()  # its maps are on the old device, in the old dtype
@@ -333,6 +400,8 @@ class CoordConvNd(_ConvNd):
         del self._parameters["coord_weight"]
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
+        for name in ("_followed", "_written_in_forward"):
+            self.__dict__.pop(name, None)
 
 
 class CoordConv1d(CoordConvNd, nn.Conv1d):

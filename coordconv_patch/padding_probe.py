@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -63,6 +64,12 @@ def padding_of(module: _ConvNd, forward: Callable[..., Tensor] | None = None) ->
             f"{_whose(module)} overrides the forward of a transposed convolution; "
             "patch the module that it stands for instead"
         )
+    with _attributes_restored(module):
+        return min(_candidates(module, forward), key=_simplicity)
+
+
+def _candidates(module: _ConvNd, forward: Callable[..., Tensor]) -> set[Padding]:
+    """The paddings that explain what a module does at every probe's size; never empty."""
     candidates: set[Padding] | None = None
     for size in _probe_sizes(module):
         fitting = set(_fitting_paddings(module, forward, size))
@@ -73,12 +80,28 @@ def padding_of(module: _ConvNd, forward: Callable[..., Tensor] | None = None) ->
                 f"(seen at input size {size}); its coordinates could not follow"
             )
     assert candidates
-    return min(candidates, key=_simplicity)
+    return candidates
 
 
-def _simplicity(padding: Padding) -> tuple[int, int]:
-    """Where several rules agree on every probe, the simplest is the class's own statement."""
-    return ("declared", "same", "fixed").index(padding.rule), len(padding.modes)
+@contextmanager
+def _attributes_restored(module: _ConvNd) -> Iterator[None]:
+    """Undo what a forward writes into its module: the padding that it worked out, say."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        for name in set(vars(module)) - set(before):
+            del vars(module)[name]
+        vars(module).update(before)
+
+
+def _simplicity(padding: Padding) -> int:
+    """Where several rules agree on every probe, the simplest is the class's own statement.
+
+    Next comes the rule of whole libraries; for other modes, numbers that no size changes.
+    """
+    order = ("declared", "fixed", "same") if padding.modes else ("declared", "same", "fixed")
+    return order.index(padding.rule)
 
 
 def _whose(module: _ConvNd) -> str:
