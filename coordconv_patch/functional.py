@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -215,32 +215,90 @@ _PADS = (F.pad, _aten.pad.default, _aten.constant_pad_nd.default)
 def function_input(node: fx.Node) -> FunctionInput:
     """The input of a functional convolution, and how it is padded.
 
+    Several pads in a row, and the function's own padding, are one where no two of them pad
+    the same axis: seamless tiling pads one axis by its other end, and the other by zeros.
+
     Raises:
         PatchError: If its own module pads it by amounts that are computed at run time.
     """
     arguments = conv_arguments(node)
     source = cast(fx.Node, arguments["input"])
     padding = arguments.get("padding", 0)
-    unpadded = padding == "valid" if isinstance(padding, str) else not any(_as_list(padding))
-    if source.target not in _PADS or not unpadded or not _is_part_of(source, node):
+    if isinstance(padding, str) and padding != "valid":
         return FunctionInput(source)
-    given = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False))
+    pads: list[_Pad] = []
+    inner = source
+    while True:
+        pad = _pad_at(inner, node)
+        if pad is None or not _are_apart([*pads, pad], padding):
+            break
+        pads.append(pad)
+        inner = pad.inner
+    if not pads:
+        return FunctionInput(source)
+    return _as_one(node, inner, pads, padding)
+
+
+class _Pad(NamedTuple):
+    """A node that pads an image."""
+
+    inner: fx.Node
+    pairs: tuple[tuple[int, int], ...]
+    mode: str
+
+
+def _pad_at(source: fx.Node, convolution: fx.Node) -> _Pad | None:
+    """The pad that a node is, if the module that calls a convolution pads its image by it."""
+    if source.target not in _PADS or not _is_part_of(source, convolution):
+        return None
+    names: tuple[str, ...] = ("input", "pad", "mode", "value")
     if source.target is _aten.constant_pad_nd.default:
-        given = dict(zip(("input", "pad", "value"), source.args, strict=False))
-    given |= source.kwargs
+        names = ("input", "pad", "value")
+    given = dict(zip(names, source.args, strict=False)) | source.kwargs
     flat = cast("Sequence[Any]", given["pad"])
     if isinstance(flat, fx.Node) or any(isinstance(amount, fx.Node) for amount in flat):
         raise PatchError("it pads by amounts that are computed at run time, from the image size")
-    mode, inner = str(given.get("mode", "constant")), cast(fx.Node, given["input"])
+    mode = str(given.get("mode", "constant")).replace("constant", "zeros")
+    if mode == "zeros" and given.get("value"):
+        return None  # a border of another value than zero is part of the image
     pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if mode == "constant":
-        if given.get("value"):
-            return FunctionInput(source)  # a border of another value than zero is part of the image
-        return FunctionInput(inner, Padding("fixed", pairs), amounts=pairs)
-    declared = _declared_padding(node, pairs)
-    if declared is None:
-        return FunctionInput(source)
-    return FunctionInput(inner, DECLARED, mode, declared, pairs)
+    return _Pad(cast(fx.Node, given["input"]), pairs, mode)
+
+
+def _are_apart(pads: Sequence[_Pad], padding: Any) -> bool:
+    """Whether pads, and a function's own padding, leave each other's axes alone."""
+    ndim = len(pads[0].pairs)
+    own = _spread_zeros(padding, ndim)
+    parts = [own, *(pad.pairs for pad in pads)] if any(map(any, own)) else [p.pairs for p in pads]
+    if any(len(part) != ndim for part in parts):
+        return False
+    return all(sum(any(part[axis]) for part in parts) <= 1 for axis in range(ndim))
+
+
+def _spread_zeros(padding: Any, ndim: int) -> tuple[tuple[int, int], ...]:
+    """A function's own padding, which is of zeros, as ``(before, after)`` per dimension."""
+    numbers = [0] if isinstance(padding, str) else [int(n) for n in _as_list(padding)] or [0]
+    return tuple((n, n) for n in (numbers * ndim if len(numbers) == 1 else numbers))
+
+
+def _as_one(node: fx.Node, inner: fx.Node, pads: Sequence[_Pad], padding: Any) -> FunctionInput:
+    """Pads of different axes, and a function's own, as one padding of the innermost image."""
+    ndim = len(pads[0].pairs)
+    pairs = _spread_zeros(padding, ndim)
+    explicit: tuple[tuple[int, int], ...] = ((0, 0),) * ndim
+    modes = ["zeros"] * ndim
+    for pad in pads:
+        pairs = tuple(b if any(b) else a for a, b in zip(pairs, pad.pairs, strict=True))
+        explicit = tuple(b if any(b) else a for a, b in zip(explicit, pad.pairs, strict=True))
+        modes = [pad.mode if any(b) else m for m, b in zip(modes, pad.pairs, strict=True)]
+    padded = {mode for mode, pair in zip(modes, pairs, strict=True) if any(pair)}
+    if padded <= {"zeros"}:
+        return FunctionInput(inner, Padding("fixed", pairs), amounts=explicit)
+    if len(padded) == 1:
+        declared = _declared_padding(node, pairs)
+        if declared is not None:
+            return FunctionInput(inner, DECLARED, padded.pop(), declared, explicit)
+    return FunctionInput(inner, Padding("fixed", pairs, tuple(modes)), amounts=explicit)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -215,6 +215,8 @@ def pad_by_axis(image: Tensor, amounts: Sequence[tuple[Any, Any]], modes: Sequen
     """
     for mode in dict.fromkeys(modes):
         own = [pair if at == mode else (0, 0) for pair, at in zip(amounts, modes, strict=True)]
+        if all(isinstance(n, int) and n == 0 for pair in own for n in pair):
+            continue
         image = F.pad(image, flat_amounts(own), mode="constant" if mode == "zeros" else mode)
     return image
 

@@ -389,6 +389,7 @@ class CoordConvNd(_ConvNd):
         """Give a module that already is a convolution what makes it a coordinate convolution."""
         self.coords = coords
         self.coord_padding = padding
+        self.__dict__["_followed"] = self.__dict__.get("_conv_forward")
         self._map_cache = MapCache()
         # torch.fx looks at the *instance's* __module__ to decide what to trace through:
         # convolutions are leaves there, and must stay leaves for everyone's tracer.

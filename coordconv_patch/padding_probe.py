@@ -137,7 +137,7 @@ def _declared_padding(module: _ConvNd) -> Padding:
     The list is made when the module is; whoever changes one of the two later may leave the
     other behind.
     """
-    if module.transposed or module.padding_mode in ("zeros", "constant"):
+    if module.transposed or str(module.padding_mode) in ("zeros", "constant"):
         return DECLARED
     ndim = len(module.kernel_size)
     flat = [int(amount) for amount in module._reversed_padding_repeated_twice]
@@ -185,8 +185,8 @@ def _fitting_paddings(
 ) -> Iterator[Padding]:
     """The paddings that explain what a module's forward does at one input size."""
     probe = _numbered_images(size).to(module.weight.device, module.weight.dtype)
-    images = probe.expand(-1, module.in_channels, *size).split(1)
-    arrived = torch.cat([_what_arrives(module, forward, image) for image in images])
+    images = probe.expand(-1, module.in_channels, *size)
+    arrived = torch.cat([_what_arrives(module, forward, image[None]) for image in images])
     if module.weight.device.type == "meta":
         raise PatchError(
             f"{_whose(module)} decides its padding in its own forward, which cannot be "
@@ -201,7 +201,7 @@ def _fitting_paddings(
     ]
     same = tuple(_amounts(module, Padding("same"), size))
     declared = tuple(_amounts(module, DECLARED, size))
-    declared_mode = "zeros" if module.padding_mode == "constant" else module.padding_mode
+    declared_mode = str(module.padding_mode).replace("constant", "zeros")
     for found in itertools.product(*along_axes):
         amounts = tuple((axis.before, axis.after) for axis in found)
         modes = tuple(axis.mode for axis in found)

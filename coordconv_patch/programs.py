@@ -212,7 +212,7 @@ class _Branch:
             raise PatchError(f"it is added to {plain.name}, which is no convolution")
         geometry = function_geometry(root, plain)
         own, given = function_input(convolution), function_input(plain)
-        if replace(own, node=given.node) != given:
+        if replace(own, node=given.node, amounts=given.amounts) != given:
             raise PatchError("its grid is not padded as the convolution's input is")
         self.input, self.padding = given.node, given.padding
         self.coords = _convention(own.node)
