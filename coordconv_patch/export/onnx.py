@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.coords import Window
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
@@ -33,13 +34,19 @@ from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
+from coordconv_patch.export.opset import (
+    check_exporter,
+    check_opset,
+    opset_of,
+    require_opset,
+)
 from coordconv_patch.export.ordering import coordinate_nodes, is_read_once, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
-from coordconv_patch.layers import CoordConvNd
+from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
     Lowered,
@@ -94,7 +101,8 @@ def export_onnx(
             the axes, see :mod:`coordconv_patch.export.choosing`; ``"autotune"`` times the
             candidates for each group of sites on the provider, with the example's batch
             size, and takes the fastest.
-        opset: ONNX operator set; ``None``: the exporter's choice.
+        opset: ONNX operator set, from 7 on; ``None``: the exporter's choice. Below 18, torch's
+            newer exporter cannot write every model; ``exporter="auto"`` then takes the other.
         input_names: Names of the graph's inputs; ``None``: the forward's argument names.
         output_names: Names of the graph's outputs.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"``, or ``"auto"``: the
@@ -115,6 +123,8 @@ def export_onnx(
     path = Path(path)
     _check_path(path)
     check_is_module(model)
+    check_exporter(exporter)
+    check_opset(opset, exporter)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)
@@ -135,6 +145,7 @@ def export_onnx(
         progress.update()
         written = writer.write(temporary, choose)
         used, proto, notes = written.exporter, written.proto, written.notes
+        require_opset(proto, opset)
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -163,11 +174,12 @@ def export_onnx(
             trials=trials,
             folded_batch_norms=sum(bool(folding.convolution) for folding in folded),
             exporter=used,
-            opset=max(entry.version for entry in proto.opset_import if entry.domain == ""),
+            opset=opset_of(proto),
             provider=working[0],
             dynamic_axes=axes,
             checks=checks,
             notes=tuple(notes),
+            windows=_sites_by_window(model),
         )
 
 
@@ -305,6 +317,15 @@ def _is_addition_of_ours(node: onnx_ir.Node) -> bool:
     """Whether a patched layer's forward made the node; the residual additions are the model's."""
     modules = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
     return node.op_type == "Add" and f"{CoordConvNd.__module__}." in modules
+
+
+def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:
+    found: dict[Window, tuple[str, ...]] = {}
+    for name, layer in coord_layers(model).items():
+        window = layer.coords.window
+        if window is not None:
+            found[window] = (*found.get(window, ()), name)
+    return found
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:
