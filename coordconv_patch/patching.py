@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
+from coordconv_patch.arguments import check_flag
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
@@ -34,6 +35,7 @@ from coordconv_patch.functional import (
     function_nodes,
 )
 from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
@@ -371,6 +373,8 @@ class _GraphEdit:
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
+    check_flag("discard", discard)
+    check_is_module(model)
     check_not_wrapped(model)
     layers = coord_layers(model)
     if not layers:

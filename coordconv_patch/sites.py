@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
+from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
@@ -35,6 +36,7 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.geometry import DECLARED, ConvGeometry, Padding
 from coordconv_patch.graph_modules import TrainingFlag
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
 from coordconv_patch.recording import (
@@ -155,8 +157,11 @@ def find_sites(
         probe_padding: Find out how each module pads; ``False`` if only names are wanted.
 
     Raises:
+        ArgumentError: If the model is not a module, or example inputs cannot be such.
         PatchError: If the forward pass fails on the example inputs.
     """
+    check_is_module(model)
+    check_example_inputs(example_inputs)
     if isinstance(model, torch.jit.ScriptModule):
         return SiteMap(tuple(_foreign_sites(model)), (), False, "it is a TorchScript module")
     finder = _Finder(model, probe_padding)

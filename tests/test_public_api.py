@@ -32,7 +32,7 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "modes", "inputs"},
+    {"version", "errors", "atomic", "arguments", "modes", "inputs"},
     {"coords", "norms"},
     {"geometry"},
     {"padding_probe"},

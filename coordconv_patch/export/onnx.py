@@ -17,6 +17,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from tqdm.auto import tqdm
 
+from coordconv_patch.arguments import (
+    check_example_inputs,
+    check_flag,
+    check_names,
+    check_number,
+    check_path,
+)
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Window
 from coordconv_patch.errors import ArgumentError
@@ -120,11 +127,18 @@ def export_onnx(
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
             or the file and torch disagree; nothing is left behind.
     """
-    path = Path(path)
+    path = check_path("path", path)
     _check_path(path)
     check_is_module(model)
+    check_example_inputs(example_inputs, optional=False)
+    check_flag("dynamic_batch", dynamic_batch)
+    check_flag("dynamic_size", dynamic_size)
+    check_names("input_names", input_names)
+    check_names("output_names", output_names)
     check_exporter(exporter)
     check_opset(opset, exporter)
+    check_number("tolerance", tolerance)
+    check_names("disabled_optimizers", disabled_optimizers)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)
