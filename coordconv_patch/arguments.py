@@ -33,8 +33,11 @@ def given(name: str, value: Any) -> str:
         return f"{name}=None"
     if isinstance(value, type):
         return f"{name}={value.__name__} is a class"
-    text = repr(value) if isinstance(value, (str, bytes, bool, int, float)) else "..."
-    shown = f"{name}={text if len(text) <= 60 else text[:57] + '...'}"
+    plain = isinstance(value, (str, bytes, bool, int, float, list, tuple, dict, set))
+    text = repr(value) if plain else "..."
+    if len(text) > 60:
+        text = text[:57] + "..." if isinstance(value, (str, bytes)) else "..."
+    shown = f"{name}={text}"
     kind = type(value).__name__
     return f"{shown} is {'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 

@@ -31,6 +31,7 @@ from coordconv_patch.geometry import (
     pad_amounts,
     pad_by_axis,
 )
+from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
     "BRANCH_NAME",
@@ -234,7 +235,10 @@ class CoordBranch(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         geometry = self.geometry
         branch = self.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding)
-        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+        branch = branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+        if input.layout is not torch.strided:  # MKLDNN tensors add only to their like
+            return branch.expand(len(input), *branch.shape[1:]).contiguous().to_mkldnn()
+        return branch
 
     def compute_branch(
         self,
@@ -257,6 +261,14 @@ class CoordBranch(nn.Module):
             rule=self.coord_padding,
             output_padding=output_padding,
         )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        refuse_mkldnn(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """As :meth:`CoordConvNd.__prepare_scriptable__`."""
+        return refuse_script(self)
 
     def _load_from_state_dict(
         self,

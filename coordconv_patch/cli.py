@@ -16,7 +16,13 @@ from torch import nn
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
+from coordconv_patch.errors import (
+    ArgumentError,
+    CoordConvPatchError,
+    ExportError,
+    PatchError,
+    first_line,
+)
 from coordconv_patch.export.bench import bench_onnx
 from coordconv_patch.export.bench_picture import check_picture, draw_bench
 from coordconv_patch.export.onnx import export_onnx
@@ -372,8 +378,8 @@ def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot export this model ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:200]}): write a .safetensors file instead"
+            f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "
+            "file instead"
         ) from error
     with replacing(path) as temporary:
         torch.export.save(program, temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from coordconv_patch.geometry import (
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
 from coordconv_patch.padding_probe import padding_of
+from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
     "CoordConv1d",
@@ -121,6 +122,8 @@ class CoordConvNd(_ConvNd):
         output = super().forward(input, *args, **kwargs)
         if self.__dict__.get("_conv_forward") is not self._followed:
             self._follow_padding()
+        if output.layout is not torch.strided:
+            return self._add_to_mkldnn(input, output)
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
         # at the parameters is cheaper than nn.Module.__getattr__, which parametrizations need.
         weight = self._parameters.get("coord_weight")
@@ -143,6 +146,12 @@ class CoordConvNd(_ConvNd):
         if own_parameter and self._output_is_fresh:
             return output.add_(branch)
         return output + branch
+
+    def _add_to_mkldnn(self, input: Tensor, output: Tensor) -> Tensor:
+        """The sum where the input is an MKLDNN tensor; those know no sum with a map."""
+        dense = output.to_dense()
+        branch = self.branch_for(input, dense, self.coord_weight)
+        return (dense + branch).to_mkldnn()
 
     def branch_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The coordinate map to add to the plain convolution's output, in its dtype.
@@ -217,6 +226,18 @@ class CoordConvNd(_ConvNd):
 
     def _short_name(self) -> str:
         return f"{type(self).__name__} ({ConvGeometry.of(self)})"
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        refuse_mkldnn(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first.
+
+        Raises:
+            PatchError: Always, with what to do instead.
+        """
+        return refuse_script(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._map_cache.clear()  # its maps are on the old device, in the old dtype

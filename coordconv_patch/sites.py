@@ -22,7 +22,7 @@ from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import PatchError, first_line
 from coordconv_patch.foreign import adapter_obstacle, foreign_convolutions, quantization_obstacle
 from coordconv_patch.functional import (
     branch_of,
@@ -235,7 +235,7 @@ class _Finder:
             graph = trace(module)
         except Exception as error:
             if not name:
-                self.untraced = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                self.untraced = first_line(error)
             self.failed.append(name)
             self._trace_children(name, module)
             return

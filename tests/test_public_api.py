@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
     {"coords", "norms"},
     {"geometry"},
     {"padding_probe"},
+    {"unsupported"},
     {"branch", "map_cache"},
     {"layers"},
     {"chosen_calls", "conversion", "foreign", "functional"},

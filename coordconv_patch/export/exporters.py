@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.errors import ExportError
+from coordconv_patch.errors import ExportError, first_line
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.export.opset import check_exporter, require_opset
 from coordconv_patch.export.verify import tensors_in
@@ -186,8 +186,7 @@ def _root_cause(error: BaseException) -> str:
     """The innermost reason in one line, without terminal codes: exporters wrap their errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+    return first_line(error)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named like a function
