@@ -27,7 +27,7 @@ from coordconv_patch.geometry import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
-from coordconv_patch.padding_probe import padding_of
+from coordconv_patch.padding_probe import padding_of, pads_as_torch
 from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
@@ -192,7 +192,12 @@ class CoordConvNd(_ConvNd):
         if self._written_in_probe is not None:
             self._written_in_probe.add(name)
         # What is set while the model is captured, its own code sets.
-        elif not (name in _NEVER_PADDING or name in self._written_in_forward or is_capturing()):
+        elif not (
+            name in _NEVER_PADDING
+            or name.startswith("__")
+            or name in self._written_in_forward
+            or is_capturing()
+        ):
             self.__dict__["_followed"] = _CHANGED
             # Half of a change may be one that no branch can follow; the next forward tells.
             with contextlib.suppress(PatchError):
@@ -204,14 +209,15 @@ class CoordConvNd(_ConvNd):
         Raises:
             PatchError: If they cannot be; or while the model is being captured.
         """
-        if is_capturing() or is_transforming():
+        forward = super().forward
+        if not pads_as_torch(self, forward) and (is_capturing() or is_transforming()):
             raise PatchError(
                 f"how {self._short_name()} pads was changed since it last ran: run the model once "
                 "before it is compiled, traced, exported or transformed"
             )
         written = self.__dict__["_written_in_probe"] = set()
         try:
-            padding = padding_of(self, super().forward)
+            padding = padding_of(self, forward)
         except PatchError as error:
             raise PatchError(
                 f"the padding of {self._short_name()} was changed after it got coordinates, which "

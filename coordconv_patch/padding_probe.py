@@ -37,7 +37,7 @@ from coordconv_patch.geometry import (
 )
 from coordconv_patch.modes import in_mode
 
-__all__ = ["ConvSpy", "padding_of"]
+__all__ = ["ConvSpy", "padding_of", "pads_as_torch"]
 
 _TORCHS_OWN = {base: (base.forward, getattr(base, "_conv_forward", None)) for base in TORCH_CONVS}
 """The methods that torch's convolutions had when this module was imported."""
@@ -57,7 +57,7 @@ def padding_of(module: _ConvNd, forward: Callable[..., Tensor] | None = None) ->
             branch cannot follow; says what.
     """
     forward = module.forward if forward is None else forward
-    if _is_torchs(module, forward):
+    if pads_as_torch(module, forward):
         return _declared_padding(module)
     if module.transposed:
         raise PatchError(
@@ -111,8 +111,8 @@ def _whose(module: _ConvNd) -> str:
     return f"{name} (with {', '.join(own)} replaced on the instance)" if own else name
 
 
-def _is_torchs(module: _ConvNd, forward: Callable[..., Tensor]) -> bool:
-    """Whether the module's computation is that of its torch.nn base class."""
+def pads_as_torch(module: _ConvNd, forward: Callable[..., Tensor]) -> bool:
+    """Whether a module computes what its torch.nn base class does, so that it needs no probe."""
     return any(
         isinstance(module, base)
         and _is_bound(forward, own_forward, module)
