@@ -48,7 +48,9 @@ _MAP_ATTRIBUTES = frozenset(
 )
 """Attributes of a layer that its coordinate map is made from, besides its weight."""
 
-_NEVER_PADDING = frozenset({"training", "coords", "coord_padding", "_map_cache", "forward"})
+_NEVER_PADDING = frozenset(
+    {"training", "coords", "coord_padding", "_map_cache", "forward", "_call_impl"}
+)
 """Attributes that tell nothing of how a layer pads."""
 
 _CHANGED = "changed"
@@ -84,6 +86,8 @@ class CoordConvNd(_ConvNd):
     __signature__: inspect.Signature
     _followed: Any = None
     """The ``_conv_forward`` put on the instance that ``coord_padding`` was found for, if any."""
+    _must_follow: bool = False
+    """Whether something has changed since, as far as assignments tell."""
     _written_in_forward: frozenset[str] = frozenset()
     """Attributes that the plain forward writes, so what they hold is nobody's setting."""
     _written_in_probe: set[str] | None = None
@@ -120,8 +124,6 @@ class CoordConvNd(_ConvNd):
             Tensor of the shape and dtype that the plain convolution returns.
         """
         output = super().forward(input, *args, **kwargs)
-        if self.__dict__.get("_conv_forward") is not self._followed:
-            self._follow_padding()
         if output.layout is not torch.strided:
             return self._add_to_mkldnn(input, output)
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
@@ -138,6 +140,8 @@ class CoordConvNd(_ConvNd):
             and (weight.is_cpu or self._map_cache.is_constant)
             and not (is_capturing() or is_transforming())
         ):
+            if self.__dict__.get("_conv_forward") is not self._followed:
+                self._follow_padding()
             branch = self._map_cache.get(weight, input, output, self.branch_for)
         else:
             branch = self.branch_for(input, output, weight)
@@ -164,6 +168,13 @@ class CoordConvNd(_ConvNd):
         Returns:
             Shape ``(1, C_out, *output_size)``, unbatched ``(C_out, *output_size)``.
         """
+        # The compiler cannot compare methods; a change that it would miss is marked.
+        if (
+            self._must_follow
+            if torch.compiler.is_compiling()
+            else self.__dict__.get("_conv_forward") is not self._followed
+        ):
+            self._follow_padding()
         ndim = len(self.kernel_size)
         input_size = input.shape[-ndim:]
         output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
@@ -198,7 +209,7 @@ class CoordConvNd(_ConvNd):
             or name in self._written_in_forward
             or is_capturing()
         ):
-            self.__dict__["_followed"] = _CHANGED
+            self.__dict__["_followed"], self.__dict__["_must_follow"] = _CHANGED, True
             # Half of a change may be one that no branch can follow; the next forward tells.
             with contextlib.suppress(PatchError):
                 self._follow_padding()
@@ -229,6 +240,7 @@ class CoordConvNd(_ConvNd):
         if padding != self.coord_padding:
             self.coord_padding = padding
         self.__dict__["_followed"] = self.__dict__.get("_conv_forward")
+        self.__dict__["_must_follow"] = False
 
     def _short_name(self) -> str:
         return f"{type(self).__name__} ({ConvGeometry.of(self)})"
@@ -428,7 +440,7 @@ class CoordConvNd(_ConvNd):
         del self._parameters["coord_weight"]
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
-        for name in ("_followed", "_written_in_forward"):
+        for name in ("_followed", "_must_follow", "_written_in_forward"):
             self.__dict__.pop(name, None)
 
 
