@@ -28,6 +28,7 @@ from coordconv_patch.geometry import (
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
 from coordconv_patch.padding_probe import padding_of, pads_as_torch
+from coordconv_patch.replaced_forward import ReplacedForward
 from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
@@ -184,6 +185,8 @@ class CoordConvNd(_ConvNd):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and type(value) is nn.Parameter:
             self._check_new_weight(value)
+        if name == "forward" and "_map_cache" in self.__dict__ and callable(value):
+            value = ReplacedForward(self, value)
         before = self.__dict__.get(name, _CHANGED)
         super().__setattr__(name, value)
         if "_map_cache" not in self.__dict__:
@@ -438,6 +441,8 @@ class CoordConvNd(_ConvNd):
     def _detach(self) -> None:
         """Inverse of :meth:`_attach`."""
         del self._parameters["coord_weight"]
+        if isinstance(self.__dict__.get("forward"), ReplacedForward):
+            self.__dict__["forward"] = self.__dict__["forward"].function
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
         for name in ("_followed", "_must_follow", "_written_in_forward"):

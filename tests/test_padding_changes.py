@@ -470,3 +470,46 @@ def test_programs_tell_the_padding(pads: Pads, left: Any, tmp_path: Path) -> Non
     assert isinstance(model[0], CoordConvNd)
     (layer,) = coord_layers(later).values()
     assert layer.coord_padding == model[0].coord_padding
+
+
+# --- the forward itself ---------------------------------------------------------------------------
+
+
+def test_a_forward_put_on_a_layer_must_keep_its_coordinates() -> None:
+    model = patched()
+    layer, x = model[0], torch.randn(2, 2, 5, 7)
+    before = layer.forward
+    layer.forward = lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1)), layer.weight, layer.bias)
+    for _ in range(2):
+        with pytest.raises(PatchError, match="but leaves its coordinates out: let it call the"):
+            model(x)
+    layer.forward = before
+    assert_follows(model, ZEROS)
+    del layer.forward
+    assert_follows(model, ZEROS)
+
+
+def wrapping(layer: Any, old: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return old(x)
+
+
+def test_a_forward_that_calls_the_old_one_is_left_as_it_is() -> None:
+    model = patched()
+    layer = model[0]
+    given = functools.update_wrapper(
+        functools.partial(wrapping, layer, layer.forward), layer.forward
+    )
+    layer.forward = given
+    assert_follows(copy.deepcopy(model), ZEROS)
+    assert_follows(pickle.loads(pickle.dumps(model)), ZEROS)
+    assert_follows(model, ZEROS)
+    assert layer.forward is given
+    layer.forward = given
+    plain = ccp.unpatch_(model, discard=True)
+    assert plain[0].forward is given  # type: ignore[index]
+
+
+def test_a_layer_that_is_skipped_is_no_alarm() -> None:
+    model, x = patched(), torch.randn(2, 2, 5, 7)
+    model[0].forward = lambda x: x
+    assert model(x) is x

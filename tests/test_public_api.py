@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
     {"coords", "norms"},
     {"geometry"},
     {"padding_probe"},
+    {"replaced_forward"},
     {"unsupported"},
     {"branch", "map_cache"},
     {"layers"},
