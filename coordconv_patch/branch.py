@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.traceback import annotate, preserve_node_meta
 
@@ -29,10 +28,11 @@ from coordconv_patch.geometry import (
     DECLARED,
     ConvGeometry,
     Padding,
-    flat_amounts,
     pad_amounts,
+    pad_by_axis,
 )
 from coordconv_patch.map_cache import MapCache
+from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
     "BRANCH_NAME",
@@ -111,8 +111,9 @@ def pad_grid(
         dilation=dilation,
         declared=padding,
     )
-    mode = padding_mode if declared else "constant"
-    return F.pad(grid, flat_amounts(amounts), mode=mode), (0,) * len(kernel_size)
+    ndim = len(kernel_size)
+    modes = (padding_mode,) * ndim if declared else rule.modes or ("zeros",) * ndim
+    return pad_by_axis(grid, amounts, modes), (0,) * ndim
 
 
 def coordinate_map(
@@ -205,6 +206,8 @@ class CoordLayer(nn.Module):
     coord_weight: nn.Parameter
     coord_padding: Padding
     _map_cache: MapCache
+    _followed: Any = None
+    """The ``_conv_forward`` put on the instance that ``coord_padding`` was found for, if any."""
 
     def map_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The coordinate map for a call of the convolution; a kept one where that is safe.
@@ -221,12 +224,17 @@ class CoordLayer(nn.Module):
             and (weight.is_cpu or self._map_cache.is_constant)
             and not (is_capturing() or is_transforming())
         ):
+            if self.__dict__.get("_conv_forward") is not self._followed:
+                self._follow_padding()
             return self._map_cache.get(weight, input, output, self.compute_map)
         return self.compute_map(input, output, weight)
 
     def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The same, computed anew. Shape ``(1, C_out, *output_size)``, without 1 if unbatched."""
         raise NotImplementedError
+
+    def _follow_padding(self) -> None:
+        """Let the coordinates be padded as the plain forward pads now."""
 
     def keep_maps_constant_(self) -> None:
         """Keep coordinate maps from now on without looking whether the weight has changed."""
@@ -292,7 +300,10 @@ class CoordBranch(CoordLayer):
         geometry = self.geometry
         input_size = input.shape[-geometry.ndim :]
         branch = self.compute_branch(input_size, geometry.output_padding, weight)
-        return branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+        branch = branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
+        if input.layout is not torch.strided:  # MKLDNN tensors add only to their like
+            return branch.expand(len(input), *branch.shape[1:]).contiguous().to_mkldnn()
+        return branch
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -320,6 +331,14 @@ class CoordBranch(CoordLayer):
             rule=self.coord_padding,
             output_padding=output_padding,
         )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        refuse_mkldnn(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """As :meth:`CoordConvNd.__prepare_scriptable__`."""
+        return refuse_script(self)
 
     def _load_from_state_dict(
         self,

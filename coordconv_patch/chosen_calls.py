@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
-from coordconv_patch.coords import Coordinates
+from coordconv_patch.coords import Coordinates, is_capturing
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import ConvGeometry, Padding
+from coordconv_patch.padding_probe import padding_of
 
 __all__ = ["add_to_calls_", "chosen_calls_of", "remove_from_calls_"]
 
@@ -46,6 +47,7 @@ def add_to_calls_(
     )
     branch.training = conv.training
     branch.chosen_calls = chosen
+    branch.__dict__[_FOLLOWED] = _padding_marks(conv)
     count = _Count(name, chosen)
     conv.add_module(BRANCH_NAME, branch)
     # First among the hooks, so that the others see what the convolution now computes.
@@ -116,8 +118,44 @@ class _AddBranch(_CountHook):
         if index not in count.chosen.indices:
             return output
         branch = cast(CoordBranch, getattr(conv, BRANCH_NAME))
+        if branch.__dict__.get(_FOLLOWED) != _padding_marks(conv):
+            _follow_padding(count.name, cast(_ConvNd, conv), branch)
         source = args[0] if args else kwargs["input"]
         return output + branch(source).to(output.dtype)
+
+
+_FOLLOWED = "_followed_padding"
+"""Under this name a branch keeps the :func:`_padding_marks` that it was made for."""
+
+
+def _padding_marks(conv: nn.Module) -> tuple[Any, ...]:
+    """What tells whether a convolution module was told to pad otherwise."""
+    return (
+        conv.padding,
+        conv.padding_mode,
+        tuple(cast(_ConvNd, conv)._reversed_padding_repeated_twice),
+        conv.stride,
+        conv.dilation,
+        conv.__dict__.get("_conv_forward"),
+    )
+
+
+def _follow_padding(name: str, conv: _ConvNd, branch: CoordBranch) -> None:
+    """Let the coordinates of chosen calls be padded as their convolution pads now."""
+    if is_capturing():
+        raise PatchError(
+            f"how {name} pads was changed since it last ran: run the model once before it is "
+            "compiled, traced or exported"
+        )
+    try:
+        branch.coord_padding = padding_of(conv)
+    except PatchError as error:
+        raise PatchError(
+            f"the padding of {name} was changed after it got coordinates, which cannot follow: "
+            f"{error}. Undo the change, or unpatch the model first"
+        ) from error
+    branch.geometry = ConvGeometry.of(conv)
+    branch.__dict__[_FOLLOWED] = _padding_marks(conv)
 
 
 def _branch_hook(module: nn.Module) -> _AddBranch | None:

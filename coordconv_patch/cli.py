@@ -16,10 +16,17 @@ from torch import nn
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
+from coordconv_patch.errors import (
+    ArgumentError,
+    CoordConvPatchError,
+    ExportError,
+    PatchError,
+    first_line,
+)
 from coordconv_patch.export.bench import bench_onnx
 from coordconv_patch.export.bench_picture import check_picture, draw_bench
 from coordconv_patch.export.onnx import export_onnx
+from coordconv_patch.export.opset import check_exporter, check_opset
 from coordconv_patch.export.providers import working_providers
 from coordconv_patch.export.verify import torch_outputs, verify_onnx
 from coordconv_patch.inputs import split_inputs, takes_image_list
@@ -171,12 +178,14 @@ def export_command(
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch.")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any image size.")] = False,
     lowering: LoweringName = "auto",
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set, from 7 on.")] = None,
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: Provider = None,
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
+    check_exporter(exporter)
+    check_opset(opset, exporter)
     loaded = _loaded(model, pretrained, input_shape)
     patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
@@ -369,8 +378,8 @@ def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot export this model ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:200]}): write a .safetensors file instead"
+            f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "
+            "file instead"
         ) from error
     with replacing(path) as temporary:
         torch.export.save(program, temporary)

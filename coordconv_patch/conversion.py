@@ -11,13 +11,10 @@ from torch.nn.utils import parametrize
 
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError
-from coordconv_patch.geometry import (
-    TORCH_CONVS,
-    Padding,
-    padding_of,
-)
+from coordconv_patch.geometry import TORCH_CONVS, Padding
 from coordconv_patch.layers import CoordConvNd, new_coord_weight, patched_class
 from coordconv_patch.modes import in_mode
+from coordconv_patch.padding_probe import padding_of
 
 __all__ = [
     "check_convertible",

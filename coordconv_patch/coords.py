@@ -394,8 +394,25 @@ def is_capturing() -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether tensors made now may be fake or wrapped: dispatch modes, torch.func transforms."""
-    return is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether what is computed now must not be kept, nor be left out because it was kept.
+
+    Under dispatch modes and torch.func transforms tensors may be fake or wrapped. A function
+    mode of somebody else (NNCF's) may be drawing a graph, which every later call must match.
+    """
+    return (
+        is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch._C._len_torch_function_stack() > 0 and _is_watched())
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a torch function mode is active that neither torch itself nor this package sets."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(
+        type(mode).__module__.partition(".")[0] not in ("torch", "coordconv_patch")
+        for mode in modes
+    )
 
 
 @functools.lru_cache(maxsize=128)

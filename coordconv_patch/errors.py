@@ -7,6 +7,7 @@ that a caller would expect, so ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PatchError",
     "SelectionError",
     "WeightsError",
+    "first_line",
     "listing",
 ]
 
@@ -52,6 +54,13 @@ class ExportError(CoordConvPatchError, RuntimeError):
 
 class ModelSourceError(CoordConvPatchError, ValueError):
     """A model named on the command line cannot be loaded."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """An error in one line, without terminal codes: its class and the first line it says."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    said = text.partition("\n")[0].strip()[:limit]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

@@ -33,6 +33,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from coordconv_patch.arguments import check_callable
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.conversion import check_convertible, convert_, revert_
 from coordconv_patch.coords import Coordinates
@@ -129,6 +130,7 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
         PatchError: If the model is not patched, or the function does something with the
             weights that coordinates cannot follow.
     """
+    check_callable("function", function)
     if not coord_layers(model):
         raise PatchError("the model is not patched: call the function itself")
     folded = copy.deepcopy(model)

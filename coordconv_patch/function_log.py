@@ -8,6 +8,7 @@ that call ``F.conv2d`` themselves, whether or not torch.fx can trace them.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,19 +23,18 @@ from coordconv_patch.branch import CoordBranch
 from coordconv_patch.errors import PatchError
 from coordconv_patch.functional import (
     CONV_SIGNATURES,
-    NOT_PADDED,
-    OwnPadding,
     call_geometry,
     join_names,
-    own_padding,
-    pad_arguments,
-    pads_nothing,
     weight_site_name,
 )
 from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.own_padding import NOT_PADDED, OwnPadding, pad_arguments, unpadded
 from coordconv_patch.owned_calls import OwnedCalls
 
 __all__ = ["FunctionLog", "FunctionSite", "common_caller"]
+
+_MOST_PADS = 8
+"""Pads that are remembered until a convolution comes; each keeps its output alive."""
 
 _FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
 
@@ -93,7 +93,7 @@ class FunctionLog:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._names.setdefault(id(tensor), name)
         self._events: list[_Event] = []
-        self._padded: tuple[Tensor, dict[str, Any], str] | None = None
+        self._padded: deque[tuple[Tensor, dict[str, Any], str]] = deque(maxlen=_MOST_PADS)
         self._constants = _Constants(model)
 
     def note(
@@ -123,7 +123,7 @@ class FunctionLog:
         if func in _FUNCTIONS and running:
             own = self._note_convolution(func, args, kwargs, running, in_graph)
         elif func is F.pad and running:
-            self._padded = output, pad_arguments(func, args, kwargs), running[-1][0]
+            self._padded.append((output, pad_arguments(func, args, kwargs), running[-1][0]))
         self._constants.note(func, args, kwargs, output)
         return own
 
@@ -163,15 +163,17 @@ class FunctionLog:
         return (weight, given) if is_own else None
 
     def _input(self, arguments: Mapping[str, Any], caller: str) -> tuple[Tensor, OwnPadding]:
-        given = arguments["input"]
-        if self._padded is None or self._padded[0] is not given or not pads_nothing(arguments):
-            return given, NOT_PADDED
-        _, pad, padded_by = self._padded
-        if padded_by != caller and not (caller and padded_by.startswith(f"{caller}.")):
-            return given, NOT_PADDED
+        """A convolution's input before its caller, or a part of that, pads it."""
+
+        def pad_behind(value: Any) -> dict[str, Any] | None:
+            for output, pad, padded_by in self._padded:
+                is_own = padded_by == caller or (caller and padded_by.startswith(f"{caller}."))
+                if output is value and is_own:
+                    return pad
+            return None
+
         size = arguments["weight"].shape[2:]
-        own = own_padding(pad, len(size), size, arguments.get("dilation", 1))
-        return (given, NOT_PADDED) if own is None else (pad["input"], own)
+        return unpadded(arguments, len(size), size, pad_behind)
 
     def sites(self) -> Iterator[FunctionSite]:
         """The functional sites of plain modules, in order of their first calls."""

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.errors import PatchError
-from coordconv_patch.geometry import (
-    DECLARED,
-    ConvGeometry,
-    Padding,
-    pad_amounts,
-)
+from coordconv_patch.geometry import ConvGeometry
+from coordconv_patch.own_padding import NOT_PADDED, PADS, OwnPadding, pad_arguments, unpadded
 
 __all__ = [
     "ADDITIONS",
     "CONV_SIGNATURES",
-    "NOT_PADDED",
-    "PADS",
     "FunctionInput",
-    "OwnPadding",
     "branch_of",
     "call_geometry",
     "conv_arguments",
@@ -41,9 +34,6 @@ __all__ = [
     "is_function_site",
     "join_names",
     "module_path",
-    "own_padding",
-    "pad_arguments",
-    "pads_nothing",
     "weight_site_name",
 ]
 
@@ -228,64 +218,6 @@ def call_geometry(
 
 
 @dataclass(frozen=True)
-class OwnPadding:
-    """Padding by an operation of its own in front of a convolution function.
-
-    A subclass such as Conv2dSame, and ``padding_mode="circular"``, pad like that.
-    Coordinates are those of the image before it, as for the module itself.
-
-    Attributes:
-        rule: How the input is padded, where the function's arguments do not say it.
-        mode: As torch.nn's convolutions have it in ``padding_mode``.
-        declared: The ``padding`` that such a convolution would declare; ``None``: as the
-            function's arguments say.
-        amounts: The pixels of that padding, ``(before, after)`` per spatial dimension;
-            empty where there is none.
-    """
-
-    rule: Padding = DECLARED
-    mode: str = "zeros"
-    declared: str | tuple[int, ...] | None = None
-    amounts: tuple[tuple[int, int], ...] = ()
-
-
-NOT_PADDED = OwnPadding()
-
-
-def own_padding(
-    pad: Mapping[str, Any], ndim: int, kernel_size: Sequence[int] | None, dilation: Any
-) -> OwnPadding | None:
-    """What a padding operation in front of a convolution function comes to.
-
-    Args:
-        pad: The operation's arguments ``pad``, ``mode`` and ``value``, as of ``F.pad``.
-        ndim: Number of the convolution's spatial dimensions.
-        kernel_size: Its kernel size; ``None`` if unknown.
-        dilation: Its ``dilation`` argument.
-
-    Returns:
-        ``None`` where the border is a part of the image: the padding is no convolution's.
-
-    Raises:
-        PatchError: If its amounts are computed at run time.
-    """
-    flat = pad["pad"]
-    if isinstance(flat, fx.Node) or any(not isinstance(amount, int) for amount in flat):
-        raise PatchError("it pads by amounts that are computed at run time, from the image size")
-    mode = str(pad.get("mode") or "constant")
-    pairs = tuple((int(a), int(b)) for a, b in zip(flat[::2], flat[1::2], strict=True))[::-1]
-    pairs = ((0, 0),) * (ndim - len(pairs)) + pairs  # F.pad takes the last dimensions alone
-    if any(any(pair) for pair in pairs[:-ndim]):
-        return None  # it pads channels or the batch
-    pairs = pairs[-ndim:]
-    if mode == "constant":
-        # A border of another value than zero is a part of the image.
-        return None if pad.get("value") else OwnPadding(Padding("fixed", pairs), amounts=pairs)
-    declared = _declared_padding(pairs, kernel_size, dilation)
-    return None if declared is None else OwnPadding(DECLARED, mode, declared, pairs)
-
-
-@dataclass(frozen=True)
 class FunctionInput:
     """What a functional convolution is given, before its own module pads it.
 
@@ -298,51 +230,29 @@ class FunctionInput:
     own: OwnPadding = NOT_PADDED
 
 
-PADS = (F.pad, _aten.pad.default, _aten.constant_pad_nd.default)
-"""Functions that pad."""
-
-
 def function_input(node: fx.Node) -> FunctionInput:
     """The input of a functional convolution in a graph, and how it is padded.
 
     Raises:
         PatchError: If its own module pads it by amounts that are computed at run time.
     """
+
+    def pad_behind(source: Any) -> dict[str, Any] | None:
+        if source.target in PADS and _is_part_of(source, node):
+            return pad_arguments(source.target, source.args, source.kwargs)
+        return None
+
     arguments = conv_arguments(node)
-    source = cast(fx.Node, arguments["input"])
-    if source.target not in PADS or not pads_nothing(arguments) or not _is_part_of(source, node):
-        return FunctionInput(source)
-    given = pad_arguments(source.target, source.args, source.kwargs)
     weight = arguments["weight"].meta.get("val")
     kernel_size = None if weight is None else weight.shape[2:]
     ndim = _ndim_of(node.target) if kernel_size is None else len(kernel_size)
-    if ndim is None:
-        return FunctionInput(source)
-    own = own_padding(given, ndim, kernel_size, arguments.get("dilation", 1))
-    return FunctionInput(source) if own is None else FunctionInput(given["input"], own)
+    return FunctionInput(*unpadded(arguments, ndim, kernel_size, pad_behind))
 
 
 def _ndim_of(function: Any) -> int | None:
     """Spatial dimensions of a convolution function, by its name; ``None`` if that tells none."""
     digits = re.search(r"([123])d", str(getattr(function, "__name__", function)))
     return int(digits[1]) if digits else None
-
-
-def pad_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a padding function by the names that ``F.pad`` has."""
-    constant = function is _aten.constant_pad_nd.default
-    names = ("input", "pad", "value") if constant else ("input", "pad", "mode", "value")
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def pads_nothing(arguments: Mapping[str, Any]) -> bool:
-    """Whether a convolution function itself is told to pad nothing."""
-    padding = arguments.get("padding", 0)
-    return padding == "valid" if isinstance(padding, str) else not any(_as_list(padding))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_part_of(node: fx.Node, convolution: fx.Node) -> bool:
@@ -355,26 +265,6 @@ def module_path(node: fx.Node) -> str:
     """Qualified name of the module whose code made a node of a graph."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])
-
-
-def _declared_padding(
-    pairs: Sequence[tuple[int, int]], kernel_size: Sequence[int] | None, dilation: Any
-) -> str | tuple[int, ...] | None:
-    """The ``padding`` attribute of a convolution that pads by these amounts."""
-    if all(before == after for before, after in pairs):
-        return tuple(before for before, _ in pairs)
-    if kernel_size is None:
-        return None
-    dilation = _as_list(dilation)
-    amounts = pad_amounts(
-        DECLARED,
-        (),
-        kernel_size=kernel_size,
-        stride=(1,) * len(kernel_size),
-        dilation=dilation * len(kernel_size) if len(dilation) == 1 else dilation,
-        declared="same",
-    )
-    return "same" if amounts == list(pairs) else None
 
 
 def _shape_and_dtype(

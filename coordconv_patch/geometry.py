@@ -1,39 +1,29 @@
-"""The geometry of a convolution, and how it pads its input.
+"""The geometry of a convolution, and the ways in which it may pad its input.
 
-Coordinates must be padded exactly as the convolution pads its input. torch.nn's
-own convolutions say how in their attributes; subclasses may decide it inside
-their forward (TensorFlow's "same" padding, say). :func:`padding_of` finds out
-by running a subclass's own forward on a small numbered input and looking at
-what reaches ``F.conv2d``, so no list of class names is needed.
+Which of these ways a module takes is found out in :mod:`coordconv_patch.padding_probe`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
-
-from coordconv_patch.errors import PatchError
-from coordconv_patch.modes import in_mode
 
 __all__ = [
     "CONV_FUNCTIONS",
     "TORCH_CONVS",
     "Call",
     "ConvGeometry",
-    "ConvSpy",
     "Padding",
     "PaddingRule",
     "pad_amounts",
-    "padding_of",
+    "pad_by_axis",
 ]
 
 CONV_FUNCTIONS: dict[tuple[int, bool], Callable[..., Tensor]] = {
@@ -65,13 +55,16 @@ class Padding:
 
     Args:
         rule: ``"declared"``: as its ``padding`` and ``padding_mode`` attributes say;
-            ``"same"``: zeros, as TensorFlow's SAME padding, from each input's size;
-            ``"fixed"``: zeros, by the ``amounts`` given.
+            ``"same"``: as TensorFlow's SAME padding, from each input's size;
+            ``"fixed"``: by the ``amounts`` given.
         amounts: For ``"fixed"``: ``(before, after)`` per spatial dimension, in pixels.
+        modes: For ``"same"`` and ``"fixed"``: the padding mode of each spatial dimension, in
+            torch.nn's words (``"zeros"``, ``"circular"``, ...); ``()``: zeros everywhere.
     """
 
     rule: PaddingRule = "declared"
     amounts: tuple[tuple[int, int], ...] = ()
+    modes: tuple[str, ...] = ()
 
 
 DECLARED = Padding()
@@ -224,180 +217,22 @@ def _tensorflow_same(length: Any, kernel: int, stride: int, dilation: int) -> tu
     return total // 2, total - total // 2
 
 
+def pad_by_axis(image: Tensor, amounts: Sequence[tuple[Any, Any]], modes: Sequence[str]) -> Tensor:
+    """Pad each spatial dimension in a mode of its own; the order of the dimensions is irrelevant.
+
+    Args:
+        image: Shape ``(N, C, *size)``.
+        amounts: Pixels ``(before, after)`` each dimension.
+        modes: Its padding mode, in torch.nn's words.
+    """
+    for mode in dict.fromkeys(modes):
+        own = [pair if at == mode else (0, 0) for pair, at in zip(amounts, modes, strict=True)]
+        if all(isinstance(n, int) and n == 0 for pair in own for n in pair):
+            continue
+        image = F.pad(image, flat_amounts(own), mode="constant" if mode == "zeros" else mode)
+    return image
+
+
 def flat_amounts(amounts: Sequence[tuple[Any, Any]]) -> list[Any]:
     """``(before, after)`` per dimension as ``F.pad`` wants it: last dimension first."""
     return list(itertools.chain.from_iterable(reversed(amounts)))
-
-
-def padding_of(module: _ConvNd) -> Padding:
-    """How a convolution module pads its input.
-
-    torch.nn's own forward is known. A subclass with a forward of its own is run
-    on small numbered inputs of several sizes, and what reaches the convolution
-    is compared with every rule of :class:`Padding`.
-
-    Raises:
-        PatchError: If the class does something to its input or output that a
-            coordinate branch cannot follow; says what.
-    """
-    if _forward_is_torchs(module):
-        return DECLARED
-    class_name = type(module).__name__
-    if module.transposed:
-        raise PatchError(
-            f"{class_name} overrides the forward of a transposed convolution; "
-            "patch the module that it stands for instead"
-        )
-    candidates: set[Padding] | None = None
-    for size in _probe_sizes(module):
-        fitting = set(_fitting_paddings(module, size))
-        candidates = fitting if candidates is None else candidates & fitting
-        if not candidates:
-            raise PatchError(
-                f"the forward of {class_name} pads its input by no rule known here "
-                f"(seen at input size {size}); its coordinates could not follow"
-            )
-    assert candidates
-    # Where several rules agree on every probe, the simplest is the class's own statement.
-    return min(candidates, key=lambda found: ("declared", "same", "fixed").index(found.rule))
-
-
-def _forward_is_torchs(module: _ConvNd) -> bool:
-    """Whether the module's computation is that of its torch.nn base class."""
-    return any(
-        isinstance(module, base)
-        and getattr(type(module), "forward", None) is base.forward
-        and getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
-        for base in TORCH_CONVS
-    ) and ("forward" not in vars(module))
-
-
-def _probe_sizes(module: _ConvNd) -> Iterator[tuple[int, ...]]:
-    """Input sizes on which the padding rules give different answers."""
-    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    for extra in (0, 1, 2, 3):
-        yield tuple(
-            length + step + (extra + dim) % 4
-            for dim, (length, step) in enumerate(zip(reach, module.stride, strict=True))
-        )
-
-
-def _fitting_paddings(module: _ConvNd, size: tuple[int, ...]) -> Iterator[Padding]:
-    """The padding rules that explain what the module's forward does at one input size."""
-    device, dtype = module.weight.device, module.weight.dtype
-    numbers = torch.arange(1, math.prod(size) + 1, dtype=torch.float32).reshape(1, 1, *size)
-    probe = numbers.expand(1, module.in_channels, *size).to(device, dtype)
-    seen, before_conv = _run_probe(module, probe)
-    if device.type == "meta":
-        raise PatchError(
-            f"{type(module).__name__} decides its padding in its own forward, which cannot be "
-            "watched on the meta device: load the model on a real device first"
-        )
-    numeric = {
-        "kernel_size": module.kernel_size,
-        "stride": module.stride,
-        "dilation": module.dilation,
-    }
-    arrived = F.pad(before_conv, flat_amounts(seen))[:, :1]
-    reference = probe[:, :1]
-    declared = pad_amounts(DECLARED, size, declared=module.padding, **numeric)
-    mode = module.padding_mode
-    padded = F.pad(reference, flat_amounts(declared), mode="constant" if mode == "zeros" else mode)
-    if _same_tensor(padded, arrived):
-        yield DECLARED
-    same = Padding("same")
-    amounts = pad_amounts(same, size, declared=0, **numeric)  # type: ignore[arg-type]
-    if _same_tensor(F.pad(reference, flat_amounts(amounts)), arrived):
-        yield same
-    corner = (arrived[0, 0] == 1).nonzero()
-    if len(corner) == 1:
-        before = corner[0].tolist()
-        found = tuple(
-            (front, total - length - front)
-            for front, total, length in zip(before, arrived.shape[2:], size, strict=True)
-        )
-        if all(after >= 0 for _, after in found) and _same_tensor(
-            F.pad(reference, flat_amounts(found)), arrived
-        ):
-            yield Padding("fixed", found)
-
-
-def _same_tensor(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)
-
-
-class ConvSpy(TorchFunctionMode):
-    """While entered, records the calls to a module's convolution function.
-
-    Attributes:
-        calls: Positional and keyword arguments, what was returned, and its version then.
-    """
-
-    def __init__(self, module: _ConvNd) -> None:
-        super().__init__()
-        self.functions = (CONV_FUNCTIONS[len(module.kernel_size), module.transposed], torch.conv2d)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, int]] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in self.functions:
-            self.calls.append((args, dict(kwargs or {}), output, output._version))
-        return output
-
-
-def _run_probe(module: _ConvNd, probe: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
-    """Run the module's forward; return the padding argument and the input of its convolution."""
-    class_name = type(module).__name__
-    spy = ConvSpy(module)
-    # Evaluation mode, so that a parametrization (spectral norm) does not step its estimate.
-    with torch.no_grad(), in_mode(module, training=False), spy:
-        try:
-            output = module.forward(probe)
-        except Exception as error:
-            raise PatchError(
-                f"the forward of {class_name} failed on a probe of shape {tuple(probe.shape)}: "
-                f"{error}"
-            ) from error
-    if len(spy.calls) != 1:
-        raise PatchError(
-            f"the forward of {class_name} calls {len(spy.calls)} convolutions, not one; "
-            "a coordinate branch cannot follow it"
-        )
-    args, kwargs, result, version = spy.calls[0]
-    if output is not result or result._version != version:
-        raise PatchError(
-            f"the forward of {class_name} changes the convolution's output before it returns it "
-            "(a norm or an activation inside?); a branch added behind it would not be a CoordConv"
-        )
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    call = dict(zip(names, args, strict=False)) | kwargs
-    ndim = len(module.kernel_size)
-    for name in ("stride", "dilation"):
-        if _spread(call.get(name, 1), ndim) != tuple(getattr(module, name)):
-            raise PatchError(
-                f"the forward of {class_name} convolves with {name}={call.get(name, 1)}, its "
-                f"attribute says {getattr(module, name)}"
-            )
-    if tuple(call["weight"].shape) != tuple(module.weight.shape):
-        raise PatchError(f"the forward of {class_name} convolves with a weight of another shape")
-    padding = call.get("padding", 0)
-    amounts = pad_amounts(
-        DECLARED,
-        call["input"].shape[2:],
-        kernel_size=module.kernel_size,
-        stride=module.stride,
-        dilation=module.dilation,
-        declared=padding if isinstance(padding, str) else _spread(padding, ndim),
-    )
-    return cast("list[tuple[int, int]]", amounts), call["input"]
-
-
-def _spread(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """An argument that may be one number for all dimensions, or one for each."""
-    return (value,) * ndim if isinstance(value, int) else tuple(value)

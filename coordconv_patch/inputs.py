@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.arguments import not_a_module
 from coordconv_patch.errors import PatchError
 
 __all__ = [
@@ -24,7 +25,8 @@ def check_is_module(model: Any) -> None:
     """Check that a model is a module.
 
     Raises:
-        PatchError: If it is something else, an exported program say.
+        PatchError: If it is an exported program.
+        ArgumentError: If it is something else.
     """
     if isinstance(model, ExportedProgram):
         raise PatchError(
@@ -32,7 +34,7 @@ def check_is_module(model: Any) -> None:
             "module of it"
         )
     if not isinstance(model, nn.Module):
-        raise PatchError(f"the model is no torch.nn.Module but {type(model).__name__}")
+        raise not_a_module("model", model)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from coordconv_patch.branch import (
     grid_for,
     zero_if_missing,
 )
-from coordconv_patch.coords import Coordinates
+from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
     DECLARED,
@@ -27,6 +28,9 @@ from coordconv_patch.geometry import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
+from coordconv_patch.padding_probe import padding_of, pads_as_torch
+from coordconv_patch.replaced_forward import ReplacedForward
+from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
 
 __all__ = [
     "CoordConv1d",
@@ -45,6 +49,14 @@ _MAP_ATTRIBUTES = frozenset(
     {"coords", "coord_padding", "stride", "padding", "dilation", "padding_mode", "output_padding"}
 )
 """Attributes of a layer that its coordinate map is made from, besides its weight."""
+
+_NEVER_PADDING = frozenset(
+    {"training", "coords", "coord_padding", "_map_cache", "forward", "_call_impl"}
+)
+"""Attributes that tell nothing of how a layer pads."""
+
+_CHANGED = "changed"
+"""What a layer followed when something has changed since: equal to no method."""
 
 
 class CoordConvNd(CoordLayer, _ConvNd):
@@ -70,6 +82,12 @@ class CoordConvNd(CoordLayer, _ConvNd):
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
+    _must_follow: bool = False
+    """Whether something has changed since, as far as assignments tell."""
+    _written_in_forward: frozenset[str] = frozenset()
+    """Attributes that the plain forward writes, so what they hold is nobody's setting."""
+    _written_in_probe: set[str] | None = None
+    """Those that a probe has written so far; ``None`` while there is none."""
     _is_loading: bool = False
     """Whether a state_dict is being loaded, which may assign a new weight."""
     _output_is_fresh: bool = True
@@ -88,6 +106,7 @@ class CoordConvNd(CoordLayer, _ConvNd):
         convention = Coordinates.of(coords)
         super().__init__(*args, **kwargs)
         self._attach(convention, DECLARED, new_coord_weight(self, convention))
+        self._note_change("padding")  # a subclass may pad in its own way
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution plus the coordinate branch.
@@ -101,6 +120,8 @@ class CoordConvNd(CoordLayer, _ConvNd):
             Tensor of the shape and dtype that the plain convolution returns.
         """
         output = super().forward(input, *args, **kwargs)
+        if output.layout is not torch.strided:
+            return self._add_to_mkldnn(input, output)
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
         # at the parameters is cheaper than nn.Module.__getattr__, which parametrizations need.
         weight = self._parameters.get("coord_weight")
@@ -113,8 +134,21 @@ class CoordConvNd(CoordLayer, _ConvNd):
             return output.add_(branch)
         return output + branch
 
+    def _add_to_mkldnn(self, input: Tensor, output: Tensor) -> Tensor:
+        """The sum where the input is an MKLDNN tensor; those know no sum with a map."""
+        dense = output.to_dense()
+        branch = self.compute_map(input, dense, self.coord_weight)
+        return (dense + branch).to_mkldnn()
+
     def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """As :meth:`CoordLayer.compute_map`, in the output's dtype."""
+        # The compiler cannot compare methods; a change that it would miss is marked.
+        if (
+            self._must_follow
+            if torch.compiler.is_compiling()
+            else self.__dict__.get("_conv_forward") is not self._followed
+        ):
+            self._follow_padding()
         ndim = len(self.kernel_size)
         input_size = input.shape[-ndim:]
         output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
@@ -124,9 +158,80 @@ class CoordConvNd(CoordLayer, _ConvNd):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and type(value) is nn.Parameter:
             self._check_new_weight(value)
+        if name == "forward" and "_map_cache" in self.__dict__ and callable(value):
+            value = ReplacedForward(self, value)
+        before = self.__dict__.get(name, _CHANGED)
         super().__setattr__(name, value)
-        if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
+        if "_map_cache" not in self.__dict__:
+            return
+        if name in _MAP_ATTRIBUTES:
             self._map_cache.clear()
+        if before is not value and not isinstance(value, Tensor):
+            self._note_change(name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if "_map_cache" in self.__dict__:
+            self._note_change(name)
+
+    def _note_change(self, name: str) -> None:
+        """Follow a change of an attribute that the plain forward may read when it pads."""
+        if self._written_in_probe is not None:
+            self._written_in_probe.add(name)
+        # What is set while the model is captured, its own code sets.
+        elif not (
+            name in _NEVER_PADDING
+            or name.startswith("__")
+            or name in self._written_in_forward
+            or is_capturing()
+        ):
+            self.__dict__["_followed"], self.__dict__["_must_follow"] = _CHANGED, True
+            # Half of a change may be one that no branch can follow; the next forward tells.
+            with contextlib.suppress(PatchError):
+                self._follow_padding()
+
+    def _follow_padding(self) -> None:
+        """Let the coordinates be padded as the plain forward pads now.
+
+        Raises:
+            PatchError: If they cannot be; or while the model is being captured.
+        """
+        forward = super().forward
+        if not pads_as_torch(self, forward) and (is_capturing() or is_transforming()):
+            raise PatchError(
+                f"how {self._short_name()} pads was changed since it last ran: run the model once "
+                "before it is compiled, traced, exported or transformed"
+            )
+        written = self.__dict__["_written_in_probe"] = set()
+        try:
+            padding = padding_of(self, forward)
+        except PatchError as error:
+            raise PatchError(
+                f"the padding of {self._short_name()} was changed after it got coordinates, which "
+                f"cannot follow: {error}. Undo the change, or unpatch the model first"
+            ) from error
+        finally:
+            del self.__dict__["_written_in_probe"]
+        self.__dict__["_written_in_forward"] = self._written_in_forward | written
+        if padding != self.coord_padding:
+            self.coord_padding = padding
+        self.__dict__["_followed"] = self.__dict__.get("_conv_forward")
+        self.__dict__["_must_follow"] = False
+
+    def _short_name(self) -> str:
+        return f"{type(self).__name__} ({ConvGeometry.of(self)})"
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        refuse_mkldnn(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first.
+
+        Raises:
+            PatchError: Always, with what to do instead.
+        """
+        return refuse_script(self)
 
     def _check_new_weight(self, new: nn.Parameter) -> None:
         """Refuse another weight Parameter where it would leave trained coordinates behind.
@@ -291,6 +396,7 @@ class CoordConvNd(CoordLayer, _ConvNd):
         """Give a module that already is a convolution what makes it a coordinate convolution."""
         self.coords = coords
         self.coord_padding = padding
+        self.__dict__["_followed"] = self.__dict__.get("_conv_forward")
         self._map_cache = MapCache()
         # torch.fx looks at the *instance's* __module__ to decide what to trace through:
         # convolutions are leaves there, and must stay leaves for everyone's tracer.
@@ -300,8 +406,12 @@ class CoordConvNd(CoordLayer, _ConvNd):
     def _detach(self) -> None:
         """Inverse of :meth:`_attach`."""
         del self._parameters["coord_weight"]
+        if isinstance(self.__dict__.get("forward"), ReplacedForward):
+            self.__dict__["forward"] = self.__dict__["forward"].function
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
+        for name in ("_followed", "_must_follow", "_written_in_forward"):
+            self.__dict__.pop(name, None)
 
 
 class CoordConv1d(CoordConvNd, nn.Conv1d):

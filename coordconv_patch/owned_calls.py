@@ -37,15 +37,9 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.coords import Coordinates, is_transforming
 from coordconv_patch.errors import PatchError
-from coordconv_patch.functional import (
-    CONV_SIGNATURES,
-    OwnPadding,
-    call_geometry,
-    own_padding,
-    pad_arguments,
-    pads_nothing,
-)
+from coordconv_patch.functional import CONV_SIGNATURES, call_geometry
 from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.own_padding import OwnPadding, pad_arguments, unpadded
 
 __all__ = [
     "CallOwner",
@@ -239,7 +233,7 @@ class _BranchMode(TorchFunctionMode):
         self.seen = [0] * len(watches)
         self.strays: list[tuple[Any, Any]] = []
         self.sees_padding = any(watch.calls.padding.amounts for watch in watches)
-        self.padded: tuple[Any, dict[str, Any]] | None = None
+        self.padded: list[tuple[Any, dict[str, Any]]] = []
         self.trains = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -255,7 +249,7 @@ class _BranchMode(TorchFunctionMode):
             arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs)
             return self._with_branches(func, arguments, output)
         if self.sees_padding and func is F.pad:
-            self.padded = output, pad_arguments(func, args, kwargs)
+            self.padded.append((output, pad_arguments(func, args, kwargs)))
         return output
 
     def _with_branches(self, func: Any, arguments: dict[str, Any], output: Any) -> Any:
@@ -303,17 +297,18 @@ class _BranchMode(TorchFunctionMode):
             return given, expected
         if torch.compiler.is_compiling():  # which does not show F.pad to modes
             return _without_border(given, expected.amounts), expected
-        if self.padded is not None and self.padded[0] is given and pads_nothing(arguments):
-            pad = self.padded[1]
-            dilation = arguments.get("dilation", 1)
-            geometry = watch.geometry
-            if own_padding(pad, geometry.ndim, geometry.kernel_size, dilation) == expected:
-                return pad["input"], expected
+        geometry = watch.geometry
+        inner, own = unpadded(arguments, geometry.ndim, geometry.kernel_size, self._pad_behind)
+        if own == expected:
+            return inner, expected
         raise PatchError(
             f"{watch.site} pads its input by itself, by other pixels than when the model was "
             f"patched ({expected.amounts}), so its coordinates cannot follow: unpatch the model, "
             "and patch it anew with example inputs that run this way"
         )
+
+    def _pad_behind(self, value: Any) -> dict[str, Any] | None:
+        return next((pad for output, pad in self.padded if output is value), None)
 
     def check(self) -> None:
         """Check, after a method of the owner, that no call of a site can have been missed.

@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
+from coordconv_patch.arguments import check_flag
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
@@ -35,6 +36,7 @@ from coordconv_patch.functional import (
     function_input,
     function_nodes,
 )
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
 from coordconv_patch.plan import Plan, PlanRow, plan
@@ -407,6 +409,8 @@ class _GraphEdit:
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
+    check_flag("discard", discard)
+    check_is_module(model)
     check_not_wrapped(model)
     layers = coord_layers(model)
     if not layers:

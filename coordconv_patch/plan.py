@@ -7,7 +7,7 @@ program can read.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from coordconv_patch.branch import ChosenCalls
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.geometry import Call
+from coordconv_patch.layers import coord_layers
 from coordconv_patch.programs import from_exported
 from coordconv_patch.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites import Site, SiteMap, find_sites
@@ -181,7 +182,8 @@ def plan(
         PatchError: If the forward pass fails on the example inputs.
     """
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
-    return plan_sites(find_sites(module, example_inputs), where, Coordinates.of(coords))
+    site_map, convention = find_sites(module, example_inputs), Coordinates.of(coords)
+    return _with_windows(plan_sites(site_map, where, convention), module)
 
 
 def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
@@ -194,7 +196,25 @@ def survey(model: nn.Module, coords: Coordinates, example_inputs: Any = None) ->
     """A plan that chooses nothing: the sites of a model, and which of them are patched."""
     site_map = find_sites(model, example_inputs)
     choices = [not_chosen(site) for site in site_map.sites]
-    return Plan(coords, tuple(_row(choice, coords) for choice in choices), site_map)
+    rows = tuple(_row(choice, coords) for choice in choices)
+    return _with_windows(Plan(coords, rows, site_map), model)
+
+
+def _with_windows(decided: Plan, model: nn.Module) -> Plan:
+    """A plan whose notes tell the windows that a model's coordinate layers have."""
+    layers = coord_layers(model)
+    windows = {name: layer.coords.window for name, layer in layers.items() if layer.coords.window}
+    rows = tuple(
+        replace(row, note=_joined(row.note, f"its coordinates are those of {window}"))
+        if (window := windows.get(row.site.name)) and row.site.patched
+        else row
+        for row in decided.rows
+    )
+    return replace(decided, rows=rows)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:
@@ -211,7 +231,7 @@ def _row(choice: Choice, coords: Coordinates) -> PlanRow:
             multiply_adds = sum(_multiply_adds(parameters, site, call) for call in calls)
     note = _note(site)
     if chosen_calls is not None:
-        note = f"{chosen_calls}; {note}" if note else str(chosen_calls)
+        note = _joined(str(chosen_calls), note)
     return PlanRow(
         site=site,
         chosen=choice.chosen,

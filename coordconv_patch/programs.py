@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.arguments import given
 from coordconv_patch.branch import BRANCH_NAME, CONVENTION_KEY, ChosenCalls, CoordBranch
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError
@@ -153,7 +154,7 @@ def from_exported(program: ExportedProgram | fx.GraphModule) -> nn.Module:
     module = program.module() if isinstance(program, ExportedProgram) else program
     if not isinstance(module, fx.GraphModule):
         raise PatchError(
-            f"from_exported takes a program of torch.export, not a {type(program).__name__}"
+            f"{given('program', program)}: from_exported takes a program of torch.export"
         )
     made = ExportedModule(module, fx.Graph.__deepcopy__(module.graph))
     made.meta.update(module.meta)
@@ -212,7 +213,7 @@ class _Branch:
             raise PatchError(f"it is added to {plain.name}, which is no convolution")
         geometry = function_geometry(root, plain)
         own, given = function_input(convolution), function_input(plain)
-        if replace(own, node=given.node) != given:
+        if replace(own.own, amounts=given.own.amounts) != given.own:
             raise PatchError("its grid is not padded as the convolution's input is")
         self.input, self.padding = given.node, given.own.rule
         self.coords = _convention(own.node)

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from coordconv_patch.arguments import given
 from coordconv_patch.errors import SelectionError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.sites import Site, SiteMap
@@ -205,14 +206,14 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
         return found or _nothing(
             selector, f"its convolutions are of {listing({s.class_name for s in sites})}"
         )
-    if callable(selector):
-        return [site for site in sites if selector(site)] or _nothing(
+    if callable(selector) and not isinstance(selector, nn.Module):
+        return [site for site in sites if _accepts(selector, site)] or _nothing(
             selector, f"it returned a false value for each of the {len(sites)} sites"
         )
     if not isinstance(selector, str):
         raise SelectionError(
-            f"where={selector!r}: write 'first', 'all', a name, a glob, 're:...', a module type, "
-            "a callable on a site, or a list of these"
+            f"{given('where', selector)}: write 'first', 'all', a name, a glob, 're:...', a module "
+            "type, a callable on a site, or a list of these"
         )
     if selector == "all":
         return list(sites)
@@ -231,6 +232,16 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
         site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in _names(site))
     ]
     return globbed or _nothing(selector, _close_names(sites, selector))
+
+
+def _accepts(selector: Callable[[Site], Any], site: Site) -> bool:
+    try:
+        return bool(selector(site))
+    except Exception as error:
+        raise SelectionError(
+            f"where={_show(selector)} failed on the site {site.name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _match_regex(sites: Sequence[Site], selector: str) -> list[Site]:

@@ -20,14 +20,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
+from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import PatchError, first_line
 from coordconv_patch.foreign import adapter_obstacle, foreign_convolutions, quantization_obstacle
 from coordconv_patch.function_log import common_caller
 from coordconv_patch.functional import (
-    NOT_PADDED,
     branch_of,
     conv_arguments,
     function_geometry,
@@ -39,8 +39,10 @@ from coordconv_patch.functional import (
     weight_site_name,
 )
 from coordconv_patch.geometry import CONV_FUNCTIONS, DECLARED, Call, ConvGeometry, Padding
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
+from coordconv_patch.own_padding import NOT_PADDED
 from coordconv_patch.owned_calls import OwnedCalls, owned_layers, owner_obstacle
 from coordconv_patch.recording import (
     GraphFunctions,
@@ -160,8 +162,11 @@ def find_sites(
         probe_padding: Find out how each module pads; ``False`` if only names are wanted.
 
     Raises:
+        ArgumentError: If the model is not a module, or example inputs cannot be such.
         PatchError: If the forward pass fails on the example inputs.
     """
+    check_is_module(model)
+    check_example_inputs(example_inputs)
     if isinstance(model, torch.jit.ScriptModule):
         return SiteMap(tuple(_foreign_sites(model)), (), False, "it is a TorchScript module")
     finder = _Finder(model, probe_padding)
@@ -237,7 +242,7 @@ class _Finder:
             graph = trace(module)
         except Exception as error:
             if not name:
-                self.untraced = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                self.untraced = first_line(error)
             self.failed.append(name)
             self._trace_children(name, module)
             return

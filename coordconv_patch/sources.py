@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.errors import ModelSourceError, first_line
 from coordconv_patch.inputs import takes_image_list
 from coordconv_patch.programs import from_exported
 
@@ -142,8 +142,7 @@ def _created(create: Callable[[], nn.Module], name: str, pretrained: bool) -> nn
         if not pretrained:
             raise ModelSourceError(f"{name} cannot be created: {error}") from error
         raise ModelSourceError(
-            f"the pretrained weights of {name} cannot be had ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200] if str(error) else 'no reason given'}). "
+            f"the pretrained weights of {name} cannot be had ({first_line(error)}). "
             "Is there a network? If you have the weights in a file, leave --pretrained out and "
             "pass --checkpoint FILE"
         ) from error

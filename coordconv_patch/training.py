@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.arguments import check_number, given
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers import coord_layers
 from coordconv_patch.programs import why_not_patched
 
@@ -74,11 +75,16 @@ def param_groups(
 
     Raises:
         PatchError: If the model is not patched.
+        ArgumentError: If a rate or decay is not a finite number, 0 or more.
 
     Example:
         >>> groups = param_groups(model, lr=1e-4, coord_lr=1e-3)  # doctest: +SKIP
         >>> optimizer = torch.optim.AdamW(groups)                 # doctest: +SKIP
     """
+    check_number("lr", lr, optional=True)
+    check_number("coord_lr", coord_lr, optional=True)
+    check_number("weight_decay", weight_decay, optional=True)
+    check_number("coord_weight_decay", coord_weight_decay)
     coords = coord_parameters(model)
     coord_ids = {id(weight) for weight in coords}
     base = [p for p in model.parameters() if id(p) not in coord_ids]
@@ -141,7 +147,14 @@ def add_to_optimizer_(
     Raises:
         PatchError: If the model is not patched, or the optimizer has its coordinate
             weights already.
+        ArgumentError: If it is not an optimizer, or a number is not finite, 0 or more.
     """
+    if not all(hasattr(optimizer, name) for name in ("param_groups", "add_param_group")):
+        raise ArgumentError(
+            f"{given('optimizer', optimizer)}: pass the optimizer first, then the model"
+        )
+    check_number("lr", lr, optional=True)
+    check_number("weight_decay", weight_decay)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     new = [weight for weight in coord_parameters(model) if id(weight) not in known]
     if not new:

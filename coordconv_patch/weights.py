@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
+from coordconv_patch.arguments import check_flag, check_path
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.branch import ChosenCalls, CoordBranch
 from coordconv_patch.conversion import check_not_wrapped
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
+from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
@@ -102,12 +104,13 @@ def save_coords(
         WeightsError: If the model is not patched, if a wrapper has taken its coordinate
             weights apart, or if the folder does not exist.
     """
+    check_is_module(model)
+    path = check_path("path", path)
     model = unwrapped(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     if not layers:
         raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
     _check_whole(layers)
-    path = Path(path)
     obstacle = obstacle_to_writing(path)
     if obstacle:
         raise WeightsError(obstacle)
@@ -174,8 +177,10 @@ def load_coords_(
 def _load(
     model: nn.Module, path: str | os.PathLike[str], check_base: bool, in_place: bool
 ) -> nn.Module:
+    check_is_module(model)
+    check_flag("check_base", check_base)
     bare = unwrapped(model)
-    file = _read(Path(path))
+    file = _read(check_path("path", path))
     site_map = find_sites(bare)
     sites = {clean_name(site.name): site for site in site_map.sites}
     _check_sites(file, sites, coord_layers(bare))

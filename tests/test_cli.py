@@ -13,6 +13,7 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import timm
@@ -346,6 +347,26 @@ def test_export_of_a_fixed_batch(run: Callable[..., Ran]) -> None:
     assert "dynamic axes none" in ran.text
     with pytest.raises(Exception, match=r"(?i)invalid"):
         onnx_output("n.onnx", images(3))
+
+
+def test_an_old_operator_set_is_obeyed(run: Callable[..., Ran]) -> None:
+    ran = run("export", NET, "--out", "n.onnx", "--opset", 11)
+    assert ran.code == 0
+    assert "opset 11" in ran.text
+    assert onnx.load("n.onnx").opset_import[0].version == 11
+
+
+@pytest.mark.parametrize("opset", [0, 6, 99])
+def test_an_impossible_operator_set_is_refused_before_the_model_is_loaded(
+    opset: int, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*arguments: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(cli, "_loaded", loads)
+    ran = run("export", NET, "--out", "n.onnx", "--opset", opset)
+    assert ran.code == 2
+    assert f"opset={opset}: write a whole number from 7 to" in ran.text
 
 
 def test_a_detector_is_exported_with_a_fixed_number_of_images(run: Callable[..., Ran]) -> None:

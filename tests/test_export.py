@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError
 from coordconv_patch.export import exporters as export_module
+from coordconv_patch.export import onnx as onnx_module
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.layers import coord_layers
 
@@ -446,6 +448,55 @@ def test_an_old_operator_set(opset: int, lowering: Any, tmp_path: Path) -> None:
     assert report.opset == opset == onnx.load(path).opset_import[0].version
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert_same(run(path, images(3))[0], model(images(3)))
+
+
+@pytest.mark.parametrize("opset", [9, 11, 17, 18, 21])
+def test_an_operator_set_is_obeyed_by_whichever_exporter_can(opset: int, tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "asked.onnx"
+    report = ccp.export_onnx(model, path, images(2), opset=opset, providers=CPU)
+    assert report.opset == opset == onnx.load(path).opset_import[0].version
+    assert (report.exporter == "torchscript") == bool(report.notes)
+    if report.notes:
+        assert f"could not write operator set {opset} for this model" in report.notes[0]
+    assert_same(run(path, images(3))[0], model(images(3)))
+
+
+def test_an_operator_set_that_the_exporter_does_not_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"could only write operator set 18 .*'torchscript'"):
+        ccp.export_onnx(
+            *(net(), tmp_path / "old.onnx", images(2)), opset=11, exporter="dynamo", providers=CPU
+        )
+    with pytest.raises(ExportError, match=r"operator set 18(.|\n)*the TorchScript exporter cannot"):
+        ccp.export_onnx(net(), tmp_path / "old.onnx", images(2), opset=7, providers=CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_impossible_operator_set_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(onnx_module, "evaluation_copy", works)
+    monkeypatch.setattr(onnx_module, "working_providers", works)
+    for opset in (True, "17", 17.0, 6, 99):
+        with pytest.raises(ArgumentError, match="opset="):
+            ccp.export_onnx(net(), tmp_path / "no.onnx", images(2), opset=opset)  # type: ignore[arg-type]
+
+
+def test_the_windows_of_a_file_are_named(tmp_path: Path) -> None:
+    model = net()
+    assert ccp.export_onnx(model, tmp_path / "a.onnx", images(2), providers=CPU).windows == {}
+    left, right = ccp.Window((0, 0), (8, 8), (8, 16)), ccp.Window((0, 8), (8, 8), (8, 16))
+    ccp.set_window_(model, left)
+    names = tuple(coord_layers(model))
+    report = ccp.export_onnx(model, tmp_path / "a.onnx", images(2), providers=CPU)
+    assert report.windows == {left: names}
+    assert str(left) in str(report).replace("\n", " ")
+    layer = coord_layers(model)[names[0]]
+    layer.coords = dataclasses.replace(layer.coords, window=right)
+    report = ccp.export_onnx(model, tmp_path / "a.onnx", images(2), providers=CPU)
+    assert report.windows == {right: names[:1], left: names[1:]}
 
 
 @pytest.mark.parametrize("lowering", [*STORED, "auto"])

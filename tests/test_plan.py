@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import coordconv_patch as ccp
+from coordconv_patch.plan import survey
 
 
 class Net(nn.Module):
@@ -227,3 +228,38 @@ def test_plan_takes_the_coordinates_by_name() -> None:
     assert ccp.plan(Net()).coords == ccp.Coordinates()
     with pytest.raises(ValueError, match="no coordinate preset"):
         ccp.plan(Net(), coords="mkocabs")
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.part = nn.Conv2d(3, 3, 3), Functional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.conv(self.conv(x)))
+
+
+def test_a_window_is_named_in_the_plan() -> None:
+    window = ccp.Window((0, 8), (8, 8), (16, 16))
+    plan = ccp.plan(Net(), "first", coords=ccp.Coordinates(window=window))
+    assert "'offset': (0, 8)" in str(plan)
+    assert plan.to_dict()["coords"]["window"]["image_size"] == (16, 16)
+
+
+def test_the_windows_of_patched_sites_are_named_in_plans_and_surveys() -> None:
+    where = ["conv@1", "part.kernel"]
+    model = ccp.patch(Twice(), where, example_inputs=torch.zeros(1, 3, 12, 12))
+    window = ccp.Window((0, 8), (8, 8), (16, 16))
+    for wanted in (None, window):
+        ccp.set_window_(model, wanted)
+        shown = survey(model, ccp.Coordinates())
+        notes = {row.site.name: row.note for row in shown.rows}
+        assert set(notes) == {"conv", "part.kernel"}
+        for note in notes.values():
+            assert (f"its coordinates are those of {window}" in note) is (wanted is not None)
+    model = ccp.patch(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)), "first")
+    ccp.set_window_(model, window)
+    assert str(window) in str(ccp.plan(model, "1"))

@@ -32,9 +32,12 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "modes", "inputs"},
+    {"version", "errors", "atomic", "arguments", "modes", "inputs"},
     {"coords", "norms"},
     {"geometry"},
+    {"own_padding", "padding_probe"},
+    {"replaced_forward"},
+    {"unsupported"},
     {"map_cache"},
     {"branch"},
     {"layers"},

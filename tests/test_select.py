@@ -210,10 +210,10 @@ def test_preset_that_fits_nothing_shows_the_sites() -> None:
         (lambda site: False, "it returned a false value for each of the 7 sites"),
         ([], "where=[] selects nothing; write 'first', 'all' or names of sites"),
         ((), "selects nothing"),
-        (3, "where=3: write 'first', 'all', a name, a glob, 're:...', a module type"),
+        (3, "where=3 is an int: write 'first', 'all', a name, a glob, 're:...', a module type"),
         (None, "where=None: write 'first'"),
         (["all", "stem_cnv"], "where='stem_cnv' matches no convolution"),
-        ([["all"]], "where=['all']: write 'first'"),
+        ([["all"]], "where=['all'] is a list: write 'first'"),
     ],
     ids=_name,
 )

@@ -225,7 +225,7 @@ class _Exported:
 
 
 def _first_sentence(error: ExportError) -> str:
-    return str(error).splitlines()[0][:300]
+    return str(error).partition("\n")[0][:300]
 
 
 def _group(exported: _Exported, batch: int, inputs: Any, threads: int, repeats: int) -> BenchGroup:

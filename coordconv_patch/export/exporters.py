@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.errors import ExportError, first_line
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.export.opset import check_exporter, require_opset
 from coordconv_patch.export.verify import tensors_in
 from coordconv_patch.inputs import split_inputs
 
@@ -55,26 +56,36 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str, list[str]]:
     """Write the graph with the exporter asked for; returns the one that did it, and notes."""
-    if exporter not in ("auto", "dynamo", "torchscript"):
-        raise ArgumentError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
+    check_exporter(exporter)
     if exporter == "torchscript":
         _export_torchscript(request, path)
         return "torchscript", []
     before = set(path.parent.iterdir())
     try:
         _export_dynamo(request, path)
+        require_opset(path, request.opset)
     except Exception as error:
         if exporter == "dynamo":
+            if isinstance(error, ExportError):
+                raise
             raise ExportError(_reason("torch.export", error, request)) from error
         for partial in set(path.parent.iterdir()) - before:
             partial.unlink()
         try:
             _export_torchscript(request, path)
         except ExportError as second:
-            raise ExportError(f"{_reason('torch.export', error, request)}\n{second}") from error
-        return "torchscript", [
-            f"torch.export could not export it ({_root_cause(error)}); the TorchScript exporter did"
-        ]
+            first = (
+                str(error)
+                if isinstance(error, ExportError)
+                else _reason("torch.export", error, request)
+            )
+            raise ExportError(f"{first}\n{second}") from error
+        why = (
+            f"torch.export's exporter could not write operator set {request.opset} for this model"
+            if isinstance(error, ExportError)
+            else f"torch.export could not export it ({_root_cause(error)})"
+        )
+        return "torchscript", [f"{why}; the TorchScript exporter did"]
     return "dynamo", []
 
 
@@ -175,8 +186,7 @@ def _root_cause(error: BaseException) -> str:
     """The innermost reason in one line, without terminal codes: exporters wrap their errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+    return first_line(error)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named like a function

@@ -17,7 +17,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from tqdm.auto import tqdm
 
+from coordconv_patch.arguments import (
+    check_example_inputs,
+    check_flag,
+    check_names,
+    check_number,
+    check_path,
+)
 from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.coords import Window
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
@@ -33,13 +41,19 @@ from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
+from coordconv_patch.export.opset import (
+    check_exporter,
+    check_opset,
+    opset_of,
+    require_opset,
+)
 from coordconv_patch.export.ordering import coordinate_nodes, is_read_once, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
-from coordconv_patch.layers import CoordConvNd
+from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
     Lowered,
@@ -94,7 +108,8 @@ def export_onnx(
             the axes, see :mod:`coordconv_patch.export.choosing`; ``"autotune"`` times the
             candidates for each group of sites on the provider, with the example's batch
             size, and takes the fastest.
-        opset: ONNX operator set; ``None``: the exporter's choice.
+        opset: ONNX operator set, from 7 on; ``None``: the exporter's choice. Below 18, torch's
+            newer exporter cannot write every model; ``exporter="auto"`` then takes the other.
         input_names: Names of the graph's inputs; ``None``: the forward's argument names.
         output_names: Names of the graph's outputs.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"``, or ``"auto"``: the
@@ -112,9 +127,18 @@ def export_onnx(
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
             or the file and torch disagree; nothing is left behind.
     """
-    path = Path(path)
+    path = check_path("path", path)
     _check_path(path)
     check_is_module(model)
+    check_example_inputs(example_inputs, optional=False)
+    check_flag("dynamic_batch", dynamic_batch)
+    check_flag("dynamic_size", dynamic_size)
+    check_names("input_names", input_names)
+    check_names("output_names", output_names)
+    check_exporter(exporter)
+    check_opset(opset, exporter)
+    check_number("tolerance", tolerance)
+    check_names("disabled_optimizers", disabled_optimizers)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)
@@ -135,6 +159,7 @@ def export_onnx(
         progress.update()
         written = writer.write(temporary, choose)
         used, proto, notes = written.exporter, written.proto, written.notes
+        require_opset(proto, opset)
         axes = check_axes(request, proto)
         progress.set_description("verifying")
         progress.update()
@@ -163,11 +188,12 @@ def export_onnx(
             trials=trials,
             folded_batch_norms=sum(bool(folding.convolution) for folding in folded),
             exporter=used,
-            opset=max(entry.version for entry in proto.opset_import if entry.domain == ""),
+            opset=opset_of(proto),
             provider=working[0],
             dynamic_axes=axes,
             checks=checks,
             notes=tuple(notes),
+            windows=_sites_by_window(model),
         )
 
 
@@ -305,6 +331,15 @@ def _is_addition_of_ours(node: onnx_ir.Node) -> bool:
     """Whether a patched layer's forward made the node; the residual additions are the model's."""
     modules = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
     return node.op_type == "Add" and f"{CoordConvNd.__module__}." in modules
+
+
+def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:
+    found: dict[Window, tuple[str, ...]] = {}
+    for name, layer in coord_layers(model).items():
+        window = layer.coords.window
+        if window is not None:
+            found[window] = (*found.get(window, ()), name)
+    return found
 
 
 def _notes_on(checks: Sequence[Check]) -> list[str]:

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from coordconv_patch.arguments import check_names
 from coordconv_patch.errors import ArgumentError, ExportError, listing
 
 __all__ = ["CPU", "make_session", "working_providers"]
@@ -36,6 +37,7 @@ def working_providers(requested: Sequence[str] | None = None) -> tuple[str, ...]
         ArgumentError: If a requested provider is unknown to this build of ONNX Runtime.
         ExportError: If none of the requested ones works.
     """
+    check_names("providers", requested)
     built_in = ort.get_available_providers()
     if requested is None:
         return (*(name for name in built_in if name != CPU and _works(name)), CPU)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from coordconv_patch.coords import Window
+from coordconv_patch.errors import listing
 from coordconv_patch.export.autotune import Trial
 from coordconv_patch.export.verify import Check
 
@@ -37,6 +39,8 @@ class ExportReport:
         coordinate_nodes: Names of the nodes that compute with coordinates alone: what a
             quantizer has to leave out (``nodes_to_exclude``), see docs/deployment.md.
         trials: What ``lowering="autotune"`` timed, in order.
+        windows: The windows whose coordinates are in the file, each with its site names: such a
+            file is for that part of an image alone. Empty where inputs are whole images.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
     coordinate_nodes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    windows: dict[Window, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def worst_difference(self) -> float:
@@ -70,6 +75,8 @@ class ExportReport:
         table.add_row("exporter", self.exporter)
         table.add_row("nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items()))
         table.add_row("coordinate sites", forms or "none")
+        for window, names in self.windows.items():
+            table.add_row("window", f"{window}, at {listing(names)}")
         table.add_row("batch norms folded", str(self.folded_batch_norms))
         table.add_row("coordinate constants", f"{self.coord_constant_bytes:,} bytes")
         table.add_row(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from coordconv_patch.arguments import check_example_inputs, check_names, check_number, check_path
 from coordconv_patch.errors import ExportError
 from coordconv_patch.export.bfloat16 import has_bfloat16, in_float32
 from coordconv_patch.export.detections import (
@@ -29,7 +30,7 @@ from coordconv_patch.export.detections import (
 )
 from coordconv_patch.export.providers import make_session, working_providers
 from coordconv_patch.export.rounding import in_float64, other_roundings
-from coordconv_patch.inputs import describe_inputs, in_signature_order, run_model
+from coordconv_patch.inputs import check_is_module, describe_inputs, in_signature_order, run_model
 from coordconv_patch.modes import evaluating
 
 __all__ = [
@@ -123,13 +124,18 @@ def verify_onnx(
         The comparison.
 
     Raises:
+        ArgumentError: If an argument is impossible.
         ExportError: If the outputs differ by more, with the figures (or the detections)
             and, where it can be found, the cause; or if the file cannot be loaded, or run
             on these inputs.
         PatchError: If the torch model fails on these inputs.
     """
+    check_is_module(model)
+    check_example_inputs(example_inputs, optional=False)
+    check_number("tolerance", tolerance)
+    check_names("disabled_optimizers", disabled_optimizers)
     verifier = Verifier(
-        path,
+        check_path("path", path),
         model,
         providers=providers,
         tolerance=tolerance,

@@ -24,10 +24,11 @@ from torch.nn.utils import parametrize
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding import release_folding_
 from coordconv_patch.functional import join_names
-from coordconv_patch.geometry import TORCH_CONVS, ConvSpy
+from coordconv_patch.geometry import TORCH_CONVS
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.norms import is_batch_norm, norm_affine
+from coordconv_patch.padding_probe import ConvSpy
 from coordconv_patch.patching import copied
 from coordconv_patch.sites import Region, find_sites
 

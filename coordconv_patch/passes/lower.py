@@ -28,7 +28,14 @@ from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.branch import CoordBranch, coordinate_map, grid_for, pad_grid
 from coordconv_patch.errors import ExportError
-from coordconv_patch.geometry import CONV_FUNCTIONS, Call, ConvGeometry
+from coordconv_patch.geometry import (
+    CONV_FUNCTIONS,
+    DECLARED,
+    Call,
+    ConvGeometry,
+    pad_amounts,
+    pad_by_axis,
+)
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.passes.separable import SeparableBasis, factors, separable_basis
 from coordconv_patch.passes.strips import Strip, banded_strip, flat_strip
@@ -392,7 +399,7 @@ def _replace_forward(site: LoweringSite, lowering: str, stored: Mapping[Call, _S
         forward = functools.partial(_channels_forward, layer, stored_for)
     else:
         forward = functools.partial(_sum_forward, layer, lowering, stored_for)
-    layer.forward = forward  # type: ignore[method-assign]
+    vars(layer)["forward"] = forward  # not by assignment: a layer takes a look at those
 
 
 def _zero_branch_forward(input: Tensor) -> Tensor:
@@ -500,6 +507,9 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         groups, ndim = self.layer.groups, len(self.layer.kernel_size)
         batched = input.dim() == ndim + 2
         input = input if batched else input.unsqueeze(0)
+        if "padding" in call and input.shape[2:] != self.grid.shape[2:]:
+            # The forward leaves some of its padding to the convolution; the grid has it all.
+            input, call["padding"] = self._padded(input, call["padding"]), 0
         grid = self.grid.expand(input.shape[0], *self.grid.shape[1:])
         coord_weight: Tensor = self.layer.coord_weight
         if groups > 1:
@@ -517,6 +527,18 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         positional = [call.pop(name) for name in names[2:]] if rest else []
         output = func(input, weight, *positional, *rest, **call)
         return output if batched else output.squeeze(0)
+
+    def _padded(self, input: Tensor, padding: str | int | Sequence[int]) -> Tensor:
+        layer, ndim = self.layer, input.dim() - 2
+        amounts = pad_amounts(
+            DECLARED,
+            input.shape[2:],
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            dilation=layer.dilation,
+            declared=(padding,) * ndim if isinstance(padding, int) else padding,
+        )
+        return pad_by_axis(input, amounts, ("zeros",) * ndim)
 
 
 def _with_coordinates_in_each_group(input: Tensor, grid: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""The ONNX operator set of an export: which can be asked for, and which a file has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from coordconv_patch.errors import ArgumentError, ExportError
+
+__all__ = ["check_exporter", "check_opset", "opset_of", "require_opset"]
+
+_OLDEST = 7
+"""ONNX Runtime promises to read operator sets from this one on."""
+
+_NEWEST_OF_TORCHSCRIPT = 23
+"""The TorchScript exporter of torch 2.14 refuses newer ones; the other one writes what it can."""
+
+
+def check_exporter(exporter: Any) -> None:
+    """Check the name of an exporter.
+
+    Raises:
+        ArgumentError: If there is no such exporter.
+    """
+    if exporter not in ("auto", "dynamo", "torchscript"):
+        raise ArgumentError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
+
+
+def check_opset(opset: Any, exporter: str) -> None:
+    """Check that an operator set is one that can be asked for; ``None`` asks for none.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    if opset is None:
+        return
+    newest = onnx.defs.onnx_opset_version()
+    if exporter == "torchscript":
+        newest = min(newest, _NEWEST_OF_TORCHSCRIPT)
+    if type(opset) is not int or not _OLDEST <= opset <= newest:
+        kind = "" if type(opset) is int else f" is a {type(opset).__name__}"
+        raise ArgumentError(
+            f"opset={opset!r}{kind}: write a whole number from {_OLDEST} to {newest} "
+            f"(exporter={exporter!r}), or None for the exporter's choice"
+        )
+
+
+def opset_of(model: onnx.ModelProto | Path) -> int:
+    """The operator set of ONNX's own domain that a graph, or a file, is written in."""
+    if isinstance(model, Path):
+        model = onnx.load(model, load_external_data=False)
+    return max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def require_opset(model: onnx.ModelProto | Path, opset: int | None) -> None:
+    """Check that a graph, or a file, has the operator set that was asked for.
+
+    torch.export's exporter writes graphs of operator set 18 or newer, and converts them down
+    where it can; where it cannot, it writes what it has, and says nothing.
+
+    Raises:
+        ExportError: If it has another.
+    """
+    found = opset_of(model)
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"opset={opset} was asked for, but torch.export's exporter could only write "
+            f"operator set {found} for this model: pass opset={found} or None, or "
+            f"exporter='torchscript' ({_OLDEST} to {_NEWEST_OF_TORCHSCRIPT})"
+        )
