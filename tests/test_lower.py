@@ -271,11 +271,13 @@ def functional_reference(model: nn.Module, x: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("lowering", ["map", "branch", "separable", "computed"])
-def test_functional_convolutions_in_a_graph_module(lowering: str) -> None:
+def test_functional_convolutions_in_plain_and_graph_modules(lowering: str, traced: bool) -> None:
     torch.manual_seed(0)
-    model = filled(ccp.patch(Functional().double().eval(), "all"))
-    assert isinstance(model, fx.GraphModule)
+    plain = Functional().double().eval()
+    model = filled(ccp.patch(fx.symbolic_trace(plain) if traced else plain, "all"))
+    assert isinstance(model, fx.GraphModule) is traced
     x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     expected = functional_reference(model, x)
     made, _ = lowered(model, x, lowering)
