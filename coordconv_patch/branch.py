@@ -60,9 +60,9 @@ def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int
     """
     device, dtype = coord_weight.device, coord_weight.dtype
     if not torch.compiler.is_exporting():
-        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+        return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
     with _telling(coords):
-        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+        return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
 
 
 @contextmanager

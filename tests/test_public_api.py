@@ -32,7 +32,7 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "modes", "inputs"},
+    {"version", "errors", "atomic", "fields", "grid_cache", "modes", "inputs"},
     {"coords", "norms"},
     {"geometry"},
     {"branch", "map_cache"},
