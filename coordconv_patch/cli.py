@@ -372,7 +372,7 @@ def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
             f"torch.export cannot export this model ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0][:200]}): write a .safetensors file instead"
         ) from error
-    with replacing(path) as temporary:
+    with replacing(path, ExportError) as temporary:
         torch.export.save(program, temporary)
 
 

@@ -9,6 +9,7 @@ what reaches ``F.conv2d``, so no list of class names is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import ArgumentError, PatchError
+from coordconv_patch.fields import choice, mapping, truth, whole, wholes
 from coordconv_patch.modes import in_mode
 
 __all__ = [
@@ -54,6 +56,9 @@ TORCH_CONVS: tuple[type[_ConvNd], ...] = (
     nn.ConvTranspose3d,
 )
 """The convolution classes of torch.nn."""
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+"""What torch.nn's convolutions take as ``padding_mode``."""
 
 PaddingRule = Literal["declared", "same", "fixed"]
 
@@ -130,12 +135,41 @@ class ConvGeometry:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ConvGeometry:
-        """Inverse of :meth:`to_dict`, from parsed JSON."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
+        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything.
+
+        Raises:
+            ArgumentError: If a field is missing, unknown, of another type or impossible.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        optional = ("groups", "padding_mode", "output_padding")
+        values = mapping(fields, "geometry", [n for n in names if n not in optional], optional)
+        kernel_size = wholes(values["kernel_size"], "kernel_size", range(1, 4), low=1)
+        each_axis = range(len(kernel_size), len(kernel_size) + 1)
+        transposed = truth(values["transposed"], "transposed")
+        padding = values["padding"]
+        output_padding = values.get("output_padding", ())
+        geometry = cls(
+            transposed=transposed,
+            in_channels=whole(values["in_channels"], "in_channels"),
+            out_channels=whole(values["out_channels"], "out_channels"),
+            kernel_size=kernel_size,
+            stride=wholes(values["stride"], "stride", each_axis, low=1),
+            padding=choice(padding, "padding", ("same", "valid"))
+            if isinstance(padding, str)
+            else wholes(padding, "padding", each_axis),
+            dilation=wholes(values["dilation"], "dilation", each_axis, low=1),
+            groups=whole(values.get("groups", 1), "groups", low=1),
+            padding_mode=choice(values.get("padding_mode", "zeros"), "padding_mode", PADDING_MODES),
+            output_padding=wholes(
+                output_padding, "output_padding", each_axis if transposed else range(1)
+            ),
+        )
+        if geometry.in_channels % geometry.groups or geometry.out_channels % geometry.groups:
+            raise ArgumentError(
+                f"groups={geometry.groups} must divide in_channels={geometry.in_channels} and "
+                f"out_channels={geometry.out_channels}"
+            )
+        return geometry
 
     def __str__(self) -> str:
         """Short form, such as ``3\u219264 7\u00d77 s2 p3``."""

@@ -32,11 +32,12 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "fields", "grid_cache", "modes", "inputs"},
+    {"version", "errors", "atomic", "fields", "grid_cache", "inputs", "modes", "rollback"}
+    | {"strict_json", "tensor_file", "workplace"},
     {"coords", "norms"},
     {"geometry"},
     {"branch", "map_cache"},
-    {"layers"},
+    {"layers", "coords_header"},
     {"chosen_calls", "conversion", "foreign", "functional"},
     {"programs"},
     {"folding"},

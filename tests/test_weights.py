@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 import coordconv_patch as ccp
-from coordconv_patch import weights as weights_module
 from coordconv_patch.errors import WeightsError
 from coordconv_patch.layers import coord_layers
+from coordconv_patch.tensor_file import tensor_file_bytes
 from coordconv_patch.weights import fingerprint
 
 
@@ -96,11 +96,19 @@ def header_of(path: Path) -> dict[str, Any]:
         return json.loads(opened.metadata()["coordconv_patch"])
 
 
-def rewritten(path: Path, header: object) -> Path:
-    """A copy of the file with another header, written beside it."""
+def rewritten(path: Path, header: object, tensors: dict[str, Tensor] | None = None) -> Path:
+    """A copy of the file with another header or other tensors, and the checksum of these."""
     other = path.with_name("rewritten.safetensors")
     text = header if isinstance(header, str) else json.dumps(header)
-    save_file(load_file(path), other, metadata={"coordconv_patch": text})
+    stored = load_file(path) if tensors is None else tensors
+    other.write_bytes(tensor_file_bytes(text, stored, "coordconv_patch"))
+    return other
+
+
+def without_checksum(path: Path, header: object) -> Path:
+    """As an early version wrote it, or somebody who knows nothing of checksums."""
+    other = path.with_name("rewritten.safetensors")
+    save_file(load_file(path), other, metadata={"coordconv_patch": json.dumps(header)})
     return other
 
 
@@ -298,13 +306,20 @@ def test_batch_norm_statistics_are_included_on_request(tmp_path: Path, x: Tensor
     assert not torch.equal(plain(x), source(x))
 
 
-def test_norm_statistics_of_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
-    other = tmp_path / "norms.safetensors"
-    header = {"coordconv_patch": json.dumps(header_of(saved))}
-    save_file(load_file(saved) | {"bn9.running_mean": torch.zeros(4)}, other, metadata=header)
+def test_norm_statistics_of_another_model_are_refused(saved: Path) -> None:
+    def with_tensor(name: str, tensor: Tensor) -> Path:
+        return rewritten(saved, header_of(saved), load_file(saved) | {name: tensor})
+
+    other = with_tensor("bn9.running_mean", torch.zeros(4))
     assert_refused(other, r"has bn9\.running_mean, which this model does not have")
-    save_file(load_file(saved) | {"bn.running_mean": torch.zeros(5)}, other, metadata=header)
+    other = with_tensor("bn.running_mean", torch.zeros(5))
     assert_refused(other, r"bn\.running_mean: shape \(5,\) in the file, \(4,\) in the model")
+    other = with_tensor("bn.running_mean", torch.zeros(4, dtype=torch.int64))
+    assert_refused(other, r"bn\.running_mean: dtype torch\.int64 in the file, torch\.float32 in")
+    other = with_tensor("bn.num_batches_tracked", torch.tensor(2.0))
+    assert_refused(other, r"bn\.num_batches_tracked: dtype torch\.float32 in the file")
+    other = with_tensor("bn.running_var", torch.full((4,), torch.nan))
+    assert_refused(other, r"bn\.running_var holds values that are not finite")
 
 
 # --- what is in the file ------------------------------------------------------------------------
@@ -326,7 +341,7 @@ def test_the_file_is_safetensors_with_the_coordinate_weights_alone(
 def test_the_metadata_names_versions_sites_and_base(saved: Path) -> None:
     header = header_of(saved)
     assert header["format"] == "coordconv_patch"
-    assert header["format_version"] == 1
+    assert header["format_version"] == 3
     assert header["package_version"] == ccp.__version__
     assert header["fingerprint"] == fingerprint(fresh())
     assert list(header["sites"]) == ["stem", "head"]
@@ -361,11 +376,12 @@ def test_an_interrupted_write_leaves_the_old_file_whole(
 ) -> None:
     before = saved.read_bytes()
 
-    def interrupted(tensors: dict[str, Tensor], path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half a fi")
+    def interrupted(path: Path, raw: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(raw[: len(raw) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights_module, "save_file", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ccp.save_coords(filled(patched, seed=5), saved)
     assert saved.read_bytes() == before
@@ -603,9 +619,16 @@ def test_a_safetensors_file_of_something_else_is_refused(
 
 
 def test_a_newer_format_names_the_remedy(saved: Path) -> None:
-    header = header_of(saved) | {"format_version": 3, "package_version": "9.9"}
-    other = rewritten(saved, header | {"sites": "of another kind"})
-    assert_refused(other, r"format version 3, .* up to 2: update coordconv-patch .*9\.9")
+    header = header_of(saved) | {"format_version": 4, "package_version": "9.9"}
+    header["sites"] = "of another kind"
+    reason = r"format version 4, .* up to 3: update coordconv-patch .*9\.9"
+    assert_refused(rewritten(saved, header), reason)
+    assert_refused(without_checksum(saved, header), reason)
+    other = rewritten(saved, header)
+    raw = bytearray(other.read_bytes())
+    raw[-1] ^= 1  # a newer format may make its checksum otherwise
+    other.write_bytes(raw)
+    assert_refused(other, reason)
 
 
 def without(header: dict[str, Any], key: str) -> dict[str, Any]:
@@ -649,8 +672,7 @@ def test_a_damaged_header_is_a_weights_error_that_names_the_file(damage: str, sa
 
 def test_a_weight_of_another_shape_than_its_header_says_is_refused(saved: Path) -> None:
     tensors = load_file(saved) | {"stem.coord_weight": torch.zeros(4, 3, 3, 3)}
-    other = saved.with_name("shape.safetensors")
-    save_file(tensors, other, metadata={"coordconv_patch": json.dumps(header_of(saved))})
+    other = rewritten(saved, header_of(saved), tensors)
     assert_refused(
         other, r"weight of stem has shape \(4, 3, 3, 3\), its header says \(4, 2, 3, 3\)"
     )

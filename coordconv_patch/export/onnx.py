@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from coordconv_patch.atomic import obstacle_to_writing, replacing
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
     ExportRequest,
@@ -122,7 +122,7 @@ def export_onnx(
         model, example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
-    with replacing(path) as temporary, progress:
+    with replacing(path, ExportError) as temporary, progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         writer = _Writer(folded_model, request, exporter, working, lowering in ("auto", "autotune"))
