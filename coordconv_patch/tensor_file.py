@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from coordconv_patch.errors import ArgumentError, CoordConvPatchError, WeightsError, excerpt
+from coordconv_patch.errors import ArgumentError, WeightsError, excerpt
 from coordconv_patch.fields import choice, mapping, text, whole, wholes
 from coordconv_patch.strict_json import parse
 
@@ -35,8 +35,8 @@ _CHECKSUM_SUFFIX = ".checksum"
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 """Bytes of an element, of the dtypes that are stored: weights, and the counters of batch norms."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MOST_HEADER_BYTES = 8 * 2**20
-"""A thousand convolutions take about one MiB."""
+_MOST_HEADER_BYTES = 4 * 2**20
+"""A thousand convolutions take about half a MiB."""
 _MOST_FILE_BYTES = 2**30
 _MOST_TENSORS = 50_000
 _MOST_AXES = 8
@@ -107,11 +107,7 @@ def read_tensor_file(path: Path, key: str) -> TensorFile:
     Raises:
         WeightsError: If it is not such a file, truncated, damaged or too large; says why.
     """
-    raw = _bytes_of(path)
-    try:
-        metadata, names = _checked_layout(raw)
-    except CoordConvPatchError as error:
-        raise _not_safetensors(path, error) from error
+    raw, metadata, names = _read(path)
     if key not in metadata:
         raise WeightsError(
             f"{path} is a safetensors file, but not one of coordinate weights; save_coords "
@@ -137,31 +133,42 @@ def _not_safetensors(path: Path, reason: object) -> WeightsError:
     )
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, dict[str, str], set[str]]:
+    """A file's bytes, its metadata and the names of its tensors, whose bytes lie as they must."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
-            raise _not_safetensors(path, "it is not a regular file")
+            raise ArgumentError("it is not a regular file")
         if status.st_size > _MOST_FILE_BYTES:
-            raise _not_safetensors(path, f"it has more than {_MOST_FILE_BYTES:,} bytes")
+            raise ArgumentError(f"it has more than {_MOST_FILE_BYTES:,} bytes")
         with open(path, "rb") as file:
-            return file.read(_MOST_FILE_BYTES)
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > min(status.st_size, _MOST_HEADER_BYTES):
+                raise ArgumentError(f"its first bytes ask for a header of {length:,} bytes")
+            start += file.read(length)
+            metadata, names = _checked_layout(start[8:], status.st_size - 8 - length)
+            return start + file.read(status.st_size), metadata, names
     except FileNotFoundError as error:
         raise WeightsError(f"there is no file {path}") from error
-    except (OSError, ValueError, MemoryError) as error:  # ValueError: a null character
+    except (OSError, MemoryError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:  # also a path with a null character
+        raise _not_safetensors(path, error) from error
 
 
-def _checked_layout(raw: bytes) -> tuple[dict[str, str], set[str]]:
-    """The metadata of a file and the names of its tensors, whose bytes lie as they must."""
-    length = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 + length or length > _MOST_HEADER_BYTES:
-        raise ArgumentError(f"its first bytes ask for a header of {length:,} bytes")
+def _checked_layout(header: bytes, size: int) -> tuple[dict[str, str], set[str]]:
+    """The metadata of a file and the names of its tensors.
+
+    Args:
+        header: The JSON object.
+        size: Of what follows it, in bytes: the tensors must fill it.
+    """
     try:
-        header = raw[8 : 8 + length].decode()
+        decoded = header.decode()
     except UnicodeDecodeError as error:
         raise ArgumentError("its header is not text") from error
-    entries = parse(header, "its header")
+    entries = parse(decoded, "its header")
     if not isinstance(entries, dict) or len(entries) > _MOST_TENSORS:
         raise ArgumentError(f"its header must be an object of at most {_MOST_TENSORS:,} tensors")
     metadata = entries.pop(_METADATA, {})
@@ -169,7 +176,7 @@ def _checked_layout(raw: bytes) -> tuple[dict[str, str], set[str]]:
         raise ArgumentError("its metadata must be an object of texts")
     places = sorted(_place(name, entry) for name, entry in entries.items())
     ends = [0, *(end for _, end in places)]
-    starts = [*(start for start, _ in places), len(raw) - 8 - length]
+    starts = [*(start for start, _ in places), size]
     if ends != starts:
         raise ArgumentError("its tensors do not fill it without gaps")
     return metadata, set(entries)
