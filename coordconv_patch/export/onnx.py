@@ -33,6 +33,7 @@ from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
+from coordconv_patch.export.external_weights import gather_weights
 from coordconv_patch.export.ordering import coordinate_nodes, is_read_once, order_additions_
 from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
@@ -80,7 +81,8 @@ def export_onnx(
 
     Args:
         model: A patched model; one without coordinates is exported as it is.
-        path: The file to write, ending in ``.onnx``.
+        path: The file to write, ending in ``.onnx``. Weights of more than 2 GB go into a file
+            beside it, ``NAME.onnx.DIGEST.data``, which the file names.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
             keyword arguments). A detector of torchvision takes a list of images, each
             (C, H, W): ``[image]``; best a picture on which it finds something.
@@ -110,7 +112,7 @@ def export_onnx(
     Raises:
         ArgumentError: If an argument is impossible, or arguments exclude each other.
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
-            or the file and torch disagree; nothing is left behind.
+            the file and torch disagree, or the file cannot be written; nothing is left behind.
     """
     path = Path(path)
     _check_path(path)
@@ -263,10 +265,10 @@ def _rewritten(
         The graph, the bytes of coordinate constants in it, and the names of the nodes that
         compute with coordinates alone.
     """
+    weights_beside = gather_weights(path)
     model = onnx_ir.load(path)
     graph = model.graph
-    weights_are_inside = len(list(path.parent.iterdir())) == 1
-    if not weights_are_inside:
+    if weights_beside is not None:
         stored = count_constant_bytes(graph, lowered.constants, batch)
         return onnx.load(path), stored, coordinate_nodes(graph)
     if fuse and carry_coordinates_(graph):
