@@ -327,7 +327,7 @@ class Coordinates:
             )
         try:
             if values.get("window") is not None:
-                values["window"] = Window(**values["window"])
+                values["window"] = _window(values["window"])
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise CoordinatesError(
@@ -449,6 +449,17 @@ def _pixels(field: str, values: object) -> tuple[int, ...]:
             f"below 2**31, one per spatial dimension, such as {field}=(224, 224)"
         )
     return tuple(int(value) for value in values)
+
+
+def _window(fields: object) -> Window:
+    """A window from parsed JSON, which may hold anything."""
+    names = ("offset", "size", "image_size")
+    given: Mapping[Any, Any] = fields if isinstance(fields, Mapping) else {}
+    missing = [name for name in names if name not in given]
+    if missing or len(given) > len(names):
+        what = f"missing {missing[0]}" if missing else f"it has more fields than {names}"
+        raise CoordinatesError(f"window: {excerpt(fields)}: {what}")
+    return Window(**given)
 
 
 def _finite(value: object) -> float:

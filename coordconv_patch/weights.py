@@ -389,6 +389,11 @@ def _fill(model: nn.Module, file: _CoordsFile) -> None:
     }
     targets |= {n: buffer for n, buffer in _norm_statistics(model).items() if n in values}
     for name, target in targets.items():
+        if target.is_meta:
+            raise WeightsError(
+                f"{name} is on the meta device: load the model's own weights first, so that it has "
+                "memory"
+            )
         if not values[name].to(target.dtype).isfinite().all():
             raise WeightsError(
                 f"{name}: values of up to {values[name].abs().max():.3g} do not fit into the "

@@ -506,6 +506,21 @@ def test_a_large_file_is_replaced_with_its_weights(
     assert_same(run(path, images(3))[0], model(images(3)))
 
 
+def test_a_link_to_a_large_file_is_told_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.onnx"
+    link.symlink_to("real/large.onnx")
+    model = net()
+    report = ccp.export_onnx(model, link, images(2), providers=CPU)
+    real = tmp_path / "real" / "large.onnx"
+    assert any("is a symbolic link" in note and str(real) in note for note in report.notes)
+    assert weights_of(link) == {file.name for file in real.parent.iterdir()} - {real.name}
+    assert_same(run(real, images(3))[0], model(images(3)))
+
+
 def test_weights_in_many_files_are_gathered_into_one(tmp_path: Path) -> None:
     """As TorchScript's exporter leaves them: a file for each tensor, with the tensor's name."""
     path, model = tmp_path / "in" / "many.onnx", net()

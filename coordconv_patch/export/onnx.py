@@ -150,6 +150,11 @@ def export_onnx(
         inputs = inputs_to_check(request, model, traced=used == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
         notes += _notes_on(checks)
+        if path.is_symlink() and len(list(temporary.parent.iterdir())) > 1:
+            notes.append(
+                f"{path} is a symbolic link, through which ONNX Runtime does not load weights that "
+                f"lie beside a graph: load {os.path.realpath(path)}"
+            )
         if verifier.runs_bfloat16_in_float32:
             notes.append(
                 f"{working[0]} does not compute in bfloat16, so the check ran the graph in float32"
