@@ -110,7 +110,9 @@ def _obstacle(path: Path) -> str:
         return "it is a folder; write a file name"
     if not stat.S_ISREG(mode):
         return f"it is {_kind(mode)}, not a regular file; write a file name"
-    return "" if os.access(target, os.W_OK) else "it is write-protected"
+    effective = os.access in os.supports_effective_ids
+    writable = os.access(target, os.W_OK, effective_ids=effective)
+    return "" if writable else "it is write-protected"
 
 
 def _kind(mode: int) -> str:

@@ -189,11 +189,18 @@ class Coordinates:
         Raises:
             CoordinatesError: If there is no such preset, or it has no radius channel.
         """
+        if type(radius) is not bool:
+            raise CoordinatesError(f"radius={excerpt(radius)}: write True or False")
+        if not isinstance(name, str):
+            raise CoordinatesError(
+                f"preset {excerpt(name)}: write one of {', '.join(sorted(_PRESETS))}"
+            )
         if name not in _PRESETS:
             close = difflib.get_close_matches(name, _PRESETS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise CoordinatesError(
-                f"no coordinate preset {name!r}: {hint}presets are {', '.join(sorted(_PRESETS))}"
+                f"no coordinate preset {excerpt(name)}: {hint}presets are "
+                f"{', '.join(sorted(_PRESETS))}"
             )
         fields = dict(_PRESETS[name])
         if radius:
@@ -262,8 +269,11 @@ class Coordinates:
 
         Raises:
             CoordinatesError: If ``size`` does not have 1 to 3 dimensions, or not as
-                many as the window.
+                many as the window, if it is not of whole numbers, or ``dtype`` not
+                of floats.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise CoordinatesError(f"dtype={dtype}: coordinates are fractions, write a float dtype")
         shared = self.shared_grid(size, device=device, dtype=dtype)
         if is_capturing() or is_transforming():
             return shared  # made for this call
@@ -284,6 +294,8 @@ class Coordinates:
         size = tuple(size)
         self._check_ndim(len(size))
         if is_capturing() or not all(type(length) is int for length in size):
+            if not is_capturing() and (plain := _plain_sizes(size)) is not None:
+                return self.shared_grid(plain, device=device, dtype=dtype)
             compute_dtype = torch.promote_types(dtype, torch.float32)
             return self._compute(size, device, compute_dtype).to(dtype)
         if is_transforming():
@@ -391,6 +403,8 @@ class Coordinates:
 
     def _computed(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The grid as the cache keeps it."""
+        if min(size) < 0:
+            raise CoordinatesError(f"size={size}: an input has 0 pixels along an axis, or more")
         # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
         # tensor made in inference mode could not be used for training later.
         with torch.inference_mode(False):
@@ -435,6 +449,16 @@ def _refuse_subclass(value: object, base: type) -> None:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:
+    """Sizes of numpy's or other integers as Python's; ``None`` for symbolic ones."""
+    if all(_is_whole(length) for length in size):
+        return tuple(int(cast(int, length)) for length in size)
+    for length in size:
+        if not (isinstance(length, (torch.SymInt, Tensor)) or _is_whole(length)):
+            raise CoordinatesError(f"size={excerpt(size)}: write whole numbers, such as (224, 224)")
+    return None
 
 
 def _pixels(field: str, values: object) -> tuple[int, ...]:

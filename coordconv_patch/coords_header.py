@@ -54,8 +54,9 @@ class SiteRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record, JSON-ready."""
+        coords = Coordinates.to_dict(self.coords)  # which refuses subclasses
         calls = {} if self.chosen_calls is None else {"calls": self.chosen_calls.to_dict()}
-        return {"geometry": self.geometry.to_dict(), "coords": self.coords.to_dict(), **calls}
+        return {"geometry": self.geometry.to_dict(), "coords": coords, **calls}
 
     @classmethod
     def from_dict(cls, fields: object) -> SiteRecord:

@@ -128,7 +128,9 @@ def test_a_path_that_cannot_be_written_is_refused_with_the_reason(
     if os.geteuid() == 0:  # who may write everything is told so
         real = os.access
         monkeypatch.setattr(
-            os, "access", lambda path, mode: real(path, mode) and path.stat().st_mode & mode * 0o100
+            os,
+            "access",
+            lambda path, mode, **ids: real(path, mode) and path.stat().st_mode & mode * 0o100,
         )
     assert_refused(tmp_path / name, reason)
 

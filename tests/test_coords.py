@@ -793,6 +793,44 @@ def test_from_dict_refuses_what_it_cannot_read(fields: dict[str, Any], message: 
     assert len(str(refused.value)) < 1000
 
 
+@pytest.mark.parametrize("size", [(2.5, 3), (2.0, 3), ("2", 3), (True, 3), (None, 3)])
+def test_grid_refuses_sizes_that_are_not_whole(size: tuple[Any, ...]) -> None:
+    with pytest.raises(CoordinatesError, match=r"size=.*: write whole numbers"):
+        Coordinates().grid(size)
+
+
+def test_grid_refuses_negative_sizes() -> None:
+    with pytest.raises(CoordinatesError, match=r"size=\(2, -3\): an input has 0 pixels"):
+        Coordinates().grid((2, -3))
+    assert Coordinates().grid((2, 0)).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_grid_refuses_dtypes_that_are_not_of_floats(dtype: torch.dtype) -> None:
+    with pytest.raises(CoordinatesError, match=f"dtype={dtype}: coordinates are fractions"):
+        Coordinates().grid((2, 3), dtype=dtype)
+
+
+def test_sizes_of_numpy_give_the_same_grid() -> None:
+    size = (np.int64(37), np.int32(301))
+    for coords in (Coordinates(), ODD):
+        grid = coords.grid(size)  # type: ignore[arg-type]
+        assert torch.equal(grid, coords.grid((37, 301)))
+
+
+@pytest.mark.parametrize("name", [None, 3, ["paper"], {}, "x" * 10_000])
+def test_a_preset_is_named(name: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"preset .*paper, reference, solo") as refused:
+        Coordinates.preset(name)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("radius", [1, 5, "yes", None])
+def test_a_presets_radius_is_true_or_false(radius: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"radius=.*: write True or False"):
+        Coordinates.preset("paper", radius=radius)
+
+
 def test_coordinate_errors_are_value_errors_of_the_package() -> None:
     assert issubclass(CoordinatesError, ValueError)
     assert issubclass(CoordinatesError, CoordConvPatchError)

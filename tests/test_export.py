@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import resource
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -519,6 +520,21 @@ def test_a_link_to_a_large_file_is_told_in_the_report(
     assert any("is a symbolic link" in note and str(real) in note for note in report.notes)
     assert weights_of(link) == {file.name for file in real.parent.iterdir()} - {real.name}
     assert_same(run(real, images(3))[0], model(images(3)))
+
+
+@pytest.mark.parametrize("exporter", ["auto", *EXPORTERS])
+def test_a_file_that_cannot_grow_is_an_error_with_the_path(exporter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "full.onnx"
+    path.write_bytes(b"old")
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, previous[1]))
+    try:
+        with pytest.raises(ExportError, match=r"cannot write .*full\.onnx: File too large"):
+            ccp.export_onnx(net(), path, images(2), exporter=exporter, providers=CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_weights_in_many_files_are_gathered_into_one(tmp_path: Path) -> None:

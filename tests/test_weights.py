@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -692,6 +693,32 @@ def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
     source = filled(ccp.patch(make(), "all"))
     loaded = ccp.load_coords(make(), ccp.save_coords(source, tmp_path / "c.safetensors"))
     assert torch.equal(loaded[0].coord_weight, source[0].coord_weight)
+
+
+def test_a_subclass_of_a_convention_is_not_saved_as_its_base(
+    patched: nn.Module, tmp_path: Path
+) -> None:
+    sneaky = type("Twice", (ccp.Coordinates,), {"__post_init__": lambda self: None})
+    patched.stem.coords = sneaky()
+    with pytest.raises(WeightsError, match="cannot be saved: Twice is a subclass of Coordinates"):
+        ccp.save_coords(patched, tmp_path / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [0, 500])
+def test_a_file_that_cannot_grow_is_an_error_with_the_path(
+    limit: int, patched: nn.Module, saved: Path
+) -> None:
+    before = saved.read_bytes()
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, previous[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"cannot write .*safetensors: File too large"):
+            ccp.save_coords(patched, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_a_model_without_memory_cannot_be_filled(saved: Path) -> None:

@@ -63,6 +63,8 @@ def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str,
     before = set(path.parent.iterdir())
     try:
         _export_dynamo(request, path)
+    except OSError:  # the file cannot be written, so another exporter could not either
+        raise
     except Exception as error:
         if exporter == "dynamo":
             raise ExportError(_reason("torch.export", error, request)) from error
@@ -130,6 +132,8 @@ def _export_torchscript(request: ExportRequest, path: Path) -> None:
                 output_names=request.output_names,
                 dynamic_axes=dict(zip(names, request.axes, strict=False)),
             )
+    except OSError:
+        raise
     except Exception as error:
         raise ExportError(_reason("the TorchScript exporter", error, request)) from error
 
