@@ -11,6 +11,7 @@ JSON object, that object, and the tensors' bytes without gaps.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import stat
@@ -70,17 +71,25 @@ def tensor_file_bytes(header: str, tensors: Mapping[str, Tensor], key: str) -> b
         WeightsError: If they are more than :func:`read_tensor_file` reads.
     """
     metadata = {key: header, key + _CHECKSUM_SUFFIX: _checksum(header, tensors)}
-    raw = save(dict(tensors), metadata=metadata)
-    if (
-        len(raw) > _MOST_FILE_BYTES
-        or int.from_bytes(raw[:8], "little") > _MOST_HEADER_BYTES
-        or len(tensors) > _MOST_TENSORS
-    ):
+    raw, length = _with_metadata(save(dict(tensors)), metadata)
+    if len(raw) > _MOST_FILE_BYTES or length > _MOST_HEADER_BYTES or len(tensors) > _MOST_TENSORS:
         raise WeightsError(
             f"{len(tensors):,} coordinate weights and norm statistics of {len(raw):,} bytes are "
             "more than such a file may hold: save the model's state_dict instead"
         )
     return raw
+
+
+def _with_metadata(raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """The bytes of a file with metadata, and how many of them are its header.
+
+    The library would write the metadata in an order that changes from run to run.
+    """
+    data = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:data])
+    header = json.dumps({_METADATA: metadata, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of eight bytes
+    return len(header).to_bytes(8, "little") + header + raw[data:], len(header)
 
 
 def check_storable(name: str, tensor: Tensor) -> None:

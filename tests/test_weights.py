@@ -685,6 +685,14 @@ def test_a_weight_of_another_shape_than_its_header_says_is_refused(saved: Path) 
     )
 
 
+def test_the_same_weights_give_the_same_bytes(
+    patched: nn.Module, saved: Path, tmp_path: Path
+) -> None:
+    for _ in range(8):  # the order of a hash map would differ from one to the next
+        again = ccp.save_coords(patched, tmp_path / "again.safetensors")
+        assert again.read_bytes() == saved.read_bytes()
+
+
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
