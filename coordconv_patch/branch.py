@@ -13,6 +13,7 @@ the last bit, in every dtype; that is what lets a trained model be patched.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.fx.traceback import annotate, preserve_node_meta
 
 from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
+from coordconv_patch.errors import ArgumentError, excerpt
+from coordconv_patch.fields import mapping, text, whole, wholes
 from coordconv_patch.geometry import (
     CONV_FUNCTIONS,
     DECLARED,
@@ -50,6 +53,9 @@ BRANCH_NAME = "coord_branch"
 """Name of the submodule that a :class:`CoordBranch` is added under."""
 
 
+_MOST_CALLS = 100_000
+"""Calls of one convolution in a forward pass, at most."""
+
 CONVENTION_KEY = "coordconv_patch"
 """Under this key of ``meta["custom"]`` the nodes of an exported grid tell their convention."""
 
@@ -62,9 +68,9 @@ def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int
     """
     device, dtype = coord_weight.device, coord_weight.dtype
     if not torch.compiler.is_exporting():
-        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+        return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
     with _telling(coords):
-        return coords.grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+        return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
 
 
 @contextmanager
@@ -183,8 +189,20 @@ class ChosenCalls:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ChosenCalls:
-        """Inverse of :meth:`to_dict`, from parsed JSON."""
-        return cls(tuple(fields["indices"]), int(fields["total"]), str(fields["caller"]))
+        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything.
+
+        Raises:
+            ArgumentError: If a field is missing, unknown or of another type, or the calls
+                are not in order, each once and below ``total``.
+        """
+        values = mapping(fields, "calls", ("indices", "total", "caller"))
+        total = whole(values["total"], "total", low=1, high=_MOST_CALLS)
+        indices = wholes(values["indices"], "indices", range(1, total + 1), high=total - 1)
+        if any(later <= earlier for earlier, later in itertools.pairwise(indices)):
+            raise ArgumentError(
+                f"indices must be in order, each call once, not {excerpt(list(indices))}"
+            )
+        return cls(indices, total, text(values["caller"], "caller"))
 
     def __str__(self) -> str:
         """Such as ``calls 0, 3 of 5``."""

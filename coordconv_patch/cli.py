@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -45,7 +46,8 @@ Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:funct
 
 Sites (--where, repeatable): first, all, stem, neck, head, a name, a glob such as 'layer1.*.conv1',
 re:REGEX, or NAME@0,3: of a convolution that is called several times, those calls alone. A model.pt2
-that is patched already keeps its sites if there is no --where.
+that is patched already keeps its sites if there is no --where; it needs --trust, because torch runs
+code from such a file when it loads it.
 
 Exit codes: 0 done; 1 the work failed or the outputs differ; 2 the command or its input was wrong.
 """
@@ -69,6 +71,9 @@ Radius = Annotated[bool, typer.Option("--radius", help="Add the channel r.")]
 Shape = Annotated[str | None, typer.Option("--input", help="Example shape, such as 1,3,224,224.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a torch file of tensors alone.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load a .pt2 file, which can run any code: do you know it?")
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the zoo's weights.")]
 CoordWeights = Annotated[
@@ -96,11 +101,12 @@ def plan_command(
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
+    trust: Trust = False,
     chosen_only: Annotated[bool, typer.Option("--chosen", help="Only the chosen sites.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
-    loaded = _loaded(model, False, input_shape)
+    loaded = _loaded(model, False, input_shape, trust)
     convention = Coordinates.preset(coords, radius=radius)
     if coord_layers(loaded.model) and not where:
         decided = survey(loaded.model, convention, loaded.example_inputs)
@@ -129,6 +135,7 @@ def patch_command(
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
+    trust: Trust = False,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     coord_weights: CoordWeights = None,
@@ -146,7 +153,7 @@ def patch_command(
     obstacle = obstacle_to_writing(out)
     if obstacle:
         raise ArgumentError(obstacle)
-    loaded = _loaded(model, pretrained, input_shape)
+    loaded = _loaded(model, pretrained, input_shape, trust)
     if checkpoint is not None and coord_weights is None:
         load_checkpoint_(loaded.model, checkpoint)
     if coord_weights is not None or (coord_layers(loaded.model) and not where):
@@ -172,6 +179,7 @@ def export_command(
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
+    trust: Trust = False,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     coord_weights: CoordWeights = None,
@@ -186,7 +194,7 @@ def export_command(
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     check_exporter(exporter)
     check_opset(opset, exporter)
-    loaded = _loaded(model, pretrained, input_shape)
+    loaded = _loaded(model, pretrained, input_shape, trust)
     patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
         patched,
@@ -215,6 +223,7 @@ def verify_command(
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
+    trust: Trust = False,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     coord_weights: CoordWeights = None,
@@ -224,7 +233,7 @@ def verify_command(
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
     if not onnx_file.is_file():
         raise ArgumentError(f"there is no file {onnx_file}")
-    loaded = _loaded(model, pretrained, input_shape)
+    loaded = _loaded(model, pretrained, input_shape, trust)
     patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
         onnx_file, patched, loaded.example_inputs, providers=provider, tolerance=tolerance
@@ -242,6 +251,7 @@ def bench_command(
     model: Model,
     where: Where = None,
     input_shape: Shape = None,
+    trust: Trust = False,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch size; repeatable. [default: 1]")
     ] = None,
@@ -264,7 +274,7 @@ def bench_command(
     """
     if picture is not None:
         check_picture(picture)
-    loaded = _loaded(model, False, input_shape)
+    loaded = _loaded(model, False, input_shape, trust)
     example, batches = _batches_of(loaded, batch or [1])
     patched = _patched(loaded, where, "paper", False)
     generator = torch.Generator().manual_seed(0)
@@ -302,9 +312,9 @@ def demo_command(
     run_demo(out, quick=quick, seed=seed)
 
 
-def _loaded(source: str, pretrained: bool, input_shape: str | None) -> LoadedModel:
+def _loaded(source: str, pretrained: bool, input_shape: str | None, trusted: bool) -> LoadedModel:
     shape = parse_shape(input_shape) if input_shape else None
-    return load_model(source, pretrained=pretrained, input_shape=shape)
+    return load_model(source, pretrained=pretrained, input_shape=shape, trusted=trusted)
 
 
 def _batches_of(loaded: LoadedModel, batches: list[int]) -> tuple[Any, list[int] | None]:
@@ -381,8 +391,10 @@ def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
             f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "
             "file instead"
         ) from error
-    with replacing(path) as temporary:
-        torch.export.save(program, temporary)
+    saved = io.BytesIO()  # torch tells a full disk by a RuntimeError
+    torch.export.save(program, saved)
+    with replacing(path, ExportError) as temporary:
+        temporary.write_bytes(saved.getbuffer())
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,12 +26,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from coordconv_patch.errors import CoordinatesError
+from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.grid_cache import GridCache
 
 __all__ = ["Coordinates", "Window"]
 
 _AXIS_NAMES = ("x", "y", "z")
 """Axis names, counted from the last dimension: x along W, y along H, z along D."""
+_LARGEST_PIXEL = 2**31 - 1
+"""Windows lie in images of at most so many pixels along an axis."""
+_LARGEST_VALUE = 1e18
+"""Coordinates of at most this size have squares that are finite in float32."""
+_MOST_OCTAVES = 32
+"""At 32 octaves float64 still tells sin(2^k pi u) to six digits; NeRF uses 10."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,13 @@ class Window:
     the image, so its full-image counterpart has ``h' * image_size / size`` rows.
 
     Args:
-        offset: First pixel of the window, ``(top, left)``, each ``>= 0``.
+        offset: First pixel of the window, ``(top, left)``, whole numbers, each ``>= 0``.
         size: Extent of the window, ``(height, width)``, each ``>= 1``.
-        image_size: Extent of the whole image, ``(height, width)``.
+        image_size: Extent of the whole image, ``(height, width)``, each below ``2**31``.
 
     Raises:
-        CoordinatesError: If the window does not lie inside the image.
+        CoordinatesError: If the numbers are not whole ones, or the window does not lie
+            inside the image.
     """
 
     offset: tuple[int, ...]
@@ -58,8 +67,9 @@ class Window:
     image_size: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        _refuse_subclass(self, Window)
         for field in ("offset", "size", "image_size"):
-            object.__setattr__(self, field, tuple(int(value) for value in getattr(self, field)))
+            object.__setattr__(self, field, _pixels(field, getattr(self, field)))
         if not len(self.offset) == len(self.size) == len(self.image_size):
             raise CoordinatesError(
                 f"{self}: offset, size and image_size must have one number per spatial "
@@ -96,7 +106,7 @@ class Coordinates:
             ``None`` means the image centre, the middle of ``value_range``.
         fourier: Number of octaves k = 0, 1, ... for which sin(2^k pi u) and
             cos(2^k pi u) are added for every axis (Mildenhall et al. 2020, "NeRF",
-            eq. 4).
+            eq. 4); at most 32.
         window: Where in a larger image the input lies; ``None`` means that the
             input is the whole image.
         swap_sizes: Divide x by H - 1 and y by W - 1, as the authors' released code
@@ -104,7 +114,9 @@ class Coordinates:
             on inputs that are not square.
 
     Raises:
-        CoordinatesError: If a value is out of range.
+        CoordinatesError: If a value is out of range or of another type (1 is not
+            ``True``), or if this is a subclass: files and programs name a convention by
+            these fields alone.
 
     Example:
         >>> Coordinates().grid((1, 3)).tolist()
@@ -123,23 +135,29 @@ class Coordinates:
     swap_sizes: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in ("xy", "yx"):
-            raise CoordinatesError(f"order={self.order!r}: write 'xy' (x first) or 'yx' (y first)")
-        try:
-            low, high = (float(bound) for bound in self.value_range)
-        except (TypeError, ValueError):
-            low = high = math.nan
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        _refuse_subclass(self, Coordinates)
+        if type(self.order) is not str or self.order not in ("xy", "yx"):
             raise CoordinatesError(
-                f"value_range={self.value_range!r}: write two finite numbers, the smaller first"
+                f"order={excerpt(self.order)}: write 'xy' (x first) or 'yx' (y first)"
             )
-        if self.window is not None and not isinstance(self.window, Window):
-            raise CoordinatesError(f"window={self.window!r}: write a Window(...) or None")
-        object.__setattr__(self, "value_range", (low, high))
-        if not isinstance(self.fourier, int) or self.fourier < 0:
+        for field in ("align_corners", "radius", "swap_sizes"):
+            value = getattr(self, field)
+            if type(value) is not bool:
+                raise CoordinatesError(f"{field}={excerpt(value)}: write True or False")
+        object.__setattr__(self, "value_range", _range(self.value_range))
+        if not _is_whole(self.fourier) or not 0 <= self.fourier <= _MOST_OCTAVES:
             raise CoordinatesError(
-                f"fourier={self.fourier!r}: write a number of octaves, 0 or more"
+                f"fourier={excerpt(self.fourier)}: write a number of octaves, 0 or more and at "
+                f"most {_MOST_OCTAVES}"
             )
+        object.__setattr__(self, "fourier", int(self.fourier))
+        if self.window is not None and type(self.window) is not Window:
+            raise CoordinatesError(f"window={excerpt(self.window)}: write a Window(...) or None")
+        if self.radius_center is not None:
+            object.__setattr__(self, "radius_center", _center(self.radius_center))
+        self._check_combination()
+
+    def _check_combination(self) -> None:
         if self.radius_center is not None and not self.radius:
             raise CoordinatesError("radius_center is given, but radius=False: write radius=True")
         if self.swap_sizes and (self.window is not None or not self.align_corners):
@@ -171,11 +189,18 @@ class Coordinates:
         Raises:
             CoordinatesError: If there is no such preset, or it has no radius channel.
         """
+        if type(radius) is not bool:
+            raise CoordinatesError(f"radius={excerpt(radius)}: write True or False")
+        if not isinstance(name, str):
+            raise CoordinatesError(
+                f"preset {excerpt(name)}: write one of {', '.join(sorted(_PRESETS))}"
+            )
         if name not in _PRESETS:
             close = difflib.get_close_matches(name, _PRESETS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise CoordinatesError(
-                f"no coordinate preset {name!r}: {hint}presets are {', '.join(sorted(_PRESETS))}"
+                f"no coordinate preset {excerpt(name)}: {hint}presets are "
+                f"{', '.join(sorted(_PRESETS))}"
             )
         fields = dict(_PRESETS[name])
         if radius:
@@ -197,9 +222,10 @@ class Coordinates:
         if isinstance(value, str):
             return cls.preset(value)
         if isinstance(value, Coordinates):
+            _refuse_subclass(value, Coordinates)
             return value
         raise CoordinatesError(
-            f"coords={value!r}: write a Coordinates(...), or the name of a preset "
+            f"coords={excerpt(value)}: write a Coordinates(...), or the name of a preset "
             f"({', '.join(sorted(_PRESETS))})"
         )
 
@@ -239,27 +265,55 @@ class Coordinates:
             dtype: Floating dtype of the grid. Default: torch's default dtype.
 
         Returns:
-            Tensor of shape ``(K, *size)``. It may be shared with other callers: do
-            not write to it.
+            Tensor of shape ``(K, *size)``, the caller's own.
 
         Raises:
             CoordinatesError: If ``size`` does not have 1 to 3 dimensions, or not as
-                many as the window.
+                many as the window, if it is not of whole numbers, or ``dtype`` not
+                of floats.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise CoordinatesError(f"dtype={dtype}: coordinates are fractions, write a float dtype")
+        shared = self.shared_grid(size, device=device, dtype=dtype)
+        if is_capturing() or is_transforming():
+            return shared  # made for this call
+        # Not a tensor of inference mode, which could not be used for training later.
+        with torch.inference_mode(False):
+            return shared.clone()
+
+    def shared_grid(
+        self,
+        size: Sequence[int | torch.SymInt | Tensor],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """As :meth:`grid`, without a copy: others get the same tensor, so only read it."""
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         size = tuple(size)
         self._check_ndim(len(size))
         if is_capturing() or not all(type(length) is int for length in size):
+            if not is_capturing() and (plain := _plain_sizes(size)) is not None:
+                return self.shared_grid(plain, device=device, dtype=dtype)
             compute_dtype = torch.promote_types(dtype, torch.float32)
             return self._compute(size, device, compute_dtype).to(dtype)
         if is_transforming():
             # A fake or wrapped tensor must not reach the cache.
             return self._compute(size, device, torch.float64).to(dtype)
-        return _cached_grid(self, size, device, dtype)
+        key = (self, size, device, dtype)
+        kept = _cached_grid.lookup(key)
+        if kept is not None:
+            return kept
+        return _cached_grid.keep(key, self._computed(cast("tuple[int, ...]", size), device, dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from the default, JSON-ready; see :meth:`from_dict`."""
+        """The fields that differ from the default, JSON-ready; see :meth:`from_dict`.
+
+        Raises:
+            CoordinatesError: If this is a subclass, which these fields would not tell.
+        """
+        _refuse_subclass(self, Coordinates)
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -274,21 +328,23 @@ class Coordinates:
         Raises:
             CoordinatesError: If a field is unknown (a newer version wrote it) or invalid.
         """
-        values = dict(fields)
+        if not isinstance(fields, Mapping):
+            raise CoordinatesError(f"coordinate fields {excerpt(fields)}: they must be a mapping")
+        values: dict[Any, Any] = dict(fields)
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise CoordinatesError(
-                f"unknown coordinate fields {sorted(unknown)}: a newer version of "
-                "coordconv_patch may have written them"
+                f"unknown coordinate fields {excerpt(sorted(unknown, key=str))}: a newer version "
+                "of coordconv_patch may have written them"
             )
         try:
             if values.get("window") is not None:
-                values["window"] = Window(**values["window"])
-            if "value_range" in values:
-                values["value_range"] = tuple(values["value_range"])
+                values["window"] = _window(values["window"])
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise CoordinatesError(f"coordinate fields {values} are invalid: {error}") from error
+            raise CoordinatesError(
+                f"coordinate fields {excerpt(values)} are invalid: {error}"
+            ) from error
 
     def __str__(self) -> str:
         ndim = 2 if self.window is None else len(self.window.size)
@@ -345,6 +401,15 @@ class Coordinates:
                 channels += [angle.sin(), angle.cos()]
         return torch.stack(channels)
 
+    def _computed(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The grid as the cache keeps it."""
+        if min(size) < 0:
+            raise CoordinatesError(f"size={size}: an input has 0 pixels along an axis, or more")
+        # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
+        # tensor made in inference mode could not be used for training later.
+        with torch.inference_mode(False):
+            return self._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)
+
     def _axis_positions(
         self,
         dim: int,
@@ -367,6 +432,90 @@ class Coordinates:
             full = size[{len(size) - 1: -2, len(size) - 2: -1}.get(dim, dim)]
         last = full - 1
         return (2 * index - last) / _at_least_one(last)
+
+
+_cached_grid = GridCache(max_bytes=64 * 2**20)
+"""Grids by convention, size, device and dtype: eight of 2 x 1024 x 1024 in float32."""
+
+
+def _refuse_subclass(value: object, base: type) -> None:
+    if type(value) is not base:
+        raise CoordinatesError(
+            f"{type(value).__name__} is a subclass of {base.__name__}, which is not supported: "
+            f"files, programs and exports tell a convention by the fields of {base.__name__} "
+            "alone, so it would come back as another one"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:
+    """Sizes of numpy's or other integers as Python's; ``None`` for symbolic ones."""
+    if all(_is_whole(length) for length in size):
+        return tuple(int(cast(int, length)) for length in size)
+    for length in size:
+        if not (isinstance(length, (torch.SymInt, Tensor)) or _is_whole(length)):
+            raise CoordinatesError(f"size={excerpt(size)}: write whole numbers, such as (224, 224)")
+    return None
+
+
+def _pixels(field: str, values: object) -> tuple[int, ...]:
+    """One of a window's fields; numpy's integers become Python's."""
+    if (
+        not isinstance(values, (tuple, list))
+        or not 1 <= len(values) <= len(_AXIS_NAMES)
+        or not all(_is_whole(value) and abs(value) <= _LARGEST_PIXEL for value in values)
+    ):
+        raise CoordinatesError(
+            f"window: {field}={excerpt(values)}: write a tuple of one to three whole numbers "
+            f"below 2**31, one per spatial dimension, such as {field}=(224, 224)"
+        )
+    return tuple(int(value) for value in values)
+
+
+def _window(fields: object) -> Window:
+    """A window from parsed JSON, which may hold anything."""
+    names = ("offset", "size", "image_size")
+    given: Mapping[Any, Any] = fields if isinstance(fields, Mapping) else {}
+    missing = [name for name in names if name not in given]
+    if missing or len(given) > len(names):
+        what = f"missing {missing[0]}" if missing else f"it has more fields than {names}"
+        raise CoordinatesError(f"window: {excerpt(fields)}: {what}")
+    return Window(**given)
+
+
+def _finite(value: object) -> float:
+    """A real number as a float; NaN if it is none, or too large to be a coordinate."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if abs(number) <= _LARGEST_VALUE else math.nan
+
+
+def _range(value: object) -> tuple[float, float]:
+    numbers_given = value if isinstance(value, (tuple, list)) and len(value) == 2 else (None, None)
+    low, high = map(_finite, numbers_given)
+    if not low < high:
+        raise CoordinatesError(
+            f"value_range={excerpt(value)}: write two finite numbers, the smaller first, such as "
+            f"(-1.0, 1.0); none beyond {_LARGEST_VALUE:g}"
+        )
+    return low, high
+
+
+def _center(value: object) -> float:
+    center = _finite(value)
+    if math.isnan(center):
+        raise CoordinatesError(
+            f"radius_center={excerpt(value)}: write a finite number, the coordinate from which r "
+            f"is measured, or None; none beyond {_LARGEST_VALUE:g}"
+        )
+    return center
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -413,13 +562,3 @@ def _is_watched() -> bool:
         type(mode).__module__.partition(".")[0] not in ("torch", "coordconv_patch")
         for mode in modes
     )
-
-
-@functools.lru_cache(maxsize=128)
-def _cached_grid(
-    coords: Coordinates, size: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
-    # tensor made in inference mode could not be used for training later.
-    with torch.inference_mode(False):
-        return coords._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)

@@ -8,7 +8,9 @@ that a caller would expect, so ``except ValueError`` keeps working.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -19,9 +21,13 @@ __all__ = [
     "PatchError",
     "SelectionError",
     "WeightsError",
+    "excerpt",
     "first_line",
     "listing",
 ]
+
+_LONGEST = 1000
+"""Characters of a message that quotes a file: what a file holds may be of any length."""
 
 
 class CoordConvPatchError(Exception):
@@ -45,7 +51,13 @@ class PatchError(CoordConvPatchError, RuntimeError):
 
 
 class WeightsError(CoordConvPatchError, ValueError):
-    """A coordinate-weights file does not fit the model, or is no such file."""
+    """A coordinate-weights file does not fit the model, or is not such a file.
+
+    The message may quote names from a file, so it is cut at 1,000 characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_cut(message, _LONGEST))
 
 
 class ExportError(CoordConvPatchError, RuntimeError):
@@ -66,5 +78,37 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def listing(names: Iterable[str], limit: int = 5) -> str:
     """Names for a message: the first few, and how many there are in all."""
     names = list(names)
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(_cut(name, 100) for name in names[:limit])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
+
+
+def excerpt(value: object) -> str:
+    """A value for a message, as ``repr`` shows it but short: of any type, size and depth."""
+    return _cut(_EXCERPT.repr(value), 200)
+
+
+def _cut(text: str, length: int) -> str:
+    """A text of at most so many characters; of a longer one the middle is left out."""
+    if len(text) <= length:
+        return text
+    tail = length // 3
+    return f"{text[: length - tail - 5]} ... {text[-tail:]}"
+
+
+class _Excerpt(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out an integer of thousands of digits.
+        return repr(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            return super().repr_instance(x, level)
+        except Exception:
+            return f"<{type(x).__name__}>"
+
+
+_EXCERPT = _Excerpt()

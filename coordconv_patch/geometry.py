@@ -5,15 +5,19 @@ Which of these ways a module takes is found out in :mod:`coordconv_patch.padding
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.errors import ArgumentError, excerpt
+from coordconv_patch.fields import choice, mapping, truth, whole, wholes
 
 __all__ = [
     "CONV_FUNCTIONS",
@@ -46,6 +50,9 @@ TORCH_CONVS: tuple[type[_ConvNd], ...] = (
 )
 """The convolution classes of torch.nn."""
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+"""What torch.nn's convolutions take as ``padding_mode``."""
+
 PaddingRule = Literal["declared", "same", "fixed"]
 
 
@@ -66,7 +73,28 @@ class Padding:
     amounts: tuple[tuple[int, int], ...] = ()
     modes: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, fields: object) -> Padding:
+        """A padding from parsed JSON (of ``dataclasses.asdict``), which may hold anything.
 
+        Raises:
+            ArgumentError: If a field is missing, unknown, of another type or impossible.
+        """
+        values = mapping(fields, "rule", ("rule", "amounts", "modes"))
+        amounts, modes = values["amounts"], values["modes"]
+        for name, value in (("amounts", amounts), ("modes", modes)):
+            if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+                raise ArgumentError(f"{name} must be a list of at most 3, not {excerpt(value)}")
+        pairs = [wholes(pair, "amounts", range(2, 3)) for pair in amounts]
+        rule: Any = choice(values["rule"], "rule", get_args(PaddingRule))
+        return cls(
+            rule,
+            tuple((before, after) for before, after in pairs),
+            tuple(choice(mode, "modes", PADDING_MODES) for mode in modes),
+        )
+
+
+_MOST_DIMENSIONS = 3
 DECLARED = Padding()
 
 
@@ -124,12 +152,41 @@ class ConvGeometry:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ConvGeometry:
-        """Inverse of :meth:`to_dict`, from parsed JSON."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
+        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything.
+
+        Raises:
+            ArgumentError: If a field is missing, unknown, of another type or impossible.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        optional = ("groups", "padding_mode", "output_padding")
+        values = mapping(fields, "geometry", [n for n in names if n not in optional], optional)
+        kernel_size = wholes(values["kernel_size"], "kernel_size", range(1, 4), low=1)
+        each_axis = range(len(kernel_size), len(kernel_size) + 1)
+        transposed = truth(values["transposed"], "transposed")
+        padding = values["padding"]
+        output_padding = values.get("output_padding", ())
+        geometry = cls(
+            transposed=transposed,
+            in_channels=whole(values["in_channels"], "in_channels"),
+            out_channels=whole(values["out_channels"], "out_channels"),
+            kernel_size=kernel_size,
+            stride=wholes(values["stride"], "stride", each_axis, low=1),
+            padding=choice(padding, "padding", ("same", "valid"))
+            if isinstance(padding, str)
+            else wholes(padding, "padding", each_axis),
+            dilation=wholes(values["dilation"], "dilation", each_axis, low=1),
+            groups=whole(values.get("groups", 1), "groups", low=1),
+            padding_mode=choice(values.get("padding_mode", "zeros"), "padding_mode", PADDING_MODES),
+            output_padding=wholes(
+                output_padding, "output_padding", each_axis if transposed else range(1)
+            ),
+        )
+        if geometry.in_channels % geometry.groups or geometry.out_channels % geometry.groups:
+            raise ArgumentError(
+                f"groups={geometry.groups} must divide in_channels={geometry.in_channels} and "
+                f"out_channels={geometry.out_channels}"
+            )
+        return geometry
 
     def __str__(self) -> str:
         """Short form, such as ``3\u219264 7\u00d77 s2 p3``."""

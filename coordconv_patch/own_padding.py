@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from coordconv_patch.errors import PatchError
-from coordconv_patch.geometry import DECLARED, Padding, pad_amounts
+from coordconv_patch.errors import ArgumentError, PatchError, excerpt
+from coordconv_patch.fields import choice, mapping, wholes
+from coordconv_patch.geometry import DECLARED, PADDING_MODES, Padding, pad_amounts
 
 __all__ = ["NOT_PADDED", "PADS", "OwnPadding", "pad_arguments", "unpadded"]
 
@@ -43,6 +44,36 @@ class OwnPadding:
     mode: str = "zeros"
     declared: str | tuple[int, ...] | None = None
     amounts: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_dict(cls, fields: object) -> OwnPadding:
+        """A padding from parsed JSON (of ``dataclasses.asdict``), which may hold anything.
+
+        Raises:
+            ArgumentError: If a field is missing, unknown, of another type or impossible.
+        """
+        values = mapping(fields, "padding", ("rule", "mode", "declared", "amounts"))
+        declared, amounts = values["declared"], _pairs(values["amounts"])
+        if isinstance(declared, str):
+            choice(declared, "declared", ("same",))
+        elif declared is not None:
+            declared = wholes(declared, "declared", _DIMENSIONS)
+        return cls(
+            rule=Padding.from_dict(values["rule"]),
+            mode=choice(values["mode"], "mode", PADDING_MODES),
+            declared=declared,
+            amounts=amounts,
+        )
+
+
+_DIMENSIONS = range(1, 4)
+
+
+def _pairs(value: object) -> tuple[tuple[int, int], ...]:
+    if not isinstance(value, list) or len(value) >= _DIMENSIONS.stop:
+        raise ArgumentError(f"amounts must be a list of at most 3 pairs, not {excerpt(value)}")
+    pairs = [wholes(pair, "amounts", range(2, 3)) for pair in value]
+    return tuple((before, after) for before, after in pairs)
 
 
 NOT_PADDED = OwnPadding()

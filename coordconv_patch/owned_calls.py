@@ -23,20 +23,22 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FrameType, FunctionType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.coords import Coordinates, is_transforming
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import ArgumentError, PatchError, excerpt
+from coordconv_patch.fields import choice, mapping, text, whole, wholes
 from coordconv_patch.functional import CONV_SIGNATURES, call_geometry
 from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.own_padding import OwnPadding, pad_arguments, unpadded
@@ -45,10 +47,16 @@ __all__ = [
     "CallOwner",
     "OwnedCalls",
     "add_to_owner_",
-    "owned_layers",
+    "owned_calls",
     "owner_obstacle",
     "remove_from_owner_",
+    "watched_geometry",
 ]
+
+
+_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
+_MOST_CALLS = 100_000
+"""Of one function in one forward pass, in a file."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,34 @@ class OwnedCalls:
     total: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-ready."""
+        """The fields, JSON-ready; see :meth:`from_dict`."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: object) -> OwnedCalls:
+        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything.
+
+        Raises:
+            ArgumentError: If a field is missing, unknown, of another type or impossible.
+        """
+        names = ("owner", "function", "weight", "padding", "indices", "total")
+        values = mapping(fields, "function", names)
+        weight, indices = values["weight"], values["indices"]
+        total = whole(values["total"], "total", high=_MOST_CALLS)
+        if indices is not None:
+            indices = wholes(indices, "indices", range(1, total + 1), high=max(total - 1, 0))
+            if list(indices) != sorted(set(indices)):
+                raise ArgumentError(f"indices must be in order, each once, not {excerpt(indices)}")
+        elif total or weight is None:
+            raise ArgumentError("indices must be there where calls are counted")
+        return cls(
+            owner=text(values["owner"], "owner"),
+            function=choice(values["function"], "function", [f.__name__ for f in _FUNCTIONS]),
+            weight=None if weight is None else text(weight, "weight"),
+            padding=OwnPadding.from_dict(values["padding"]),
+            indices=indices,
+            total=total,
+        )
 
 
 @dataclass(frozen=True)
@@ -398,7 +432,6 @@ def _spread(value: Any, ndim: int) -> tuple[int, ...]:
     return numbers * ndim if len(numbers) == 1 else numbers
 
 
-_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
 _CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code__})
 
 
@@ -429,6 +462,8 @@ def owner_obstacle(owner: nn.Module) -> str:
             f"the forward of {name} is replaced on the instance (accelerate hooks, perhaps), which "
             "would bypass the coordinates: patch the model before"
         )
+    if isinstance(owner, _ConvNd):
+        return f"{name} is a convolution itself, and not a module that calls one"
     if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return (
             f"{name} calls it and is a {_container(owner)}, whose members are run one by one, and "
@@ -499,10 +534,32 @@ def _on_other_base(parametrized: type, base: type) -> type:
     return type(parametrized)(parametrized.__name__, (base,), namespace)
 
 
-def owned_layers(owner: nn.Module) -> dict[str, tuple[OwnedCalls, ConvGeometry]]:
-    """The sites whose calls an owner watches, by site name; none of a plain module."""
-    watches = owner._watches if isinstance(owner, CallOwner) else ()
-    return {watch.site: (watch.calls, watch.geometry) for watch in watches}
+def watched_geometry(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | None:
+    """The geometry of calls that have coordinates already; ``None`` if these have none.
+
+    Args:
+        owner: The module that makes the calls.
+        calls: The calls; of computed weights, positions may be unknown.
+    """
+    for watch in owner._watches if isinstance(owner, CallOwner) else ():
+        known = watch.calls
+        if (known.function, known.weight) == (calls.function, calls.weight) and (
+            calls.weight is not None
+            or calls.indices is None
+            or not set(calls.indices).isdisjoint(known.indices or ())
+        ):
+            return watch.geometry
+    return None
+
+
+def owned_calls(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
+    """Which calls each branch of a model's call owners is for, named as they are now."""
+    return {
+        owner.get_submodule(watch.branch): replace(watch.calls, owner=name)
+        for name, owner in model.named_modules()
+        if isinstance(owner, CallOwner)
+        for watch in owner._watches
+    }
 
 
 def remove_from_owner_(owner: CallOwner, site: str | None = None) -> None:

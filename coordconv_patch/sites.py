@@ -43,7 +43,7 @@ from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
 from coordconv_patch.own_padding import NOT_PADDED
-from coordconv_patch.owned_calls import OwnedCalls, owned_layers, owner_obstacle
+from coordconv_patch.owned_calls import OwnedCalls, owner_obstacle, watched_geometry
 from coordconv_patch.recording import (
     GraphFunctions,
     Recording,
@@ -391,12 +391,13 @@ class _Finder:
         padding = NOT_PADDED if site.obstacle else function_input(nodes[0]).own
         indices, total = _positions(region, nodes, weight)
         relative = stored[len(owner) :].lstrip(".")
+        owned = OwnedCalls(owner, site.class_name, relative, padding, indices, total)
         return replace(
             site,
             nodes=(),
             obstacle=site.obstacle or owner_obstacle(module),
-            patched=name in owned_layers(module),
-            owned=OwnedCalls(owner, site.class_name, relative, padding, indices, total),
+            patched=watched_geometry(module, owned) is not None,
+            owned=owned,
             weight=operator.attrgetter(stored)(self.model),
         )
 
@@ -404,7 +405,8 @@ class _Finder:
         owner = common_caller([_callers(region, node) for node in nodes])
         site = _graph_site(region, "", nodes)
         name = join_names(owner, site.class_name)
-        patched = name in owned_layers(self.model.get_submodule(owner))
+        owned = OwnedCalls(owner, site.class_name, None)
+        geometry = watched_geometry(self.model.get_submodule(owner), owned)
         obstacle = (
             "its weight is computed when the model runs, so a trace does not tell its shape: pass "
             "example_inputs=..., on which it is seen"
@@ -413,10 +415,10 @@ class _Finder:
             site,
             name=name,
             nodes=(),
-            geometry=None,
-            obstacle="" if patched else obstacle,
-            patched=patched,
-            owned=OwnedCalls(owner, site.class_name, None),
+            geometry=geometry,
+            obstacle="" if geometry is not None else obstacle,
+            patched=geometry is not None,
+            owned=owned,
         )
 
     def recorded_functions(self, recorded: Recording) -> Iterator[Site]:
@@ -430,7 +432,7 @@ class _Finder:
                 geometry=found.geometry,
                 padding=found.owned.padding.rule,
                 obstacle=found.obstacle or owner_obstacle(owner),
-                patched=found.name in owned_layers(owner),
+                patched=watched_geometry(owner, found.owned) is not None,
                 region=self._region_around(join_names(found.owned.owner, "?")),
                 owned=found.owned,
                 weight=found.weight,

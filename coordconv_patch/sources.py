@@ -53,7 +53,11 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, pretrained: bool = False, input_shape: tuple[int, ...] | None = None
+    source: str,
+    *,
+    pretrained: bool = False,
+    input_shape: tuple[int, ...] | None = None,
+    trusted: bool = False,
 ) -> LoadedModel:
     """Load the model that a command-line name means.
 
@@ -63,12 +67,13 @@ def load_model(
             inputs) or ``model.pt2`` (a torch.export program).
         pretrained: Download the zoo's pretrained weights.
         input_shape: Shape of a random example input; ``None``: what the model suggests.
+        trusted: Load a ``.pt2`` file, which runs any code that its maker put into it.
 
     Raises:
         ModelSourceError: If there is no such model, or it cannot be loaded; says why.
     """
     if source.endswith(".pt2"):
-        loaded = _from_program(Path(source))
+        loaded = _from_program(Path(source), trusted)
     elif source.startswith("timm:"):
         loaded = _from_timm(source.removeprefix("timm:"), pretrained)
     elif source.startswith("torchvision:"):
@@ -194,9 +199,15 @@ def _run_file(path: Path) -> ModuleType:
     return module
 
 
-def _from_program(path: Path) -> LoadedModel:
+def _from_program(path: Path, trusted: bool) -> LoadedModel:
     if not path.is_file():
         raise ModelSourceError(f"there is no file {path}")
+    if not trusted:
+        raise ModelSourceError(
+            f"{path} is not loaded: torch unpickles parts of a .pt2 file, and that runs any code "
+            "that its maker put into it. If you know where it comes from, pass --trust (in "
+            "Python: trusted=True)"
+        )
     try:
         program: ExportedProgram = torch.export.load(path)
     except Exception as error:

@@ -2,50 +2,54 @@
 
 The file holds the coordinate weights by site name, and in its metadata what is
 needed to put them onto a fresh copy of the pretrained model, or to refuse:
-format and package version, each site's geometry and convention, and a
-fingerprint of the base weights. It is never a pickle.
+format and package version, each site's geometry and convention, a
+fingerprint of the base weights, and a checksum. It is never a pickle.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import operator
 import os
 import re
 import sys
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from coordconv_patch.arguments import check_flag, check_path
-from coordconv_patch.atomic import obstacle_to_writing, replacing
+from coordconv_patch.atomic import replacing
 from coordconv_patch.branch import ChosenCalls, CoordBranch
 from coordconv_patch.conversion import check_not_wrapped
-from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import WeightsError, listing
+from coordconv_patch.coords_header import FORMAT, Header, SiteRecord, refuse_newer
+from coordconv_patch.errors import (
+    CoordConvPatchError,
+    WeightsError,
+    excerpt,
+    listing,
+)
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.owned_calls import OwnedCalls, owned_calls, owner_obstacle, watched_geometry
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.programs import why_not_patched
+from coordconv_patch.rollback import unchanged_on_failure, values_restored_on_failure
 from coordconv_patch.sites import Site, SiteMap, find_sites
+from coordconv_patch.tensor_file import check_storable, read_tensor_file, tensor_file_bytes
 from coordconv_patch.training import coord_parameters, coord_parameters_of
-from coordconv_patch.version import __version__
 
 __all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
 
-FORMAT = "coordconv_patch"
-FORMAT_VERSION = 2
-"""2 added chosen calls; files without them are written as version 1."""
 _COORD_SUFFIX = ".coord_weight"
 _WRAPPER_NAMES = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -60,23 +64,11 @@ _WRAPPERS_ELSEWHERE = frozenset(
 
 
 @dataclass(frozen=True)
-class _SiteRecord:
-    geometry: ConvGeometry
-    coords: Coordinates
-    chosen_calls: ChosenCalls | None = None
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        channels = self.coords.channel_names(self.geometry.ndim)
-        return self.geometry.coord_weight_shape(len(channels))
-
-
-@dataclass(frozen=True)
 class _CoordsFile:
     """A coordinate-weights file, read and checked in itself."""
 
     path: Path
-    sites: dict[str, _SiteRecord]
+    sites: Mapping[str, SiteRecord]
     weights: dict[str, Tensor]
     batch_norm: dict[str, Tensor]
     fingerprint: str
@@ -102,7 +94,7 @@ def save_coords(
 
     Raises:
         WeightsError: If the model is not patched, if a wrapper has taken its coordinate
-            weights apart, or if the folder does not exist.
+            weights apart, if a weight is not finite, or if the file cannot be written.
     """
     check_is_module(model)
     path = check_path("path", path)
@@ -111,31 +103,29 @@ def save_coords(
     if not layers:
         raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
     _check_whole(layers)
-    obstacle = obstacle_to_writing(path)
-    if obstacle:
-        raise WeightsError(obstacle)
     tensors: dict[str, Tensor] = {
         name + _COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()
     }
     if include_batch_norm:
         tensors |= _norm_statistics(model)
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION if any(map(_chosen_calls_of, layers.values())) else 1,
-        "package_version": __version__,
-        "fingerprint": fingerprint(model),
-        "sites": {
-            name: {
-                "geometry": _geometry_of(layer).to_dict(),
-                "coords": layer.coords.to_dict(),
-                **_calls_to_dict(_chosen_calls_of(layer)),
-            }
-            for name, layer in layers.items()
-        },
-    }
     stored = {name: _gathered(tensor).contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={FORMAT: json.dumps(header)})
+    for name, tensor in stored.items():
+        check_storable(name, tensor)
+    functions = _clean_functions(model)
+    records = {
+        name: SiteRecord(
+            _geometry_of(layer), layer.coords, _chosen_calls_of(layer), functions.get(layer)
+        )
+        for name, layer in layers.items()
+    }
+    try:
+        header = Header(records, fingerprint(model)).to_json()
+        Header.from_json(header)  # what cannot be read again must not be written
+    except CoordConvPatchError as error:
+        raise WeightsError(f"the coordinate weights cannot be saved: {error}") from error
+    raw = tensor_file_bytes(header, stored, FORMAT)
+    with replacing(path, WeightsError) as temporary:
+        temporary.write_bytes(raw)
     return path
 
 
@@ -154,9 +144,13 @@ def load_coords(
         The copy.
 
     Raises:
-        WeightsError: If the file is truncated or foreign, if a site is missing or extra,
-            if a geometry or convention differs, or if the base weights differ; with
+        WeightsError: If the file is truncated, damaged or foreign, if a site is missing or
+            extra, if a geometry or convention differs, or if the base weights differ; with
             the reason.
+
+    Warns:
+        UserWarning: If the file has no checksum, as those of early versions: damage to its
+            numbers would go unnoticed.
     """
     return _load(model, path, check_base, in_place=False)
 
@@ -182,22 +176,73 @@ def _load(
     bare = unwrapped(model)
     file = _read(check_path("path", path))
     site_map = find_sites(bare)
+    site_map = _with_recorded_functions(site_map, file, bare)
     sites = {clean_name(site.name): site for site in site_map.sites}
-    _check_sites(file, sites, coord_layers(bare))
+    _check_sites(file, sites, bare)
     if check_base:
         _check_fingerprint(file, bare)
     _check_norms(file, bare)
     plans = _plans(file, site_map, sites)
     if plans:
         check_not_wrapped(model)
-    if in_place and len(plans) > 1:
-        # The second plan could fail when the first is carried out already, so both are tried.
-        rehearsal = copied(bare)
-        _apply(rehearsal, plans)
-    target = model if in_place else copied(model)
-    filled = _apply(unwrapped(target), plans)
-    _fill(filled, file)
-    return target if filled is unwrapped(target) else filled
+    if not in_place:
+        model = copied(model)
+        bare = unwrapped(model)
+    with unchanged_on_failure(bare):
+        _apply(bare, plans)
+        _fill(bare, file)
+    return model
+
+
+def _clean_functions(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
+    """The calls that branches in plain modules are for, as names of the bare model."""
+    return {
+        branch: dataclasses.replace(calls, owner=clean_name(calls.owner))
+        for branch, calls in owned_calls(model).items()
+    }
+
+
+def _with_recorded_functions(site_map: SiteMap, file: _CoordsFile, model: nn.Module) -> SiteMap:
+    """The sites of a model, with functional ones that a trace alone does not tell.
+
+    They were found by running the model when it was patched, and the file knows what was seen.
+    """
+    known = {clean_name(site.name): site for site in site_map.sites}
+    recorded = []
+    for name, record in file.sites.items():
+        site = known.get(name)
+        if record.function is not None and (site is None or (site.obstacle and not site.patched)):
+            recorded.append(_recorded_site(file, name, record, record.function, model))
+    names = {site.name for site in recorded}
+    others = [site for site in site_map.sites if clean_name(site.name) not in names]
+    return dataclasses.replace(site_map, sites=(*others, *recorded))
+
+
+def _recorded_site(
+    file: _CoordsFile, name: str, record: SiteRecord, function: OwnedCalls, model: nn.Module
+) -> Site:
+    try:
+        owner = model.get_submodule(function.owner)
+        weight = next(model.parameters(), None)
+        if function.weight is not None:
+            weight = operator.attrgetter(function.weight)(owner)
+    except AttributeError as error:
+        raise WeightsError(
+            f"{file.path} has coordinate weights for {excerpt(name)}, a convolution function that "
+            f"{excerpt(function.owner or 'the model')} calls, which this model does not have: "
+            f"{error}"
+        ) from error
+    return Site(
+        name=name,
+        kind="function",
+        class_name=function.function,
+        geometry=record.geometry,
+        padding=function.padding.rule,
+        obstacle=owner_obstacle(owner),
+        patched=watched_geometry(owner, function) is not None,
+        owned=function,
+        weight=torch.empty(0) if weight is None else weight,
+    )
 
 
 def _plans(file: _CoordsFile, site_map: SiteMap, sites: dict[str, Site]) -> list[Plan]:
@@ -236,57 +281,65 @@ def _apply(model: nn.Module, plans: list[Plan]) -> nn.Module:
 
 
 def _read(path: Path) -> _CoordsFile:
+    stored = read_tensor_file(path, FORMAT)
     try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is no safetensors file, or a truncated one ({error}); save_coords writes them"
-        ) from error
-    if FORMAT not in metadata:
-        raise WeightsError(
-            f"{path} is a safetensors file, but not one of coordinate weights; save_coords "
-            "writes them (load a whole model's weights with load_state_dict)"
-        )
-    try:
-        header = json.loads(metadata[FORMAT])
-        if header["format_version"] > FORMAT_VERSION:
+        if stored.is_intact is False:
+            refuse_newer(stored.header)  # whose checksum may be another one
             raise WeightsError(
-                f"{path} has format version {header['format_version']}, this package reads up to "
-                f"{FORMAT_VERSION}: update coordconv-patch (the file was written by "
-                f"{header['package_version']})"
+                "it is damaged: its content is not what its checksum was made from. Take an "
+                "intact copy, or save the weights again"
             )
-        sites = {
-            name: _SiteRecord(
-                ConvGeometry.from_dict(record["geometry"]),
-                Coordinates.from_dict(record["coords"]),
-                ChosenCalls.from_dict(record["calls"]) if "calls" in record else None,
-            )
-            for name, record in header["sites"].items()
-        }
-        for record in sites.values():
-            record.weight_shape  # noqa: B018  # damaged numbers show here
-        weights = {name: tensors.pop(name + _COORD_SUFFIX) for name in sites}
-        return _CoordsFile(path, sites, weights, tensors, str(header["fingerprint"]))
-    except WeightsError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: its header is damaged ({error!r})") from error
+        header = Header.from_json(stored.header)
+        if header.needs_checksum and stored.is_intact is None:
+            raise WeightsError("it is damaged: its checksum is missing")
+        weights = _weights(header.sites, stored.tensors)
+        for name, tensor in stored.tensors.items():
+            check_storable(name, tensor)
+    except CoordConvPatchError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if stored.is_intact is None:
+        warnings.warn(
+            f"{path} has no checksum, because an early version of coordconv_patch wrote it: damage "
+            "to its numbers would go unnoticed. To add one, save the loaded model with "
+            "save_coords",
+            stacklevel=4,
+        )
+    others = {name: tensor for name, tensor in stored.tensors.items() if name not in weights}
+    return _CoordsFile(
+        path,
+        header.sites,
+        {name.removesuffix(_COORD_SUFFIX): tensor for name, tensor in weights.items()},
+        others,
+        header.fingerprint,
+    )
 
 
-def _check_sites(
-    file: _CoordsFile, sites: dict[str, Site], present: dict[str, CoordConvNd | CoordBranch]
-) -> None:
+def _weights(sites: Mapping[str, SiteRecord], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The coordinate weights among a file's tensors, by their names there."""
+    weights = {}
+    for name, record in sites.items():
+        weight = tensors.get(name + _COORD_SUFFIX)
+        if weight is None:
+            raise WeightsError(f"it holds no weight for the site {excerpt(name)}")
+        if not weight.dtype.is_floating_point:
+            raise WeightsError(f"the weight of {name} has dtype {weight.dtype}, not one of floats")
+        if tuple(weight.shape) != record.weight_shape:
+            raise WeightsError(
+                f"the weight of {name} has shape {tuple(weight.shape)}, its header says "
+                f"{record.weight_shape}"
+            )
+        weights[name + _COORD_SUFFIX] = weight
+    return weights
+
+
+def _check_sites(file: _CoordsFile, sites: dict[str, Site], model: nn.Module) -> None:
     missing = [name for name in file.sites if name not in sites]
     if missing:
         raise WeightsError(
             f"{file.path} has coordinate weights for {listing(missing)}, which this model does "
             f"not have; its sites are {listing(sites)}"
         )
-    patched = {clean_name(name): layer for name, layer in present.items()}
+    patched = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     extra = [name for name in patched if name not in file.sites]
     if extra:
         raise WeightsError(
@@ -305,23 +358,27 @@ def _check_sites(
                 f"the coordinate weight of {name} is computed from other parameters (it is pruned "
                 "or parametrized): load the file first, then prune or parametrize"
             )
+        if layer is not None and tuple(layer.coord_weight.shape) != record.weight_shape:
+            raise WeightsError(
+                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} in "
+                f"the model, not {record.weight_shape}: has a wrapper flattened it?"
+            )
         if layer is not None and layer.coords != record.coords:
             raise WeightsError(
                 f"{name}: the file uses coordinates {record.coords}, the model is patched with "
                 f"{layer.coords}"
             )
-        _check_chosen_calls(file, name, site, layer)
+        _check_chosen_calls(file, name, site, layer, model)
         if layer is None and site.obstacle:
             raise WeightsError(f"{name} cannot be patched: {site.obstacle}")
-        if tuple(file.weights[name].shape) != record.weight_shape:
-            raise WeightsError(
-                f"{file.path}: the weight of {name} has shape {tuple(file.weights[name].shape)}, "
-                f"its header says {record.weight_shape}"
-            )
 
 
 def _check_chosen_calls(
-    file: _CoordsFile, name: str, site: Site, layer: CoordConvNd | CoordBranch | None
+    file: _CoordsFile,
+    name: str,
+    site: Site,
+    layer: CoordConvNd | CoordBranch | None,
+    model: nn.Module,
 ) -> None:
     wanted = file.sites[name].chosen_calls
     found = None if layer is None else _chosen_calls_of(layer)
@@ -330,11 +387,29 @@ def _check_chosen_calls(
             f"{name}: the file has coordinates at {wanted or 'all calls'}, the model is patched at "
             f"{found or 'all calls'}: load onto the unpatched model"
         )
-    if wanted is not None and site.kind == "function" and len(site.nodes) != wanted.total:
+    if wanted is None:
+        return
+    calls = _calls_in_graph(site)
+    if calls is not None and calls != wanted.total:
         raise WeightsError(
-            f"{name}: the file has coordinates at {wanted}, this model's graph has "
-            f"{len(site.nodes)} calls"
+            f"{name}: the file has coordinates at {wanted}, this model's graph has {calls} calls"
         )
+    if layer is None and wanted.caller not in dict(model.named_modules()):
+        raise WeightsError(
+            f"{name}: its calls are counted while {excerpt(wanted.caller)} runs, which this model "
+            "does not have"
+        )
+
+
+def _calls_in_graph(site: Site) -> int | None:
+    """How often a site is called, as far as its graph tells."""
+    if site.nodes:
+        return len(site.nodes)
+    if site.region is None or site.module is None:
+        return None
+    modules = dict(site.region.module.named_modules(remove_duplicate=False))
+    nodes = site.region.graph.find_nodes(op="call_module", sort=False)
+    return sum(modules.get(str(node.target)) is site.module for node in nodes) or None
 
 
 def _check_fingerprint(file: _CoordsFile, model: nn.Module) -> None:
@@ -353,21 +428,39 @@ def _check_norms(file: _CoordsFile, model: nn.Module) -> None:
     for name, tensor in file.batch_norm.items():
         if name not in buffers:
             raise WeightsError(f"{file.path} has {name}, which this model does not have")
-        if buffers[name].shape != tensor.shape:
+        buffer = buffers[name]
+        if buffer.shape != tensor.shape:
             raise WeightsError(
-                f"{name}: shape {tuple(tensor.shape)} in the file, "
-                f"{tuple(buffers[name].shape)} in the model"
+                f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(buffer.shape)} in the "
+                "model"
+            )
+        if buffer.is_floating_point() != tensor.is_floating_point():
+            raise WeightsError(
+                f"{name}: dtype {tensor.dtype} in the file, {buffer.dtype} in the model"
             )
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, file: _CoordsFile) -> None:
-    for name, layer in coord_layers(model).items():
-        weight, saved = layer.coord_weight, file.weights[clean_name(name)]
-        weight.copy_(_spread_like(weight, saved))
-    buffers = _norm_statistics(model)
-    for name, tensor in file.batch_norm.items():
-        buffers[name].copy_(tensor)
+    values = file.weights | file.batch_norm
+    targets: dict[str, Tensor] = {
+        clean_name(name): layer.coord_weight for name, layer in coord_layers(model).items()
+    }
+    targets |= {n: buffer for n, buffer in _norm_statistics(model).items() if n in values}
+    for name, target in targets.items():
+        if target.is_meta:
+            raise WeightsError(
+                f"{name} is on the meta device: load the model's own weights first, so that it has "
+                "memory"
+            )
+        if not values[name].to(target.dtype).isfinite().all():
+            raise WeightsError(
+                f"{name}: values of up to {values[name].abs().max():.3g} do not fit into the "
+                f"model's {target.dtype}"
+            )
+    with values_restored_on_failure(targets.values()):
+        for name, target in targets.items():
+            target.copy_(_spread_like(target, values[name]))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -467,10 +560,6 @@ def _geometry_of(layer: CoordConvNd | CoordBranch) -> ConvGeometry:
 
 def _chosen_calls_of(layer: CoordConvNd | CoordBranch) -> ChosenCalls | None:
     return layer.chosen_calls if isinstance(layer, CoordBranch) else None
-
-
-def _calls_to_dict(chosen: ChosenCalls | None) -> dict[str, dict[str, object]]:
-    return {} if chosen is None else {"calls": chosen.to_dict()}
 
 
 def _norm_statistics(model: nn.Module) -> dict[str, Tensor]:

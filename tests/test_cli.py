@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -215,15 +216,37 @@ def test_patch_writes_a_program_that_is_a_source_again(run: Callable[..., Ran]) 
     assert "entry.coord_weight" in program.state_dict
     x = torch.rand(2, 3, 8, 12)
     torch.testing.assert_close(program.module()(x), network()(x))
-    assert run("plan", "c.pt2", "--where", "exit").code == 0
+    assert run("plan", "c.pt2", "--trust", "--where", "exit").code == 0
     assert sorted(path.name for path in Path().glob("*.pt2")) == ["c.pt2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "c.pt2"),
+        ("patch", "c.pt2", "--out", "d.safetensors"),
+        ("export", "c.pt2", "--out", "d.onnx"),
+        ("verify", "c.pt2", "c.onnx"),
+        ("bench", "c.pt2"),
+    ],
+)
+def test_a_program_that_is_not_trusted_is_refused_with_the_reason(
+    arguments: tuple[str, ...], run: Callable[..., Ran]
+) -> None:
+    Path("c.pt2").write_bytes(b"anything")
+    Path("c.onnx").write_bytes(b"anything")
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert "c.pt2 is not loaded: " in ran.text
+    assert "runs any code that its maker put into it" in ran.text
+    assert "pass --trust" in ran.text
 
 
 def test_a_patched_program_does_not_offer_its_coordinates_as_convolutions(
     run: Callable[..., Ran],
 ) -> None:
     run("patch", NET, "--out", "c.pt2")
-    sites = json.loads(run("plan", "c.pt2", "--json", "--where", "exit").out)["sites"]
+    sites = json.loads(run("plan", "c.pt2", "--trust", "--json", "--where", "exit").out)["sites"]
     assert [site["name"] for site in sites] == ["entry", "body.2", "exit"]
 
 
@@ -437,7 +460,7 @@ def test_bench_prints_json_alone(run: Callable[..., Ran]) -> None:
 def test_bench_refuses_a_batch_that_a_program_does_not_take(run: Callable[..., Ran]) -> None:
     program = torch.export.export(network(), (images(2),))
     torch.export.save(program, "n.pt2")
-    ran = run("bench", "n.pt2", "--batch", 2, "--batch", 3, "--repeats", 1)
+    ran = run("bench", "n.pt2", "--trust", "--batch", 2, "--batch", 3, "--repeats", 1)
     assert ran.code == 2
     assert "--batch 3: the program was exported for batches of 2 alone" in ran.text
 
@@ -460,6 +483,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no folder": (("patch", NET, "--out", "no/c.safetensors"), 2, "the folder no does not exist"),
     "no folder, program": (("patch", NET, "--out", "no/c.pt2"), 2, "folder no does not exist"),
     "a folder": (("patch", NET, "--out", "folder.safetensors"), 2, "folder"),
+    "a pipe": (("patch", NET, "--out", "pipe.safetensors"), 2, "a named pipe, not a regular file"),
+    "a pipe, program": (("patch", NET, "--out", "pipe.pt2"), 2, "a named pipe, not a regular"),
+    "a pipe, graph": (("export", NET, "--out", "pipe.onnx"), 2, "a named pipe, not a regular"),
     "a folder, program": (("patch", NET, "--out", "folder.pt2"), 2, "folder"),
     "a folder, export": (("export", NET, "--out", "folder.onnx"), 2, "folder"),
     "export ending": (("export", NET, "--out", "n.bin"), 2, r"ends in \.onnx"),
@@ -523,6 +549,7 @@ def test_a_mistake_gets_a_message_and_an_exit_code(mistake: str, run: Callable[.
     Path("garbage.onnx").write_bytes(b"not a graph" * 50)
     for suffix in ("safetensors", "pt2", "onnx"):
         Path(f"folder.{suffix}").mkdir()
+        os.mkfifo(f"pipe.{suffix}")
     if "c.safetensors" in MISTAKES[mistake][0]:
         ccp.save_coords(ccp.patch(network(), "entry"), "c.safetensors")
     before = sorted(path.name for path in Path().iterdir())

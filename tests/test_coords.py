@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from coordconv_patch import Coordinates, Window
+import coordconv_patch as ccp
+from coordconv_patch import CoordConv2d, Coordinates, Window
 from coordconv_patch.coords import _cached_grid
 from coordconv_patch.errors import CoordConvPatchError, CoordinatesError
+from coordconv_patch.grid_cache import GridCache
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -408,6 +411,95 @@ def test_grid_ignores_autocast() -> None:
         assert Coordinates(radius=True).grid((4, 6)).dtype == torch.float32
 
 
+# --- the cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_grid_is_the_callers_own(dtype: torch.dtype) -> None:
+    coords = Coordinates(radius=True)
+    expected = reference.paper_grid((3, 4), radius=True).to(dtype)
+    for _ in range(2):  # once made, once kept
+        grid = coords.grid((3, 4), dtype=dtype)
+        torch.testing.assert_close(grid, expected)
+        grid.zero_()
+        grid.numpy(force=True).fill(7) if dtype is not torch.bfloat16 else grid.fill_(7)
+    with torch.inference_mode():
+        coords.grid((3, 4), dtype=dtype).fill_(7)
+    torch.testing.assert_close(coords.grid((3, 4), dtype=dtype), expected)
+
+
+def test_a_grid_that_was_written_to_leaves_patched_models_alone() -> None:
+    conv = CoordConv2d(1, 2, 1)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.bias.zero_()
+        conv.coord_weight.copy_(torch.eye(2)[:, :, None, None])
+    Coordinates().grid((3, 4)).zero_()
+    for layer in (conv, copy.deepcopy(conv).eval()):
+        branch = layer(torch.zeros(1, 1, 3, 4))[0]
+        torch.testing.assert_close(branch, reference.paper_grid((3, 4)).float())
+
+
+def test_layers_share_one_grid() -> None:
+    first = Coordinates().shared_grid((3, 4))
+    assert Coordinates().shared_grid((3, 4)) is first
+    assert Coordinates(radius=True).shared_grid((3, 4)) is not first
+
+
+def test_the_cache_is_bounded_in_bytes() -> None:
+    for side in range(2, 1500, 7):
+        Coordinates().shared_grid((side, 512))
+        assert _cached_grid.bytes <= _cached_grid.max_bytes
+    assert _cached_grid.bytes > 0.8 * _cached_grid.max_bytes
+    newest = Coordinates().shared_grid((side, 512))
+    assert Coordinates().shared_grid((side, 512)) is newest
+
+
+def test_tiny_grids_do_not_pile_up() -> None:
+    cache = GridCache(max_bytes=100_000)
+    for key in range(1000):
+        cache.keep(key, torch.zeros(1))
+    assert 0 < len(cache) < 100
+    assert cache.lookup(0) is None
+    assert cache.lookup(999) is not None
+
+
+def test_a_grid_larger_than_the_cache_is_not_kept_and_pushes_nothing_out() -> None:
+    cache = GridCache(max_bytes=5000)
+    small = cache.keep("small", torch.zeros(10))
+    large = torch.zeros(10_000)
+    assert cache.keep("large", large) is large
+    assert cache.lookup("large") is None
+    assert cache.lookup("small") is small
+
+
+def test_threads_share_the_cache() -> None:
+    sizes = [(side, 3) for side in range(1, 60)]
+    expected = [reference.paper_grid(size).float() for size in sizes]
+    wrong: list[object] = []
+    cache = GridCache(max_bytes=20 * 1024)
+
+    def work() -> None:
+        for index in list(range(len(sizes))) * 20:
+            try:
+                kept = cache.lookup(sizes[index])
+                grid = cache.keep(sizes[index], expected[index]) if kept is None else kept
+                if not torch.equal(grid, expected[index]):
+                    wrong.append(index)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert 0 <= cache.bytes <= cache.max_bytes
+    cache.cache_clear()
+    assert (cache.bytes, len(cache)) == (0, 0)
+
+
 # --- the value itself ---------------------------------------------------------------------
 
 
@@ -497,6 +589,121 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> 
         Coordinates(**fields)
 
 
+HUGE = 10**5000
+"""Python refuses to write this number out."""
+HUGE_PARAM = pytest.param(HUGE, id="huge")
+
+
+@pytest.mark.parametrize("field", ["radius", "align_corners", "swap_sizes"])
+@pytest.mark.parametrize("value", [0, 1, 5, 1.0, "True", None, [], np.True_, HUGE_PARAM])
+def test_a_flag_is_true_or_false(field: str, value: Any) -> None:
+    with pytest.raises(CoordinatesError, match=f"{field}=.*: write True or False"):
+        Coordinates(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, "3", None, 3.0, math.nan, -1, 33, 14000, [1], HUGE_PARAM]
+)
+def test_octaves_are_a_small_whole_number(value: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"fourier=.*: write a number of octaves, .*most 32"):
+        Coordinates(fourier=value)
+
+
+def test_the_most_octaves_still_tell_pixels_apart() -> None:
+    grid = grid64(Coordinates(fourier=32), 2, 3)
+    assert grid.shape == (2 + 4 * 32, 2, 3)
+    assert grid.isfinite().all()
+    assert grid.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(True, 3, "01", (0,), {0: 1, 1: 2}, {0, 1}, ("0", "1"), (False, True), (0, None)),
+        *(
+            pytest.param((0, HUGE), id="huge"),
+            (-math.inf, 0),
+            (0, 1e30),
+            (0, 1j),
+            torch.tensor([0, 1]),
+        ),
+    ],
+)
+def test_a_range_is_two_real_numbers(value: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"value_range=.*: write two finite numbers"):
+        Coordinates(value_range=value)
+
+
+@pytest.mark.parametrize(
+    "value", [True, "0", math.nan, math.inf, -math.inf, 1j, (0, 0), 1e30, HUGE_PARAM]
+)
+def test_a_centre_is_a_real_number(value: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"radius_center=.*: write a finite number"):
+        Coordinates(radius=True, radius_center=value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 1, b"xy", ["xy"], {}, np.array(["xy", "yx"]), "x" * 10_000]
+)
+def test_an_order_is_one_of_two_words(value: Any) -> None:
+    with pytest.raises(CoordinatesError, match="write 'xy'") as refused:
+        Coordinates(order=value)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [1, "whole", {"offset": (0,)}, ((0,), (1,), (2,))])
+def test_a_window_is_a_window(value: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"window=.*: write a Window\(\.\.\.\) or None"):
+        Coordinates(window=value)
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    window = Window((np.int64(0),), (np.int32(1),), (np.uint8(2),))  # type: ignore[arg-type]
+    coords = Coordinates(
+        radius=True,
+        radius_center=np.float32(0.5),
+        value_range=(np.float64(0), np.int64(1)),
+        fourier=np.int64(2),
+        window=window,
+    )
+    assert coords == Coordinates(
+        radius=True,
+        radius_center=0.5,
+        value_range=(0.0, 1.0),
+        fourier=2,
+        window=Window((0,), (1,), (2,)),
+    )
+    assert Coordinates.from_dict(json.loads(json.dumps(coords.to_dict()))) == coords
+
+
+def subclass(**overridden: Any) -> Any:
+    return type("Twice", (Coordinates,), overridden)
+
+
+def test_a_subclass_of_a_convention_is_refused() -> None:
+    with pytest.raises(CoordinatesError, match="Twice is a subclass of Coordinates"):
+        subclass()()
+    with pytest.raises(CoordinatesError, match="Twice is a subclass of Coordinates"):
+        subclass().preset("mkocabas")
+    with pytest.raises(CoordinatesError, match="Twice is a subclass of Coordinates"):
+        subclass().from_dict({})
+    with pytest.raises(CoordinatesError, match="Part is a subclass of Window"):
+        type("Part", (Window,), {})((0,), (1,), (2,))
+
+
+def test_a_subclass_that_checks_nothing_is_refused_where_it_enters() -> None:
+    sneaky = subclass(__post_init__=lambda self: None)()
+    for enter in (
+        Coordinates.of,
+        lambda coords: CoordConv2d(1, 1, 1, coords=coords),
+        lambda coords: ccp.patch(nn.Conv2d(1, 1, 1), coords=coords),
+        lambda coords: ccp.CoordConvPass("first", coords=coords),
+        lambda coords: coords.to_dict(),
+    ):
+        with pytest.raises(CoordinatesError, match="Twice is a subclass of Coordinates"):
+            enter(sneaky)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -504,6 +711,18 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> 
         (((-1, 0), (1, 1), (2, 2)), "does not lie inside its image: need 0 <= offset"),
         (((0, 0), (0, 1), (2, 2)), "does not lie inside its image"),
         (((0, 2), (1, 1), (2, 2)), r"offset \+ size <= image_size in every dimension"),
+        (((0, 0), (10.5, 1), (20, 2)), r"size=\(10\.5, 1\): write a tuple of one to three whole"),
+        (((0, 0), (10.0, 1), (20, 2)), r"size=\(10\.0, 1\): write a tuple"),
+        (((0, False), (1, 1), (2, 2)), r"offset=\(0, False\): write a tuple"),
+        (((0, 0), ("1", "1"), (2, 2)), r"size=\('1', '1'\): write a tuple"),
+        (((0, 0), "11", (2, 2)), "size='11': write a tuple"),
+        ((0, 1, 2), "offset=0: write a tuple"),
+        ((None, (1, 1), (2, 2)), "offset=None: write a tuple"),
+        (((), (), ()), r"offset=\(\): write a tuple"),
+        (((0,) * 4, (1,) * 4, (2,) * 4), "offset=.*: write a tuple of one to three"),
+        (((0,), (1,), (2**31,)), r"image_size=\(2147483648,\): .*below 2\*\*31"),
+        pytest.param(((0,), (1,), (HUGE,)), "image_size=.*below", id="huge"),
+        (((0,), (math.nan,), (2,)), r"size=\(nan,\): write a tuple"),
     ],
 )
 def test_impossible_windows_are_refused(fields: tuple[Any, ...], message: str) -> None:
@@ -554,11 +773,62 @@ def test_grid_refuses_a_window_of_other_dimensions() -> None:
         ({"order": "qq"}, r"coordinate fields .* are invalid: order='qq'"),
         ({"window": {"offset": [0]}}, "are invalid: .*missing"),
         ({"value_range": 3}, "are invalid"),
+        ({"radius": 5}, "are invalid: radius=5: write True or False"),
+        (
+            {"window": {"offset": [0], "size": [1.5], "image_size": [3]}},
+            "are invalid: window: size",
+        ),
+        ({"window": [[0], [1], [2]]}, "are invalid"),
+        ({"window": 3}, "are invalid"),
+        ({7: 1, "x": 2}, r"unknown coordinate fields \[7, 'x'\]"),
+        ([("order", "xy")], "must be a mapping"),
+        (None, "must be a mapping"),
+        ({"x" * 9999: 1}, "unknown coordinate fields"),
+        ({"order": "x" * 9999}, "are invalid"),
     ],
 )
 def test_from_dict_refuses_what_it_cannot_read(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(CoordinatesError, match=message):
+    with pytest.raises(CoordinatesError, match=message) as refused:
         Coordinates.from_dict(fields)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("size", [(2.5, 3), (2.0, 3), ("2", 3), (True, 3), (None, 3)])
+def test_grid_refuses_sizes_that_are_not_whole(size: tuple[Any, ...]) -> None:
+    with pytest.raises(CoordinatesError, match=r"size=.*: write whole numbers"):
+        Coordinates().grid(size)
+
+
+def test_grid_refuses_negative_sizes() -> None:
+    with pytest.raises(CoordinatesError, match=r"size=\(2, -3\): an input has 0 pixels"):
+        Coordinates().grid((2, -3))
+    assert Coordinates().grid((2, 0)).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_grid_refuses_dtypes_that_are_not_of_floats(dtype: torch.dtype) -> None:
+    with pytest.raises(CoordinatesError, match=f"dtype={dtype}: coordinates are fractions"):
+        Coordinates().grid((2, 3), dtype=dtype)
+
+
+def test_sizes_of_numpy_give_the_same_grid() -> None:
+    size = (np.int64(37), np.int32(301))
+    for coords in (Coordinates(), ODD):
+        grid = coords.grid(size)  # type: ignore[arg-type]
+        assert torch.equal(grid, coords.grid((37, 301)))
+
+
+@pytest.mark.parametrize("name", [None, 3, ["paper"], {}, "x" * 10_000])
+def test_a_preset_is_named(name: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"preset .*paper, reference, solo") as refused:
+        Coordinates.preset(name)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("radius", [1, 5, "yes", None])
+def test_a_presets_radius_is_true_or_false(radius: Any) -> None:
+    with pytest.raises(CoordinatesError, match=r"radius=.*: write True or False"):
+        Coordinates.preset("paper", radius=radius)
 
 
 def test_coordinate_errors_are_value_errors_of_the_package() -> None:

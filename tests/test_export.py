@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import logging
+import os
+import re
+import resource
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportErr
 from coordconv_patch.export import exporters as export_module
 from coordconv_patch.export import onnx as onnx_module
 from coordconv_patch.export.axes import ExportRequest
+from coordconv_patch.export.external_weights import gather_weights
 from coordconv_patch.layers import coord_layers
 
 CPU = ["CPUExecutionProvider"]
@@ -506,11 +512,116 @@ def test_weights_too_large_for_the_file_lie_beside_it(
     monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
     model, path = net(), tmp_path / "large.onnx"
     report = ccp.export_onnx(model, path, images(2), lowering=lowering, providers=CPU)
-    beside = tmp_path / "large.onnx.data"
-    assert sorted(tmp_path.iterdir()) == [path, beside]
+    (beside,) = set(tmp_path.iterdir()) - {path}
+    assert re.fullmatch(r"large\.onnx\.[0-9a-f]{16}\.data", beside.name)
+    assert weights_of(path) == {beside.name}
     assert report.file_size == path.stat().st_size + beside.stat().st_size
     assert report.coord_constant_bytes > 0
     assert_same(run(path, images(3))[0], model(images(3)))
+
+
+def weights_of(path: Path) -> set[str]:
+    """Names of the files in which a graph's weights lie."""
+    graph = onnx.load(path, load_external_data=False).graph
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data]
+    return {entry.value for entry in entries if entry.key == "location"}
+
+
+def test_a_large_file_is_replaced_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    path, model = tmp_path / "large.onnx", net()
+    ccp.export_onnx(model, path, images(2), providers=CPU)
+    (first,) = weights_of(path)
+    expected = run(path, images(3))[0]
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    real = os.replace
+
+    def refuse_the_graph(source: Any, target: Any) -> None:
+        if Path(target) == path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patched:  # the new weights lie there already
+        patched.setattr(os, "replace", refuse_the_graph)
+        with pytest.raises(ExportError, match=r"cannot write .*large\.onnx: No space left"):
+            ccp.export_onnx(model, path, images(2), providers=CPU)
+    assert weights_of(path) == {first}
+    assert np.array_equal(run(path, images(3))[0], expected)
+
+    ccp.export_onnx(model, path, images(2), providers=CPU)
+    (second,) = weights_of(path)
+    assert first != second
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, second}
+    assert_same(run(path, images(3))[0], model(images(3)))
+
+
+def test_a_link_to_a_large_file_is_told_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.onnx"
+    link.symlink_to("real/large.onnx")
+    model = net()
+    report = ccp.export_onnx(model, link, images(2), providers=CPU)
+    real = tmp_path / "real" / "large.onnx"
+    assert any("is a symbolic link" in note and str(real) in note for note in report.notes)
+    assert weights_of(link) == {file.name for file in real.parent.iterdir()} - {real.name}
+    assert_same(run(real, images(3))[0], model(images(3)))
+
+
+@pytest.mark.parametrize("exporter", ["auto", *EXPORTERS])
+def test_a_file_that_cannot_grow_is_an_error_with_the_path(exporter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "full.onnx"
+    path.write_bytes(b"old")
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, previous[1]))
+    try:
+        with pytest.raises(ExportError, match=r"cannot write .*full\.onnx: File too large"):
+            ccp.export_onnx(net(), path, images(2), exporter=exporter, providers=CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_in_many_files_are_gathered_into_one(tmp_path: Path) -> None:
+    """As TorchScript's exporter leaves them: a file for each tensor, with the tensor's name."""
+    path, model = tmp_path / "in" / "many.onnx", net()
+    path.parent.mkdir()
+    ccp.export_onnx(model, path, images(2), providers=CPU)
+    assert gather_weights(path) is None  # they are in the graph's own file
+    expected = run(path, images(3))[0]
+    proto = onnx.load(path)
+    onnx.save(
+        proto,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=False,
+        size_threshold=0,
+    )
+    assert len(list(path.parent.iterdir())) > 5
+    part = gather_weights(path)
+    assert part is not None
+    assert weights_of(path) == {part.name}
+    assert set(path.parent.iterdir()) == {path, part}
+    assert np.array_equal(run(path, images(3))[0], expected)
+
+
+def test_an_export_follows_a_link_and_replaces_what_it_points_to(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.onnx", tmp_path / "stored"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    link.symlink_to(target.name)
+    model = net()
+    ccp.export_onnx(model, link, images(2), providers=CPU)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert_same(run(link, images(3))[0], model(images(3)))
 
 
 class Several(nn.Module):

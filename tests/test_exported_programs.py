@@ -445,7 +445,7 @@ import torch
 import coordconv_patch as ccp
 from coordconv_patch.cli import main
 
-sys.argv = "coordconv-patch patch plain.pt2 --where all --out patched.pt2".split()
+sys.argv = "coordconv-patch patch plain.pt2 --trust --where all --out patched.pt2".split()
 try:
     main()
 except SystemExit as stop:
@@ -489,11 +489,11 @@ print(json.dumps({
     "lowerings": report.lowerings,
 }))
 for command in (
-    "plan tuned.pt2 --json",
-    "export tuned.pt2 --out cli.onnx",
-    "verify tuned.pt2 cli.onnx",
-    "patch tuned.pt2 --out cli.safetensors",
-    "patch plain.pt2 --coord-weights cli.safetensors --out never.pt2",
+    "plan tuned.pt2 --trust --json",
+    "export tuned.pt2 --trust --out cli.onnx",
+    "verify tuned.pt2 --trust cli.onnx",
+    "patch tuned.pt2 --trust --out cli.safetensors",
+    "patch plain.pt2 --trust --coord-weights cli.safetensors --out never.pt2",
 ):
     sys.argv = ["coordconv-patch", *command.split()]
     print("command", command, flush=True)

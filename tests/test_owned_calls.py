@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import coordconv_patch as ccp
-from coordconv_patch.errors import PatchError, SelectionError
+from coordconv_patch.errors import PatchError, SelectionError, WeightsError
 from coordconv_patch.sites import find_sites
 
 Reference = Callable[[nn.Module, list[Tensor], Tensor], Tensor]
@@ -268,6 +268,23 @@ def test_saved_coordinates_come_back(name: str, x: Tensor, tmp_path: Any) -> Non
     fresh = copy.deepcopy(model)
     assert ccp.load_coords_(fresh, path) is fresh
     assert torch.equal(fresh(x), expected)
+    assert torch.equal(ccp.load_coords_(fill_(patched), path)(x), expected)
+    outer = nn.Sequential(nn.Identity(), fill_(patched))  # names are those of the new root now
+    expected = outer(x)
+    path = ccp.save_coords(outer, tmp_path / "outer.safetensors")
+    assert torch.equal(ccp.load_coords(nn.Sequential(nn.Identity(), model), path)(x), expected)
+    assert all(site.patched for site in find_sites(outer, x).sites)
+
+
+def test_a_record_that_does_not_fit_is_refused(x: Tensor, tmp_path: Any) -> None:
+    path = ccp.save_coords(
+        fill_(ccp.patch(Scaled(), "all", example_inputs=x)), tmp_path / "c.safetensors"
+    )
+    for other in (nn.Sequential(Scaled()), nn.Conv2d(3, 3, 3)):
+        before = copy.deepcopy(other)
+        with pytest.raises(WeightsError):
+            ccp.load_coords_(other, path, check_base=False)
+        assert [type(m) for m in other.modules()] == [type(m) for m in before.modules()]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -32,7 +32,8 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "arguments", "modes", "inputs"},
+    {"version", "errors", "fields", "grid_cache", "inputs", "modes", "rollback"}
+    | {"arguments", "atomic", "strict_json", "tensor_file", "workplace"},
     {"coords", "norms"},
     {"geometry"},
     {"own_padding", "padding_probe"},
@@ -45,7 +46,7 @@ FLOORS: list[set[str]] = [
     {"programs"},
     {"folding"},
     {"owned_calls"},
-    {"function_log", "stand_ins"},
+    {"coords_header", "function_log", "stand_ins"},
     {"tracing", "recording"},
     {"same_outputs", "sites"},
     {"select"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,7 +260,7 @@ def test_an_exported_program_comes_with_its_inputs(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(model, (x,)), path)
-    loaded = load_model(str(path))
+    loaded = load_model(str(path), trusted=True)
     assert isinstance(loaded.model, fx.GraphModule)
     (example,) = loaded.example_inputs
     assert torch.equal(example, x)
@@ -273,20 +275,56 @@ def test_keyword_inputs_of_a_program_come_last(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     program = torch.export.export(Gated(), (torch.ones(2),), {"gate": torch.zeros(2)})
     torch.export.save(program, path)
-    x, keywords = load_model(str(path)).example_inputs
+    x, keywords = load_model(str(path), trusted=True).example_inputs
     assert torch.equal(x, torch.ones(2))
     assert torch.equal(keywords["gate"], torch.zeros(2))
 
 
-def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_file_that_is_no_program_is_refused(trusted: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     with pytest.raises(ModelSourceError, match=r"there is no file .*model\.pt2"):
-        load_model(str(path))
+        load_model(str(path), trusted=trusted)
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(
-        ModelSourceError, match=r"is no torch\.export program .*torch\.export\.save"
-    ):
+    reason = r"is no torch\.export program .*torch\.export\.save" if trusted else "is not loaded"
+    with pytest.raises(ModelSourceError, match=reason):
+        load_model(str(path), trusted=trusted)
+
+
+class Payload:
+    """What a file's maker may put into it: unpickled, it writes another file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def program_with_payload(path: Path, payload: Payload) -> Path:
+    """A program whose example inputs are the payload."""
+    plain, pickled = io.BytesIO(), io.BytesIO()
+    torch.export.save(torch.export.export(nn.Conv2d(1, 1, 1), (torch.ones(1, 1, 2, 2),)), plain)
+    torch.save(payload, pickled)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            is_inputs = "sample_inputs" in name and name.endswith(".pt")
+            target.writestr(name, pickled.getvalue() if is_inputs else source.read(name))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_runs_no_code_unless_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "written"
+    path = program_with_payload(tmp_path / "model.pt2", Payload(written))
+    with pytest.raises(ModelSourceError, match=r"runs any code .* pass --trust .* trusted=True"):
         load_model(str(path))
+    assert not written.exists()
+    with pytest.raises(ModelSourceError, match=r"is no torch\.export program"):
+        load_model(str(path), trusted=True)
+    assert written.exists(), "torch runs no code any more: then --trust can go"
 
 
 # --- checkpoints --------------------------------------------------------------------------------

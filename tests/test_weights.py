@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import os
 import pickle
+import resource
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from coords_file_fuzz import state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
@@ -23,6 +29,7 @@ import coordconv_patch as ccp
 from coordconv_patch import weights as weights_module
 from coordconv_patch.errors import WeightsError
 from coordconv_patch.layers import coord_layers
+from coordconv_patch.tensor_file import tensor_file_bytes
 from coordconv_patch.weights import fingerprint
 
 
@@ -96,11 +103,19 @@ def header_of(path: Path) -> dict[str, Any]:
         return json.loads(opened.metadata()["coordconv_patch"])
 
 
-def rewritten(path: Path, header: object) -> Path:
-    """A copy of the file with another header, written beside it."""
+def rewritten(path: Path, header: object, tensors: dict[str, Tensor] | None = None) -> Path:
+    """A copy of the file with another header or other tensors, and the checksum of these."""
     other = path.with_name("rewritten.safetensors")
     text = header if isinstance(header, str) else json.dumps(header)
-    save_file(load_file(path), other, metadata={"coordconv_patch": text})
+    stored = load_file(path) if tensors is None else tensors
+    other.write_bytes(tensor_file_bytes(text, stored, "coordconv_patch"))
+    return other
+
+
+def without_checksum(path: Path, header: object) -> Path:
+    """As an early version wrote it, or somebody who knows nothing of checksums."""
+    other = path.with_name("rewritten.safetensors")
+    save_file(load_file(path), other, metadata={"coordconv_patch": json.dumps(header)})
     return other
 
 
@@ -298,13 +313,20 @@ def test_batch_norm_statistics_are_included_on_request(tmp_path: Path, x: Tensor
     assert not torch.equal(plain(x), source(x))
 
 
-def test_norm_statistics_of_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
-    other = tmp_path / "norms.safetensors"
-    header = {"coordconv_patch": json.dumps(header_of(saved))}
-    save_file(load_file(saved) | {"bn9.running_mean": torch.zeros(4)}, other, metadata=header)
+def test_norm_statistics_of_another_model_are_refused(saved: Path) -> None:
+    def with_tensor(name: str, tensor: Tensor) -> Path:
+        return rewritten(saved, header_of(saved), load_file(saved) | {name: tensor})
+
+    other = with_tensor("bn9.running_mean", torch.zeros(4))
     assert_refused(other, r"has bn9\.running_mean, which this model does not have")
-    save_file(load_file(saved) | {"bn.running_mean": torch.zeros(5)}, other, metadata=header)
+    other = with_tensor("bn.running_mean", torch.zeros(5))
     assert_refused(other, r"bn\.running_mean: shape \(5,\) in the file, \(4,\) in the model")
+    other = with_tensor("bn.running_mean", torch.zeros(4, dtype=torch.int64))
+    assert_refused(other, r"bn\.running_mean: dtype torch\.int64 in the file, torch\.float32 in")
+    other = with_tensor("bn.num_batches_tracked", torch.tensor(2.0))
+    assert_refused(other, r"bn\.num_batches_tracked: dtype torch\.float32 in the file")
+    other = with_tensor("bn.running_var", torch.full((4,), torch.nan))
+    assert_refused(other, r"bn\.running_var holds values that are not finite")
 
 
 # --- what is in the file ------------------------------------------------------------------------
@@ -326,7 +348,7 @@ def test_the_file_is_safetensors_with_the_coordinate_weights_alone(
 def test_the_metadata_names_versions_sites_and_base(saved: Path) -> None:
     header = header_of(saved)
     assert header["format"] == "coordconv_patch"
-    assert header["format_version"] == 1
+    assert header["format_version"] == 3
     assert header["package_version"] == ccp.__version__
     assert header["fingerprint"] == fingerprint(fresh())
     assert list(header["sites"]) == ["stem", "head"]
@@ -361,11 +383,12 @@ def test_an_interrupted_write_leaves_the_old_file_whole(
 ) -> None:
     before = saved.read_bytes()
 
-    def interrupted(tensors: dict[str, Tensor], path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half a fi")
+    def interrupted(path: Path, raw: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(raw[: len(raw) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights_module, "save_file", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ccp.save_coords(filled(patched, seed=5), saved)
     assert saved.read_bytes() == before
@@ -603,9 +626,16 @@ def test_a_safetensors_file_of_something_else_is_refused(
 
 
 def test_a_newer_format_names_the_remedy(saved: Path) -> None:
-    header = header_of(saved) | {"format_version": 3, "package_version": "9.9"}
-    other = rewritten(saved, header | {"sites": "of another kind"})
-    assert_refused(other, r"format version 3, .* up to 2: update coordconv-patch .*9\.9")
+    header = header_of(saved) | {"format_version": 4, "package_version": "9.9"}
+    header["sites"] = "of another kind"
+    reason = r"format version 4, .* up to 3: update coordconv-patch .*9\.9"
+    assert_refused(rewritten(saved, header), reason)
+    assert_refused(without_checksum(saved, header), reason)
+    other = rewritten(saved, header)
+    raw = bytearray(other.read_bytes())
+    raw[-1] ^= 1  # a newer format may make its checksum otherwise
+    other.write_bytes(raw)
+    assert_refused(other, reason)
 
 
 def without(header: dict[str, Any], key: str) -> dict[str, Any]:
@@ -649,11 +679,503 @@ def test_a_damaged_header_is_a_weights_error_that_names_the_file(damage: str, sa
 
 def test_a_weight_of_another_shape_than_its_header_says_is_refused(saved: Path) -> None:
     tensors = load_file(saved) | {"stem.coord_weight": torch.zeros(4, 3, 3, 3)}
-    other = saved.with_name("shape.safetensors")
-    save_file(tensors, other, metadata={"coordconv_patch": json.dumps(header_of(saved))})
+    other = rewritten(saved, header_of(saved), tensors)
     assert_refused(
         other, r"weight of stem has shape \(4, 3, 3, 3\), its header says \(4, 2, 3, 3\)"
     )
+
+
+def test_the_same_weights_give_the_same_bytes(
+    patched: nn.Module, saved: Path, tmp_path: Path
+) -> None:
+    for _ in range(8):  # the order of a hash map would differ from one to the next
+        again = ccp.save_coords(patched, tmp_path / "again.safetensors")
+        assert again.read_bytes() == saved.read_bytes()
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, (np.int64(3), 1), padding=(np.int32(1), 0)))
+
+    source = filled(ccp.patch(make(), "all"))
+    loaded = ccp.load_coords(make(), ccp.save_coords(source, tmp_path / "c.safetensors"))
+    assert torch.equal(loaded[0].coord_weight, source[0].coord_weight)
+
+
+def test_a_subclass_of_a_convention_is_not_saved_as_its_base(
+    patched: nn.Module, tmp_path: Path
+) -> None:
+    sneaky = type("Twice", (ccp.Coordinates,), {"__post_init__": lambda self: None})
+    patched.stem.coords = sneaky()
+    with pytest.raises(WeightsError, match="cannot be saved: Twice is a subclass of Coordinates"):
+        ccp.save_coords(patched, tmp_path / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [0, 500])
+def test_a_file_that_cannot_grow_is_an_error_with_the_path(
+    limit: int, patched: nn.Module, saved: Path
+) -> None:
+    before = saved.read_bytes()
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, previous[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"cannot write .*safetensors: File too large"):
+            ccp.save_coords(patched, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_model_without_memory_cannot_be_filled(saved: Path) -> None:
+    with torch.device("meta"):
+        model = Net().eval()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(WeightsError, match=r"stem .*meta device: load the model's own weights"):
+        ccp.load_coords_(model, saved, check_base=False)
+    assert [type(module) for module in model.modules()] == classes
+
+
+# --- the checksum -------------------------------------------------------------------------------
+
+
+def flipped(path: Path, index: int, bit: int = 0x40) -> Path:
+    raw = bytearray(path.read_bytes())
+    raw[index] ^= bit
+    other = path.with_name("flipped.safetensors")
+    other.write_bytes(raw)
+    return other
+
+
+def test_a_flipped_bit_of_a_weight_is_refused(saved: Path) -> None:
+    start = 8 + int.from_bytes(saved.read_bytes()[:8], "little")
+    for index in (start, start + 3, -1):
+        assert_refused(flipped(saved, index), r"flipped\.safetensors: it is damaged: .*checksum")
+
+
+def test_no_flipped_bit_passes(saved: Path) -> None:
+    """Every 37th bit of the file, the container's own included."""
+    raw = saved.read_bytes()
+    for place in range(0, 8 * len(raw), 37):
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        saved.write_bytes(changed)
+        with pytest.raises(WeightsError):
+            ccp.load_coords_(fresh(), saved)
+
+
+def test_a_checksum_cannot_be_left_out(saved: Path) -> None:
+    assert_refused(without_checksum(saved, header_of(saved)), "its checksum is missing")
+
+
+def test_a_file_does_not_become_an_old_one_by_its_version_alone(saved: Path) -> None:
+    raw = saved.read_bytes()
+    changed = raw.replace(rb"\"format_version\": 3", rb"\"format_version\": 1")
+    assert changed != raw
+    saved.write_bytes(changed)
+    assert_refused(saved, "it is damaged: .*checksum")
+
+
+def test_a_checksum_under_another_name_is_not_overlooked(saved: Path) -> None:
+    header = header_of(saved) | {"format_version": 1}
+    metadata = {"coordconv_patch": json.dumps(header), "coordconv_patch.checksun": "0" * 64}
+    save_file(load_file(saved), saved, metadata=metadata)
+    assert_refused(saved, "metadata has an unknown entry 'coordconv_patch.checksun'")
+
+
+def early_version(saved: Path, version: int = 1) -> Path:
+    return without_checksum(saved, header_of(saved) | {"format_version": version})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_early_version_loads_with_a_note(
+    version: int, patched: nn.Module, saved: Path, x: Tensor
+) -> None:
+    old = early_version(saved, version)
+    for load in (ccp.load_coords, ccp.load_coords_):
+        with pytest.warns(UserWarning, match=r"rewritten\.safetensors has no checksum") as noted:
+            loaded = load(fresh(), old)
+        assert torch.equal(loaded(x), patched(x))
+        assert [Path(note.filename) for note in noted] == [Path(__file__)]
+    newer = ccp.save_coords(loaded, saved)  # as the note advises
+    assert torch.equal(ccp.load_coords(fresh(), newer)(x), patched(x))
+
+
+def test_a_file_with_a_checksum_loads_without_a_note(saved: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ccp.load_coords(fresh(), saved)
+
+
+def test_a_note_that_is_an_error_leaves_the_model_alone(saved: Path) -> None:
+    old, model = early_version(saved), fresh()
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has no checksum"):
+            ccp.load_coords_(model, old)
+    assert_unchanged(model, before)
+
+
+def test_a_file_of_an_early_version_is_read_as_strictly(saved: Path) -> None:
+    header = with_site(header_of(saved), coords={"radius": 5}) | {"format_version": 1}
+    assert_refused(without_checksum(saved, header), "radius=5: write True or False")
+
+
+# --- strict types -------------------------------------------------------------------------------
+
+CALLS = {"indices": [0, 2], "total": 3, "caller": ""}
+DEEP = json.loads("[" * 400 + "]" * 400)
+RANGE = "write two finite numbers"
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    **{
+        f"version {value!r}": (
+            lambda header, value=value: header | {"format_version": value},
+            "format_version must be a whole number from 1|is not valid JSON",
+        )
+        for value in (math.nan, math.inf, -1, 0, 1.5, 3.0, True, "3", None, [3])
+    },
+    "format": (
+        lambda header: header | {"format": "other"},
+        "format must be one of coordconv_",
+    ),
+    "package": (lambda header: header | {"package_version": 1}, "package_version must be a text"),
+    "fingerprint": (lambda header: header | {"fingerprint": "f" * 63}, "64 hexadecimal digits"),
+    "fingerprint type": (lambda header: header | {"fingerprint": 1}, "fingerprint must be a text"),
+    "unknown": (lambda header: header | {"spiral": 1}, "unknown field 'spiral': a newer version"),
+    "no sites": (lambda header: header | {"sites": {}}, "sites must be an object of 1 to 10,000"),
+    "deep": (lambda header: header | {"sites": DEEP}, "sites must be an object"),
+    "deeper": (lambda header: "[" * 100_000, "nested too deeply"),
+    "twice": (
+        lambda header: json.dumps(header).replace('"sites"', '"format": "x", "sites"'),
+        "the key 'format' stands in it twice",
+    ),
+    "a million digits": (
+        lambda header: json.dumps(header).replace(
+            '"out_channels": 4', '"out_channels": ' + "4" * 10**6
+        ),
+        "a number of 1000000 digits",
+    ),
+    "record": (lambda header: with_site(header, spiral=1), "site 'stem': .*unknown field 'spiral'"),
+    "calls null": (
+        lambda header: with_site(header, calls=None),
+        "calls must be an object, not",
+    ),
+}
+for _name, _value, _reason in (
+    ("transposed", 0, "transposed must be true or false"),
+    ("in_channels", True, "in_channels must be a whole number"),
+    ("in_channels", 3.0, "in_channels must be a whole number"),
+    ("out_channels", -4, "out_channels must be a whole number"),
+    ("out_channels", 2**31, "out_channels must be a whole number"),
+    ("kernel_size", [3, True], "kernel_size must be a whole number"),
+    ("kernel_size", [3, 0], "kernel_size must be a whole number from 1"),
+    ("kernel_size", [3] * 4, "kernel_size must be a list of 1 to 3 numbers"),
+    ("kernel_size", [3] * 100_000, "kernel_size must be a list of 1 to 3 numbers"),
+    ("stride", [1], "stride must be a list of 2 numbers"),
+    ("stride", [0, 1], "stride must be a whole number from 1"),
+    ("stride", "11", "stride must be a list"),
+    ("padding", "some", "padding must be one of same, valid"),
+    ("padding", 1, "padding must be a list of 2 numbers"),
+    ("padding", [1.0, 1], "padding must be a whole number"),
+    ("dilation", [[1], 1], "dilation must be a whole number"),
+    ("groups", 0, "groups must be a whole number from 1"),
+    ("groups", 2, "groups=2 must divide in_channels=3"),
+    ("padding_mode", "mirror", "padding_mode must be one of zeros"),
+    ("output_padding", [0, 0], "output_padding must be a list of 0 numbers"),
+    ("holes", 1, "geometry has an unknown field 'holes'"),
+    ("holes" * 10_000, 1, "geometry has an unknown field 'holes"),
+):
+    WRONG[f"{_name[:20]} {str(_value)[:20]}"] = (
+        lambda header, name=_name, value=_value: with_site(
+            header, geometry=header["sites"]["stem"]["geometry"] | {name: value}
+        ),
+        _reason,
+    )
+for _coords, _reason in (
+    ({"radius": 5}, "radius=5: write True or False"),
+    ({"align_corners": 0}, "align_corners=0: write True or False"),
+    ({"swap_sizes": "yes"}, "swap_sizes='yes': write True or False"),
+    ({"fourier": 14000}, "fourier=14000: write a number of octaves"),
+    ({"fourier": True}, "fourier=True: write a number of octaves"),
+    ({"fourier": 2.0}, r"fourier=2\.0: write a number of octaves"),
+    ({"order": ["x", "y"]}, "order=.*: write 'xy'"),
+    ({"order": "x" * 100_000}, "order=.*: write 'xy'"),
+    ({"value_range": [0, True]}, RANGE),
+    ({"value_range": "01"}, RANGE),
+    ({"value_range": [0, 1e300]}, RANGE),
+    ({"value_range": [0] * 100_000}, RANGE),
+    ({"radius": True, "radius_center": "0"}, "radius_center='0': write a finite number"),
+    ({"radius_center": 0.5}, "radius_center is given, but radius=False"),
+    (
+        {"window": {"offset": [0], "size": [1], "image_size": [2]}},
+        "has 1 dimensions, the input has 2",
+    ),
+    ({"window": {"offset": [0, 0], "size": [1, 1.5], "image_size": [2, 2]}}, "window: size="),
+    ({"window": {"offset": [0, 0], "size": [1, 1]}}, "missing image_size"),
+    ({"window": {"x" * 100_000: 1}}, "window: .*missing"),
+    ({"window": 3}, "are invalid"),
+    ([], "must be a mapping"),
+    ({"x" * 100_000: 1}, "unknown coordinate fields"),
+):
+    WRONG[f"coords {str(_coords)[:40]}"] = (
+        lambda header, coords=_coords: with_site(header, coords=coords),
+        _reason,
+    )
+for _calls, _reason in (
+    (CALLS | {"indices": []}, "indices must be a list of 1 to 3 numbers"),
+    (CALLS | {"indices": [9]}, "indices must be a whole number from 0 to 2"),
+    (CALLS | {"indices": [-1]}, "indices must be a whole number from 0 to 2"),
+    (CALLS | {"indices": [2, 0]}, "indices must be in order, each call once"),
+    (CALLS | {"indices": [1, 1]}, "indices must be in order, each call once"),
+    (CALLS | {"indices": [True]}, "indices must be a whole number"),
+    (CALLS | {"indices": "02"}, "indices must be a list"),
+    (CALLS | {"total": 0}, "total must be a whole number from 1"),
+    (CALLS | {"total": 10**9}, "total must be a whole number from 1"),
+    (CALLS | {"total": 3.0}, "total must be a whole number"),
+    (CALLS | {"caller": None}, "caller must be a text"),
+    (CALLS | {"caller": "\ud800"}, "caller is not valid Unicode"),
+    (CALLS | {"more": 1}, "calls has an unknown field 'more'"),
+    ({"indices": [0]}, "calls has no field"),
+    (CALLS | {"total": 4}, "this model's graph has 1 calls"),
+    (
+        {"indices": [0], "total": 1, "caller": "nowhere"},
+        "'nowhere' runs, which this model",
+    ),
+):
+    WRONG[f"calls {str(_calls)[:60]}"] = (
+        lambda header, calls=_calls: with_site(header, calls=calls),
+        _reason,
+    )
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_field_is_refused_by_name_and_leaves_the_model_alone(
+    wrong: str, saved: Path
+) -> None:
+    change, reason = WRONG[wrong]
+    model = fresh()
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match=reason) as refused:
+        ccp.load_coords_(model, rewritten(saved, change(header_of(saved))))
+    assert len(str(refused.value)) <= 1000
+    assert_unchanged(model, before)
+
+
+def test_names_that_a_file_holds_do_not_fill_a_message(saved: Path) -> None:
+    header = header_of(saved)
+    record = header["sites"]["stem"]
+    for names, reason in (
+        (["x" * 1001], "the name of a site must be a text of at most 1000"),
+        (["\ud800"], "the name of a site is not valid Unicode"),
+        ([f"{index}" * 900 for index in range(10)], "which this model does not have"),
+    ):
+        weights = {f"{name}.coord_weight": torch.zeros(4, 2, 3, 3) for name in names}
+        if reason.endswith("Unicode"):
+            weights = {"x": torch.zeros(1)}
+        weights = {name[-1000:]: weight for name, weight in weights.items()}
+        model = fresh()
+        before = snapshot(model)
+        path = rewritten(saved, header | {"sites": dict.fromkeys(names, record)}, weights)
+        with pytest.raises(WeightsError, match=reason) as refused:
+            ccp.load_coords_(model, path)
+        assert len(str(refused.value)) <= 1000
+        assert_unchanged(model, before)
+
+
+# --- tensors that are no weights ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_neither_saved_nor_loaded(
+    number: float, patched: nn.Module, saved: Path
+) -> None:
+    before = saved.read_bytes()
+    tensors = load_file(saved)
+    tensors["stem.coord_weight"][0, 1, 2, 0] = number
+    assert_refused(
+        rewritten(saved, header_of(saved), tensors), r"stem\.coord_weight holds .* not finite"
+    )
+    with torch.no_grad():
+        patched.stem.coord_weight[0, 1, 2, 0] = number
+    with pytest.raises(WeightsError, match=r"stem\.coord_weight holds .* not finite"):
+        ccp.save_coords(patched, saved)
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_bits_of_another_dtype_are_not_read_as_weights(dtype: torch.dtype, saved: Path) -> None:
+    tensors = load_file(saved)
+    tensors["stem.coord_weight"] = tensors["stem.coord_weight"].to(dtype)
+    assert_refused(
+        rewritten(saved, header_of(saved), tensors), "dtype must be one of F64, F32, F16, BF16"
+    )
+
+
+def test_whole_numbers_are_no_coordinate_weights(saved: Path) -> None:
+    tensors = load_file(saved)
+    tensors["stem.coord_weight"] = tensors["stem.coord_weight"].long()
+    assert_refused(rewritten(saved, header_of(saved), tensors), "of stem has dtype torch.int64")
+
+
+def test_values_that_do_not_fit_into_the_models_dtype_are_refused(saved: Path) -> None:
+    tensors = {name: tensor.double() for name, tensor in load_file(saved).items()}
+    tensors["stem.coord_weight"][0, 0, 0, 0] = 1e60
+    path = rewritten(saved, header_of(saved), tensors)
+    assert_refused(path, r"stem: values of up to 1e\+60 do not fit into .* torch\.float32")
+    assert_refused(path, "do not fit", ccp.patch(fresh(), "head"))
+    wide = fresh().double()
+    loaded = ccp.load_coords(wide, path, check_base=False)
+    assert loaded.stem.coord_weight.max() == 1e60
+
+
+def test_weights_without_a_site_are_refused(saved: Path) -> None:
+    tensors = load_file(saved) | {"more.coord_weight": torch.zeros(4, 2, 3, 3)}
+    path = rewritten(saved, header_of(saved), tensors)
+    assert_refused(path, r"has more\.coord_weight, which this model does not have")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(tmp_path / "pipe", "it is not a regular file")
+    assert_refused(Path(os.devnull), "it is not a regular file")
+
+
+def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    path.touch()
+    os.truncate(path, 2**31)  # sparse: it takes no room
+    assert_refused(path, "it has more than 1,073,741,824 bytes")
+    os.truncate(path, 2**30)
+    assert_refused(path, "its header is not valid JSON|ask for a header of")
+    with open(path, "r+b") as file:
+        file.write((2**29).to_bytes(8, "little"))
+    assert_refused(path, "ask for a header of 536,870,912 bytes")
+    with open(path, "r+b") as file:
+        file.write((2).to_bytes(8, "little") + b"{}")
+    assert_refused(path, "do not fill it without gaps")
+
+
+def container(entries: dict[str, Any], data: bytes = bytes(8)) -> bytes:
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def tensor_entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (container({"a": tensor_entry(shape=[3])}), "its bytes must be a whole number from 12"),
+        (container({"a": tensor_entry(shape=[2.0])}), "shape must be a whole number"),
+        (container({"a": tensor_entry(shape=[2**31 - 1] * 8)}), "its bytes must be"),
+        (container({"a": tensor_entry(shape=[1] * 9)}), "shape must be a list of 0 to 8"),
+        (container({"a": tensor_entry(data_offsets=[8, 0])}), "its bytes must be"),
+        (container({"a": tensor_entry(data_offsets=[0, 2**40])}), "offsets must be a whole number"),
+        (container({"a": tensor_entry(), "b": tensor_entry()}), "without gaps"),
+        (container({"a": tensor_entry()}, bytes(9)), "without gaps"),
+        (container({"a": tensor_entry(data_offsets=[1, 9])}, bytes(9)), "without gaps"),
+        (container({"a": tensor_entry(extra=1)}), "unknown field 'extra'"),
+        (container({"a": 1}), "must be an object"),
+        (container({"__metadata__": {"a": 1}}, b""), "metadata must be an object of texts"),
+        (container({"__metadata__": []}, b""), "metadata must be an object of texts"),
+        ((3).to_bytes(8, "little") + b"\xff\xfe{", "its header is not text"),
+        (b"", "its header is not valid JSON"),
+        (b"1234567", "ask for a header of"),
+    ],
+)
+def test_a_wrong_container_is_refused_with_the_reason(
+    raw: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(raw)
+    assert_refused(path, f"no safetensors file, or a truncated one .*{reason}")
+
+
+# --- failures in the middle ---------------------------------------------------------------------
+
+
+def chosen_calls_model() -> nn.Module:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(3, 3, 3, padding=1)
+            self.d = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.c(x)))
+
+    return Twice()
+
+
+def graph_model() -> nn.Module:
+    return fx.symbolic_trace(Functional())
+
+
+STATES: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "plain": lambda: (fresh(), ccp.patch(fresh(), "all")),
+    "partly patched": lambda: (
+        filled(ccp.patch(fresh(), "head"), seed=4),
+        ccp.patch(fresh(), "all"),
+    ),
+    "patched": lambda: (filled(ccp.patch(fresh(), "all"), seed=4), ccp.patch(fresh(), "all")),
+    "chosen calls": lambda: (
+        fresh(chosen_calls_model),
+        ccp.patch(fresh(chosen_calls_model), ["c@1", "d"], example_inputs=torch.zeros(1, 3, 4, 4)),
+    ),
+    "graph": lambda: (fresh(graph_model), ccp.patch(fresh(graph_model), "all")),
+}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["the fill", "the copy"])
+@pytest.mark.parametrize("start", STATES)
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
+    start: str,
+    at: str,
+    error: type[BaseException],
+    tmp_path: Path,
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, source = STATES[start]()
+    path = ccp.save_coords(filled(source), tmp_path / "c.safetensors")
+    before, outputs = state(model), model(x)
+    calls = itertools.count()
+
+    def fail(*args: Any) -> Any:
+        if at == "the fill" or next(calls) == 1:  # the second of two weights
+            raise error("in the middle")
+        return args[1]
+
+    monkeypatch.setattr(weights_module, "_fill" if at == "the fill" else "_spread_like", fail)
+    with pytest.raises(error, match="in the middle"):
+        ccp.load_coords_(model, path)
+    monkeypatch.undo()
+    assert state(model) == before
+    assert torch.equal(model(x), outputs)
+    ccp.load_coords_(model, path)
+    assert torch.equal(model(x), source(x))
+
+
+def test_hooks_removed_after_a_failure_were_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hooks' handles hold the dicts that a failed load has to fill again."""
+    model, source = STATES["chosen calls"]()
+    path = ccp.save_coords(filled(source), tmp_path / "c.safetensors")
+    handle = model.c.register_forward_hook(lambda *args: None)
+    monkeypatch.setattr(weights_module, "_fill", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ccp.load_coords_(model, path)
+    assert len(model.c._forward_hooks) == 1
+    handle.remove()
+    assert len(model.c._forward_hooks) == 0
 
 
 # --- the fingerprint ----------------------------------------------------------------------------

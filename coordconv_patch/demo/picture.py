@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
+from coordconv_patch.atomic import replacing
 from coordconv_patch.demo.backbone import to_input
 from coordconv_patch.demo.influence import coordinate_maps
 from coordconv_patch.demo.report import DemoReport
 from coordconv_patch.demo.task import Pictures, photograph
+from coordconv_patch.errors import ExportError
 
 __all__ = ["draw"]
 
@@ -62,7 +64,8 @@ def draw(
     _draw_histogram(middle, held_out, answers)
     _draw_shares(right, report)
     _draw_maps(maps, report, coordinate_maps(patched, held_out.images[:1]))
-    figure.savefig(path)
+    with replacing(path, ExportError) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw_header(part: Any, report: DemoReport) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordconv_patch.atomic import replacing
 from coordconv_patch.demo.backbone import Prediction
 from coordconv_patch.demo.finetune import Curve, Errors, Settings
+from coordconv_patch.errors import ExportError
 
 __all__ = ["DemoReport", "ExportCheck", "PhotographResult"]
 
@@ -115,8 +117,14 @@ class DemoReport:
         return dataclasses.asdict(self)
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON.
+
+        Raises:
+            ExportError: If it cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        with replacing(path, ExportError) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def findings(self) -> list[str]:
         """One sentence for each phase of the fine-tuning: who came closer."""

@@ -19,6 +19,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from coordconv_patch.atomic import replacing, reporting_os_errors
 from coordconv_patch.demo import backbone, finetune
 from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
 from coordconv_patch.demo.influence import shares, switched_off
@@ -32,6 +33,7 @@ from coordconv_patch.demo.task import (
     photograph,
     to_pixels,
 )
+from coordconv_patch.errors import ExportError
 from coordconv_patch.export import export_onnx
 from coordconv_patch.export.providers import make_session
 from coordconv_patch.layers import coord_layers
@@ -120,11 +122,12 @@ def run_demo(
 
     Raises:
         MissingPackageError: If an optional package is missing.
-        ExportError: If the ONNX file and torch disagree.
+        ExportError: If the ONNX file and torch disagree, or a file cannot be written.
     """
     require_demo_packages()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    with reporting_os_errors(f"cannot make the folder {out}", ExportError):
+        out.mkdir(parents=True, exist_ok=True)
     with _torch_state(seed, threads):
         return _run(out, _QUICK if quick else _FULL, quick, seed, _Log())
 
@@ -154,7 +157,8 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
     patched = models["patched"]
     with log.step("Save, export to ONNX, run it in ONNX Runtime"):
         save_coords(patched, out / FILES["coordinate weights"])
-        (out / FILES["all weights"]).write_bytes(save(patched.state_dict()))
+        with replacing(out / FILES["all weights"], ExportError) as temporary:
+            temporary.write_bytes(save(patched.state_dict()))
         export = _export(patched, task.held_out, answers["patched"], out / FILES["ONNX model"])
     log.export(export)
 

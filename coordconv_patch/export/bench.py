@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from coordconv_patch.atomic import reporting_os_errors
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
 from coordconv_patch.export.bench_report import (
     NAIVE,
@@ -92,7 +93,10 @@ def bench_onnx(
     groups: list[BenchGroup] = []
     notes: dict[str, None] = {}
     for provider in timed:
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            reporting_os_errors("cannot write the files to be timed", ExportError),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             exported = _Exported(Path(folder), model, next(iter(inputs.values())), provider)
             exported.write(lowerings, naive)
             notes |= dict.fromkeys(exported.notes)

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from coordconv_patch.atomic import obstacle_to_writing
+from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.bench_report import (
     NAIVE,
@@ -62,8 +62,9 @@ def draw_bench(
         subject: The model's name, for the title.
 
     Raises:
-        ArgumentError: See :func:`check_picture`.
+        ArgumentError: See :func:`check_picture`; also if the file cannot be written.
     """
+    path = Path(path)
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,7 +94,8 @@ def draw_bench(
     figure.supxlabel(
         "\n".join(textwrap.wrap(caption, 55 * columns)), x=0.01, ha="left", size=8.5, color=_MUTED
     )
-    figure.savefig(path)
+    with replacing(path, ArgumentError) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."))
 
 
 def _draw_group(axes: Any, group: BenchGroup) -> None:

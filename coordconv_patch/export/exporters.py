@@ -64,6 +64,8 @@ def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str,
     try:
         _export_dynamo(request, path)
         require_opset(path, request.opset)
+    except OSError:  # the file cannot be written, so another exporter could not either
+        raise
     except Exception as error:
         if exporter == "dynamo":
             if isinstance(error, ExportError):
@@ -141,6 +143,8 @@ def _export_torchscript(request: ExportRequest, path: Path) -> None:
                 output_names=request.output_names,
                 dynamic_axes=dict(zip(names, request.axes, strict=False)),
             )
+    except OSError:
+        raise
     except Exception as error:
         raise ExportError(_reason("the TorchScript exporter", error, request)) from error
 

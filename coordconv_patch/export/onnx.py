@@ -26,7 +26,7 @@ from coordconv_patch.arguments import (
 )
 from coordconv_patch.atomic import obstacle_to_writing, replacing
 from coordconv_patch.coords import Window
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
     ExportRequest,
@@ -41,6 +41,7 @@ from coordconv_patch.export.clips import fuse_clips_
 from coordconv_patch.export.constants import compact_constants_
 from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
+from coordconv_patch.export.external_weights import gather_weights
 from coordconv_patch.export.opset import (
     check_exporter,
     check_opset,
@@ -94,7 +95,8 @@ def export_onnx(
 
     Args:
         model: A patched model; one without coordinates is exported as it is.
-        path: The file to write, ending in ``.onnx``.
+        path: The file to write, ending in ``.onnx``. Weights of more than 2 GB go into a file
+            beside it, ``NAME.onnx.DIGEST.data``, which the file names.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
             keyword arguments). A detector of torchvision takes a list of images, each
             (C, H, W): ``[image]``; best a picture on which it finds something.
@@ -125,7 +127,7 @@ def export_onnx(
     Raises:
         ArgumentError: If an argument is impossible, or arguments exclude each other.
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
-            or the file and torch disagree; nothing is left behind.
+            the file and torch disagree, or the file cannot be written; nothing is left behind.
     """
     path = check_path("path", path)
     _check_path(path)
@@ -146,7 +148,7 @@ def export_onnx(
         model, example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
-    with replacing(path) as temporary, progress:
+    with replacing(path, ExportError) as temporary, progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         writer = _Writer(folded_model, request, exporter, working, lowering in ("auto", "autotune"))
@@ -173,6 +175,11 @@ def export_onnx(
         inputs = inputs_to_check(request, model, traced=used == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
         notes += _notes_on(checks)
+        if path.is_symlink() and len(list(temporary.parent.iterdir())) > 1:
+            notes.append(
+                f"{path} is a symbolic link, through which ONNX Runtime does not load weights that "
+                f"lie beside a graph: load {os.path.realpath(path)}"
+            )
         if verifier.runs_bfloat16_in_float32:
             notes.append(
                 f"{working[0]} does not compute in bfloat16, so the check ran the graph in float32"
@@ -289,10 +296,10 @@ def _rewritten(
         The graph, the bytes of coordinate constants in it, and the names of the nodes that
         compute with coordinates alone.
     """
+    weights_beside = gather_weights(path)
     model = onnx_ir.load(path)
     graph = model.graph
-    weights_are_inside = len(list(path.parent.iterdir())) == 1
-    if not weights_are_inside:
+    if weights_beside is not None:
         stored = count_constant_bytes(graph, lowered.constants, batch)
         return onnx.load(path), stored, coordinate_nodes(graph)
     if fuse and carry_coordinates_(graph):

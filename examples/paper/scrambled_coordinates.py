@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import coordconv_patch as ccp
+from coordconv_patch.branch import coordinate_map
+from coordconv_patch.layers import CoordConvNd, coord_layers
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScrambledCoordinates(ccp.Coordinates):
-    """The same coordinate channels, with the pixels in a fixed random order.
+def scrambled(grid: Tensor) -> Tensor:
+    """Coordinate channels ``(K, *size)`` with the pixels in a fixed random order.
 
-    A net patched with these has every parameter of a patched one, and pixels that can be told
-    apart, but no notion of left, right or near. The order depends on the size alone, so it
-    is the same at each call.
+    The order depends on the size alone, so it is the same at each call.
     """
+    pixels = grid[0].numel()
+    order = torch.randperm(pixels, generator=torch.Generator().manual_seed(pixels))
+    return grid.flatten(1)[:, order.to(grid.device)].reshape(grid.shape)
 
-    def grid(
-        self,
-        size: Sequence[int | torch.SymInt | Tensor],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """The scrambled channels ``(K, *size)``."""
-        true = super().grid(size, device=device, dtype=dtype)
-        generator = torch.Generator().manual_seed(true[0].numel())
-        order = torch.randperm(true[0].numel(), generator=generator).to(true.device)
-        return true.flatten(1)[:, order].reshape(true.shape)
+
+def scramble_(model: Model) -> Model:
+    """Let the coordinate convolutions of a patched model see scrambled channels, in place.
+
+    It has every parameter of a patched model, and pixels that can be told apart, but no notion
+    of left, right or near. This holds in torch, also for a deep copy of the model; files do
+    not tell it, so it is not for saving or exporting.
+    """
+    for layer in coord_layers(model).values():
+        assert isinstance(layer, CoordConvNd)
+        layer.compute_branch = partial(_scrambled_branch, layer)  # type: ignore[method-assign]
+    return model
+
+
+def _scrambled_branch(
+    layer: CoordConvNd,
+    input_size: Sequence[int],
+    output_padding: Sequence[int],
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As :meth:`CoordConvNd.compute_branch`."""
+    weight = layer.coord_weight if weight is None else weight
+    grid = layer.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
+    return coordinate_map(
+        scrambled(grid).unsqueeze(0),
+        weight,
+        transposed=layer.transposed,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        padding_mode=layer.padding_mode,
+        rule=layer.coord_padding,
+        output_padding=output_padding,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 import torch
-from scrambled_coordinates import ScrambledCoordinates
+from scrambled_coordinates import scramble_
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -23,8 +23,8 @@ def as_variant(model: Model, variant: str, where: str | list[str] = "all") -> Mo
     """The model itself if ``"plain"``, else a patched copy, its coordinates true or scrambled."""
     if variant == PLAIN:
         return model
-    coords = ScrambledCoordinates() if variant == SCRAMBLED else None
-    return cast(Model, ccp.patch(model, where, coords=coords))
+    patched = cast(Model, ccp.patch(model, where))
+    return scramble_(patched) if variant == SCRAMBLED else patched
 
 
 def coordinate_weights(model: nn.Module) -> list[Tensor]:
