@@ -33,11 +33,11 @@ PUBLIC = {
 
 FLOORS: list[set[str]] = [
     {"version", "errors", "atomic", "fields", "grid_cache", "inputs", "modes", "rollback"}
-    | {"strict_json", "tensor_file", "workplace"},
+    | {"strict_json", "tensor_file", "workplace", "wrappers"},
     {"coords", "norms"},
     {"geometry"},
     {"branch", "map_cache"},
-    {"layers", "coords_header"},
+    {"layers", "coords_header", "coords_file"},
     {"chosen_calls", "conversion", "foreign", "functional"},
     {"programs"},
     {"folding"},
@@ -46,7 +46,7 @@ FLOORS: list[set[str]] = [
     {"select"},
     {"plan"},
     {"patching"},
-    {"training", "weights", "passes", "sources"},
+    {"training", "coords_fit", "weights", "passes", "sources"},
     {"export"},
     {"demo"},
     {"cli"},
