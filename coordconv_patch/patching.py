@@ -268,7 +268,9 @@ def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> Calla
 
 
 def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
-    """Some of a functional site's calls alone."""
+    """Some of a functional site's calls alone; calls that a file names are those already."""
+    if calls.indices is not None and len(calls.indices) != chosen.total:
+        return calls
     positions = calls.indices or tuple(range(chosen.total))
     indices = tuple(positions[index] for index in chosen.indices)
     return dataclasses.replace(calls, indices=indices, total=calls.total or chosen.total)

@@ -505,7 +505,12 @@ def test_what_the_picture_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     from matplotlib.figure import Figure
 
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+
+    def save(figure: Figure, path: Path, **options: Any) -> None:
+        drawn.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
     draw_bench(made(), tmp_path / "b.png", subject="timm:resnet50")
     (figure,) = drawn
     panels = [axes for axes in figure.axes if axes.axison]

@@ -650,7 +650,7 @@ def test_a_computed_weight_among_another_number_of_calls_raises_by_name(x: Tenso
         patched(x)
 
 
-def test_chosen_calls_of_a_function(x: Tensor) -> None:
+def test_chosen_calls_of_a_function(x: Tensor, tmp_path: Any) -> None:
     class Thrice(Owner):
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(3):
@@ -664,6 +664,27 @@ def test_chosen_calls_of_a_function(x: Tensor) -> None:
     expected = concatenated(x, weight, coord_weight).relu()
     expected = F.conv2d(expected, weight, padding=1).relu()
     expected = concatenated(expected, weight, coord_weight).relu()
+    torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-4)
+    path = ccp.save_coords(patched, tmp_path / "c.safetensors")
+    assert torch.equal(ccp.load_coords(model, path)(x), patched(x))
+
+
+def test_chosen_calls_of_a_computed_weight_come_back(x: Tensor, tmp_path: Any) -> None:
+    class Thrice(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.w * self.scale
+            for _ in range(3):
+                x = F.conv2d(x, weight, padding=1).relu()
+            return x
+
+    model = Thrice()
+    patched = fill_(ccp.patch(model, "conv2d@1,2", example_inputs=x))
+    path = ccp.save_coords(patched, tmp_path / "c.safetensors")
+    assert torch.equal(ccp.load_coords(model, path)(x), patched(x))
+    plain = F.conv2d(x, model.w * 0.5, padding=1).relu()
+    (coord_weight,) = ccp.coord_parameters(patched)
+    expected = concatenated(plain, model.w * 0.5, coord_weight).relu()
+    expected = concatenated(expected, model.w * 0.5, coord_weight).relu()
     torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-4)
 
 

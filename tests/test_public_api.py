@@ -33,7 +33,7 @@ PUBLIC = {
 
 FLOORS: list[set[str]] = [
     {"version", "errors", "fields", "grid_cache", "inputs", "modes", "rollback"}
-    | {"arguments", "atomic", "strict_json", "tensor_file", "workplace"},
+    | {"arguments", "atomic", "strict_json", "tensor_file", "workplace", "wrappers"},
     {"coords", "norms"},
     {"geometry"},
     {"own_padding", "padding_probe"},
@@ -47,12 +47,13 @@ FLOORS: list[set[str]] = [
     {"folding"},
     {"owned_calls"},
     {"coords_header", "function_log", "stand_ins"},
+    {"coords_file"},
     {"tracing", "recording"},
     {"same_outputs", "sites"},
     {"select"},
     {"plan"},
     {"patching"},
-    {"training", "weights", "passes", "sources"},
+    {"training", "coords_fit", "recorded_functions", "weights", "passes", "sources"},
     {"export"},
     {"demo"},
     {"cli"},

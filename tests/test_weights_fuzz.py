@@ -17,7 +17,7 @@ from coords_file_fuzz import Fuzzer, Record
 from killed_writers import KINDS, kill_writers
 
 import coordconv_patch as ccp
-from coordconv_patch import atomic, weights, workplace
+from coordconv_patch import atomic, coords_file, weights, workplace
 from coordconv_patch.errors import WeightsError
 
 RECORD = Path(__file__).parents[1] / "docs" / "robustness.md"
@@ -57,9 +57,9 @@ def test_12000_mutated_files_are_refused_or_loaded_as_they_are(tmp_path: Path) -
 def test_the_fuzzer_notices_a_checksum_that_is_not_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = weights.read_tensor_file
+    real = coords_file.read_tensor_file
     monkeypatch.setattr(
-        weights,
+        coords_file,
         "read_tensor_file",
         lambda *args: dataclasses.replace(real(*args), is_intact=True),
     )

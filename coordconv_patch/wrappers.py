@@ -1,0 +1,47 @@
+"""Seeing through what wraps a model: for several processes or devices, compiled, averaged."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["clean_name", "unwrapped"]
+
+_WRAPPER_NAMES = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+"""Name components that wrappers put into qualified names, wherever they stand."""
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+"""They hold the model as ``module``."""
+_WRAPPERS_ELSEWHERE = frozenset(
+    {"timm.utils.model_ema.ModelEmaV2", "timm.utils.model_ema.ModelEmaV3"}
+)
+"""Likewise, of libraries that this package does without."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The bare model inside DistributedDataParallel, DataParallel, torch.compile or an EMA."""
+    while True:
+        if _is_compiled(model):
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, _WRAPPERS) or _qualified_class(model) in _WRAPPERS_ELSEWHERE:
+            model = model.get_submodule("module")
+        else:
+            return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    # torch.compile has loaded its compiler then; to import it takes as long as torch itself.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(model, compiler.OptimizedModule)
+
+
+def _qualified_class(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def clean_name(name: str) -> str:
+    """A qualified name without the components that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
