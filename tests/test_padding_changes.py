@@ -72,13 +72,12 @@ def conv2d(**options: Any) -> nn.Conv2d:
 
 
 def assert_follows(model: Any, pads: Pads, left: Any = 0, size: tuple[int, ...] = (5, 7)) -> None:
-    """The first layer computes the reference, kept map or not, with gradients and without."""
+    """The first layer computes the reference, kept map or not, without gradients and with."""
     layer = next(iter(coord_layers(model).values()))
     x = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(2))
     want = expected(layer, x, pads, left)
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        for _ in range(2):
+    for with_gradients in (False, False, True, False):  # a map is kept at the end
+        with torch.set_grad_enabled(with_gradients):
             torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
 
 
@@ -233,6 +232,13 @@ def test_a_method_put_on_a_patched_layer_is_followed(put: Callable[..., None]) -
     assert_follows(model, X_ALONE)
     del model[0]._conv_forward
     assert_follows(model, ZEROS)
+
+
+def test_a_method_written_into_the_dict_is_seen_with_gradients_too() -> None:
+    model, x = patched(), torch.randn(2, 2, 5, 7)
+    by_dict(model[0], "_conv_forward", padding_with(*X_ALONE).__get__(model[0]))
+    want = expected(model[0], x, X_ALONE)
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_attributes_that_torch_pads_by_are_followed() -> None:
