@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,7 +23,20 @@ class _Last(NamedTuple):
     found: Tensor | None
 
 
+class _Kept(NamedTuple):
+    """Maps by size and dtype, and the weight that all of them were made from.
+
+    Never changed, only replaced: a thread that has one need not look out for others.
+    """
+
+    weight: Tensor | None
+    maps: Mapping[Hashable, Tensor]
+
+
 _NOTHING = _Last(None, None, None, None, None)
+
+_replacing = threading.Lock()
+"""Held, for microseconds, while a cache is given other maps; not while one is read."""
 
 
 class MapCache:
@@ -35,7 +48,9 @@ class MapCache:
     comparison costs microseconds on the CPU; on other devices it would force a
     synchronisation, so maps are kept on the CPU only.
 
-    The cache is not part of the layer's state: copies and pickles start empty.
+    The cache is not part of the layer's state: copies and pickles start empty. Threads may use
+    it together, also while one of them trains the weight or clears it; finding the map that
+    was used last, which nearly every call does, takes no lock.
 
     Args:
         is_constant: The weight is promised not to change any more (a folded model), so
@@ -45,12 +60,11 @@ class MapCache:
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
-    __slots__ = ("_last", "_maps", "_weight", "is_constant")
+    __slots__ = ("_kept", "_last", "is_constant")
 
     def __init__(self, is_constant: bool = False) -> None:
         self.is_constant = is_constant
-        self._weight: Tensor | None = None
-        self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._kept = _Kept(None, {})
         self._last = _NOTHING
 
     def get(
@@ -81,12 +95,7 @@ class MapCache:
             and (self.is_constant or _is_equal(kept, weight))
         ):
             return found
-        if not self.is_constant and not _is_equal(self._weight, weight):
-            self.clear()
-            self._weight = weight.detach().clone()
-        found = self._find(input, output, weight, make)
-        self._last = _Last(self._weight, input.shape, output.shape, output.dtype, found)
-        return found
+        return self._find(input, output, weight, make)
 
     def _find(
         self,
@@ -95,27 +104,37 @@ class MapCache:
         weight: Tensor,
         make: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
+        before = kept = self._kept
+        if not self.is_constant and not _is_equal(kept.weight, weight):
+            kept = _Kept(weight.detach().clone(), {})
         ndim = weight.dim() - 2
         sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
         key = (*sizes, output.dim(), output.dtype)
-        found = self._maps.get(key)
+        found = kept.maps.get(key)
         if found is None:
+            # From the copy: another thread may be training the weight at this moment.
+            source = weight if kept.weight is None else kept.weight
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             # And not from autocast's own copy of the weight, which may be older than the weight.
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
-                found = self._maps[key] = make(input, output, weight)
-            if len(self._maps) > self.max_maps:
-                self._maps.popitem(last=False)
+                found = make(input, output, source)
+            maps = [*kept.maps.items(), (key, found)][-self.max_maps :]
+            kept = _Kept(kept.weight, dict(maps))
+        last = _Last(kept.weight, input.shape, output.shape, output.dtype, found)
+        with _replacing:
+            # Else another thread was faster, or cleared the cache because what it held was old.
+            if self._kept is before:
+                self._kept, self._last = kept, last
         return found
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
-        self._weight = None
-        self._last = _NOTHING
-        self._maps.clear()
+        with _replacing:
+            self._kept = _Kept(None, {})
+            self._last = _NOTHING
 
     def __len__(self) -> int:
-        return len(self._maps)
+        return len(self._kept.maps)
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[bool]]:
         return MapCache, (self.is_constant,)

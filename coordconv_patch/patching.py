@@ -35,6 +35,7 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import LOOK
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
 from coordconv_patch.select import Where
@@ -79,9 +80,10 @@ def patch(
     given = model
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
-    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
-    _warn_of_obstacles(decided)
-    return apply_plan_(copied(model) if model is given else model, decided)
+    with LOOK:
+        decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+        _warn_of_obstacles(decided)
+        return apply_plan_(copied(model) if model is given else model, decided)
 
 
 def patch_(
@@ -105,9 +107,10 @@ def patch_(
     """
     if isinstance(model, ExportedProgram):
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
-    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
-    _warn_of_obstacles(decided)
-    patched = apply_plan_(model, decided)
+    with LOOK:
+        decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+        _warn_of_obstacles(decided)
+        patched = apply_plan_(model, decided)
     assert patched is model
     return model
 
@@ -119,8 +122,9 @@ def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.
     """
     if isinstance(model, ExportedProgram):
         return unpatch_(from_exported(model), discard=discard)
-    _check_unpatchable(model, discard)
-    return unpatch_(copied(model), discard=discard)
+    with LOOK:
+        _check_unpatchable(model, discard)
+        return unpatch_(copied(model), discard=discard)
 
 
 def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
@@ -140,13 +144,14 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
         PatchError: If the model is not patched, or coordinate weights are not zero and
             ``discard`` is false.
     """
-    _check_unpatchable(model, discard)
-    release_folding_(model)
-    for module in list(model.modules()):
-        _revert_(model, module)
-    for module in model.modules():
-        if isinstance(module, fx.GraphModule):
-            _remove_branches(module)
+    with LOOK:
+        _check_unpatchable(model, discard)
+        release_folding_(model)
+        for module in list(model.modules()):
+            _revert_(model, module)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _remove_branches(module)
     return model
 
 
@@ -260,7 +265,8 @@ def copied(model: nn.Module) -> nn.Module:
         PatchError: If it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        with LOOK:  # while another thread looks at it, its flags and hooks are not its own
+            return copy.deepcopy(model)
     except Exception as error:
         raise PatchError(
             f"the model cannot be deep-copied ({error}): use the in-place form, patch_ or unpatch_"

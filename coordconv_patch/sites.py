@@ -45,6 +45,7 @@ from coordconv_patch.recording import (
     record_run,
 )
 from coordconv_patch.tracing import trace, trace_call
+from coordconv_patch.tracing_gate import TracingBusyError
 
 __all__ = [
     "Region",
@@ -228,6 +229,8 @@ class _Finder:
         self._progress.update()
         try:
             graph = trace(module)
+        except TracingBusyError:
+            raise
         except Exception as error:
             if not name:
                 self.untraced = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -267,6 +270,8 @@ class _Finder:
             try:
                 with evaluating(self.model):
                     graph = trace_call(modules[name], *arguments[name])
+            except TracingBusyError:
+                raise
             except Exception:
                 continue
             region = Region(name, modules[name], graph, of_one_call=True)

@@ -32,6 +32,7 @@ from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import LOOK
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.programs import why_not_patched
@@ -155,7 +156,8 @@ def load_coords(
             if a geometry or convention differs, or if the base weights differ; with
             the reason.
     """
-    return _load(model, path, check_base, in_place=False)
+    with LOOK:
+        return _load(model, path, check_base, in_place=False)
 
 
 def load_coords_(
@@ -168,7 +170,8 @@ def load_coords_(
     Returns:
         The model itself.
     """
-    return _load(model, path, check_base, in_place=True)
+    with LOOK:
+        return _load(model, path, check_base, in_place=True)
 
 
 def _load(

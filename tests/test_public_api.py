@@ -32,7 +32,7 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "atomic", "modes", "inputs"},
+    {"version", "errors", "atomic", "modes", "inputs", "silence", "tracing_gate"},
     {"coords", "norms"},
     {"geometry"},
     {"branch", "map_cache"},
