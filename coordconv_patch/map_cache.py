@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -26,17 +25,22 @@ class _Last(NamedTuple):
 class _Kept(NamedTuple):
     """Maps by size and dtype, and the weight that all of them were made from.
 
-    Never changed, only replaced: a thread that has one need not look out for others.
+    Never changed, only replaced: a thread that reads one need not look out for others.
     """
 
     weight: Tensor | None
     maps: Mapping[Hashable, Tensor]
 
 
-_NOTHING = _Last(None, None, None, None, None)
+class _Contents:
+    """What a cache holds from one ``clear()`` to the next.
 
-_replacing = threading.Lock()
-"""Held, for microseconds, while a cache is given other maps; not while one is read."""
+    A thread that makes a map puts it where it found none. If the cache was cleared meanwhile,
+    because what the map was made from is out of date, nobody looks there any more.
+    """
+
+    last = _Last(None, None, None, None, None)
+    kept = _Kept(None, {})
 
 
 class MapCache:
@@ -49,8 +53,8 @@ class MapCache:
     synchronisation, so maps are kept on the CPU only.
 
     The cache is not part of the layer's state: copies and pickles start empty. Threads may use
-    it together, also while one of them trains the weight or clears it; finding the map that
-    was used last, which nearly every call does, takes no lock.
+    it together, also while one of them trains the weight or clears the cache. None of them
+    waits for another, so one map may be made twice.
 
     Args:
         is_constant: The weight is promised not to change any more (a folded model), so
@@ -60,12 +64,11 @@ class MapCache:
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
-    __slots__ = ("_kept", "_last", "is_constant")
+    __slots__ = ("_contents", "is_constant")
 
     def __init__(self, is_constant: bool = False) -> None:
         self.is_constant = is_constant
-        self._kept = _Kept(None, {})
-        self._last = _NOTHING
+        self._contents = _Contents()
 
     def get(
         self,
@@ -86,7 +89,7 @@ class MapCache:
         """
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
-        kept, input_shape, output_shape, output_dtype, found = self._last
+        kept, input_shape, output_shape, output_dtype, found = self._contents.last
         if (
             found is not None
             and input.shape == input_shape
@@ -104,9 +107,11 @@ class MapCache:
         weight: Tensor,
         make: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        before = kept = self._kept
+        contents = self._contents
+        kept = contents.kept
         if not self.is_constant and not _is_equal(kept.weight, weight):
-            kept = _Kept(weight.detach().clone(), {})
+            with torch.inference_mode(False):
+                kept = _Kept(weight.detach().clone(), {})
         ndim = weight.dim() - 2
         sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
         key = (*sizes, output.dim(), output.dtype)
@@ -119,22 +124,16 @@ class MapCache:
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
                 found = make(input, output, source)
             maps = [*kept.maps.items(), (key, found)][-self.max_maps :]
-            kept = _Kept(kept.weight, dict(maps))
-        last = _Last(kept.weight, input.shape, output.shape, output.dtype, found)
-        with _replacing:
-            # Else another thread was faster, or cleared the cache because what it held was old.
-            if self._kept is before:
-                self._kept, self._last = kept, last
+            kept = contents.kept = _Kept(kept.weight, dict(maps))
+        contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, found)
         return found
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
-        with _replacing:
-            self._kept = _Kept(None, {})
-            self._last = _NOTHING
+        self._contents = _Contents()
 
     def __len__(self) -> int:
-        return len(self._kept.maps)
+        return len(self._contents.kept.maps)
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[bool]]:
         return MapCache, (self.is_constant,)
