@@ -10,13 +10,17 @@ with which torch.fx begins its replacements (``torch.fx._symbolic_trace._new_pat
 
 - in the thread that is in, each replacement is made to ask for the thread: all other threads
   run the original;
-- other threads that begin a trace of their own, by torch.compile or torch.export perhaps, wait
-  at the gate until the thread is out; and one that traces already is waited for before.
+- other threads that begin a trace of their own, by torch.export perhaps, wait at the gate until
+  the thread is out; one that traces already is waited for before;
+- no other thread compiles: torch.compile would read the replacements, and note them down.
 
 What is left: two traces of *other* code overlap as ever, because outside of
-:func:`tracing_alone` nothing of torch is changed. And in torch versions that keep a flag "is
-tracing" for the whole process, not for each thread, a model compiled by torch.compile that runs
-in another thread at that moment may raise (2.14 does not).
+:func:`tracing_alone` nothing of torch is changed. torch.export itself changes more of the
+process for as long as it runs, whoever calls it: other threads' convolutions are computed
+without oneDNN (other last bits), and a model that torch.compile has compiled may raise a
+KeyError there. And in torch versions that keep the flag "is tracing" for the whole process, not
+for each thread (2.6 does, 2.14 does not), a compiled model that another thread calls at that
+moment raises.
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx import _symbolic_trace
 
@@ -39,12 +42,12 @@ from coordconv_patch.modes import LOOK
 
 __all__ = ["TracingBusyError", "tracing_alone"]
 
-PATIENCE = 60.0
-"""Seconds for which a trace of another thread is waited for."""
+PATIENCE = 600.0
+"""Seconds for which a trace or a compilation of another thread is waited for."""
 
 _fx: Any = _symbolic_trace
 _inside = False
-"""Whether a thread is in :func:`tracing_alone`; read and written by the thread that holds LOOK."""
+"""Whether a thread is in :func:`tracing_alone`; only the thread that holds LOOK asks."""
 
 
 class TracingBusyError(PatchError):
@@ -52,59 +55,66 @@ class TracingBusyError(PatchError):
 
 
 @contextlib.contextmanager
-def tracing_alone(*, compiling: bool = False) -> Iterator[None]:
-    """No other thread traces meanwhile, and none notices that this one does.
+def tracing_alone() -> Iterator[None]:
+    """No other thread traces or compiles meanwhile, and none notices that this one does.
 
     May be entered again by the thread that is in.
 
-    Args:
-        compiling: This thread may call torch's compiler, as torch.export does. The threads that
-            compile wait as well, since they would trace while they hold the compiler's lock.
-
     Raises:
-        TracingBusyError: If another thread, by code that is not ours, traces for longer than
-            :data:`PATIENCE` seconds.
+        TracingBusyError: If another thread, by code that is not ours, traces or compiles for
+            longer than :data:`PATIENCE` seconds.
     """
-    with LOOK:
-        is_in_already = _inside  # this thread, or it would not have got the lock
-    if is_in_already:
+    global _inside
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(LOOK)  # first: whoever has it may wait for the compiler, not vice versa
+        if not _inside:  # or it is this thread that is in, since it has the lock
+            stack.enter_context(_gate_closed())
+            _inside = True
+            stack.callback(_leave)
         yield
-        return
-    with _alone(compiling):
-        yield
+
+
+def _leave() -> None:
+    global _inside
+    _inside = False
 
 
 @contextlib.contextmanager
-def _alone(compiling: bool) -> Iterator[None]:
-    global _inside
+def _gate_closed() -> Iterator[None]:
+    """Wait until no other thread traces or compiles, and keep it so."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        # All or nothing: a thread that waits for a trace must not hold what that trace needs.
-        with contextlib.ExitStack() as stack:
-            if compiling:
-                stack.enter_context(_compile_lock())
-            stack.enter_context(LOOK)
-            gate = stack.enter_context(_Gate())
+        with _no_compilation(deadline), _Gate() as gate:
             if not gate.must_wait():
-                _inside = True
-                try:
-                    yield
-                finally:
-                    _inside = False
+                yield
                 return
+        # Without the compiler, which the other thread's trace may need.
         if time.monotonic() > deadline:
-            raise TracingBusyError(
-                f"another thread has been tracing a model with torch.fx or torch.export for "
-                f"{PATIENCE:g} seconds, and two threads cannot trace at a time: try again when it "
-                "has finished"
-            )
+            raise _busy()
         time.sleep(0.001)
 
 
-def _compile_lock() -> contextlib.AbstractContextManager[Any]:
-    from torch._dynamo.convert_frame import compile_lock  # slow to import
+@contextlib.contextmanager
+def _no_compilation(deadline: float) -> Iterator[None]:
+    """Hold the lock under which torch.compile compiles."""
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    lock = getattr(convert_frame, "compile_lock", None)
+    if lock is None:  # the compiler has not been imported, which is slow: nobody compiles
+        yield
+        return
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise _busy()
+    try:
+        yield
+    finally:
+        lock.release()
 
-    return compile_lock
+
+def _busy() -> TracingBusyError:
+    return TracingBusyError(
+        f"another thread has been tracing or compiling a model for {PATIENCE:g} seconds, and two "
+        "threads cannot do so at a time: try again when it has finished"
+    )
 
 
 class _Gate:
@@ -165,7 +175,6 @@ class _Gate:
 def _keep_to_thread(patcher: Any, thread: int) -> None:
     """Make the object that replaces things for torch.fx do so for one thread only."""
     patch, patch_method = patcher.patch, patcher.patch_method
-    revert, reapply = patcher.revert_all_patches, patcher.reapply_all_patches
 
     def patch_here(names: dict[str, Any], name: str, new: Any, deduplicate: bool = True) -> None:
         original = names[name] if name in names else getattr(builtins, name)
@@ -174,14 +183,8 @@ def _keep_to_thread(patcher: Any, thread: int) -> None:
     def patch_method_here(cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
         patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
 
-    def if_here(undo: Callable[[], Any]) -> Callable[[], Any]:
-        # torch.compile takes replacements back for the time of a compilation, in any thread.
-        return lambda: undo() if threading.get_ident() == thread else patcher.patches_made
-
     patcher.patch = patch_here
     patcher.patch_method = patch_method_here
-    patcher.revert_all_patches = if_here(revert)
-    patcher.reapply_all_patches = if_here(reapply)
 
 
 def _for_thread(
@@ -191,11 +194,8 @@ def _for_thread(
 
     @functools.wraps(original)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        # Where torch.compile reads this line in another thread, it must not come to the second
-        # question, which it cannot answer.
-        if torch.compiler.is_dynamo_compiling() or threading.get_ident() != thread:
-            return original(*args, **kwargs)
-        return replacement(*args, **kwargs)
+        function = replacement if threading.get_ident() == thread else original
+        return function(*args, **kwargs)
 
     return chosen
 

@@ -118,15 +118,35 @@ def _as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("prepare", [_as_it_is, _compiled, _scripted, _patched])
-@pytest.mark.parametrize("kind", ["patches", "foreign_folds", "exports"])
+@pytest.mark.parametrize("kind", ["patches", "foreign_folds"])
 def test_forwards_of_other_models_go_on(
     kind: str, prepare: Callable[[nn.Module, Tensor], nn.Module]
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 12, 12)
     served = prepare(_Attributes().eval(), x)
-    with torch.no_grad(), serving(torch.no_grad()(lambda: served(x))) as outcome:
-        operations = run(TRIALS[kind](), 4 if kind == "exports" else 24)
+    with serving(torch.no_grad()(lambda: served(x))) as outcome:
+        operations = run(TRIALS[kind](), 24)
+    assert_right(operations, outcome)
+
+
+@pytest.mark.parametrize("prepare", [_as_it_is, _scripted, _patched])
+def test_forwards_of_other_models_go_on_while_models_are_exported(
+    prepare: Callable[[nn.Module, Tensor], nn.Module],
+) -> None:
+    """To rounding: torch.export switches oneDNN off for the whole process."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 12, 12)
+    served = prepare(_Attributes().eval(), x)
+    with torch.no_grad():
+        wanted = served(x)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return torch.tensor(torch.allclose(served(x), wanted, atol=1e-4))
+
+    with serving(forward) as outcome:
+        operations = run(TRIALS["exports"](), 4)
     assert_right(operations, outcome)
 
 
@@ -192,7 +212,7 @@ def test_tracing_waits_for_a_trace_that_runs_already_and_gives_up_clearly(
     with ThreadPoolExecutor(1) as pool:
         traced = pool.submit(fx.symbolic_trace, Slow())
         assert started.wait(60)
-        with pytest.raises(PatchError, match="another thread has been tracing"):
+        with pytest.raises(PatchError, match="another thread has been tracing or compiling"):
             ccp.patch(plain_net(), "all")
         monkeypatch.setattr(tracing_gate, "PATIENCE", 60)
         waiting = threading.Timer(0.2, ended.set)
@@ -211,10 +231,10 @@ def test_a_trace_may_be_begun_within_a_trace() -> None:
             self.seen = len(trace(plain_net()).nodes)
             return self.conv(x)
 
-    for tracer in (trace, fx.symbolic_trace):
-        with serving(plain_server()) as served:
-            assert isinstance(tracer(Curious()), (fx.Graph, fx.GraphModule))
-        assert_right(served)
+    with serving(plain_server()) as served:
+        assert len(trace(Curious()).nodes) == 3
+    assert_right(served)
+    assert len(fx.symbolic_trace(Curious()).graph.nodes) == 3
 
 
 def test_a_failed_trace_leaves_no_trace() -> None:
@@ -262,26 +282,23 @@ def test_processes_end_with_the_modules_and_the_streams_that_they_began_with() -
 # Chosen calls
 
 
-def test_copies_and_pickles_of_chosen_calls_count_for_themselves(tmp_path: Path) -> None:
+def test_copies_and_pickles_of_chosen_calls_count_for_themselves() -> None:
     (x,) = pictures(16)
     model = trained(ccp.patch(Twice().eval(), "conv@1", example_inputs=x))
     wanted = model(x)
-    inside: list[nn.Module] = []
+    made: list[nn.Module] = []
 
-    def copy_it(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not inside:
-            inside.append(model)
-            inside.append(copy.deepcopy(model))
-            inside.append(pickle.loads(pickle.dumps(model)))
+    def copy_in_the_middle(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        handle.remove()  # it could not be pickled
+        made.extend([copy.deepcopy(model), pickle.loads(pickle.dumps(model))])
 
-    with model.conv.register_forward_pre_hook(copy_it):
-        assert torch.equal(model(x), wanted)
-        for made in inside:
-            assert torch.equal(made(x), wanted)
-    with pytest.raises(PatchError, match="outside of it"):
-        inside[1].conv(x)
-    with pytest.raises(PatchError, match="outside of it"):
-        inside[2].conv(x)
+    handle = model.conv.register_forward_pre_hook(copy_in_the_middle)
+    assert torch.equal(model(x), wanted)
+    assert len(made) == 2
+    for copied in made:
+        with pytest.raises(PatchError, match="outside of it"):
+            copied.conv(x)
+        assert torch.equal(copied(x), wanted)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -586,9 +603,11 @@ def test_a_filter_that_somebody_else_has_saved_ignores_nothing_later() -> None:
     saved.__exit__(None, None, None)
     with pytest.warns(UserWarning, match="heard"):
         warnings.warn("heard", stacklevel=1)
-    warnings.filters[:] = [each for each in warnings.filters if not isinstance(each[1], object)] or [
-        each for each in warnings.filters if "ThisThread" not in repr(each[1])
-    ]
+    warnings.filters[:] = [each for each in warnings.filters if not _is_ours(each)]
+
+
+def _is_ours(entry: tuple[object, ...]) -> bool:
+    return type(entry[1]).__module__ == silence.__name__
 
 
 def test_descriptors_come_back_when_eight_threads_silence_them(
@@ -602,7 +621,9 @@ def test_descriptors_come_back_when_eight_threads_silence_them(
 
     assert_right(run(silent, 100))
     os.write(2, b"still there")
-    assert capfd.readouterr() == ("heard\n" * 100, "still there")
+    out, err = capfd.readouterr()
+    assert (out.count("heard"), out.count("not")) == (100, 0)
+    assert err == "still there"
 
 
 def test_silence_works_without_streams_and_with_closed_descriptors() -> None:

@@ -183,7 +183,7 @@ def _root_cause(error: BaseException) -> str:
 @contextlib.contextmanager
 def _alone_and_quiet() -> Iterator[None]:
     """One export at a time, without the exporters' output: the report says what matters."""
-    with tracing_alone(compiling=True), output_silenced(), warnings_ignored():
+    with tracing_alone(), output_silenced(), warnings_ignored():
         yield
 
 
