@@ -5,22 +5,20 @@ whole process. A forward pass of any model in any other thread then runs into a 
 does not know it, and two tracers that overlap put back each other's replacements, so that
 ``nn.Module.__call__`` stays broken for good. torch.export traces in the same way.
 
-While :func:`tracing_alone` is entered, its thread passes a gate in the place of the function
-with which torch.fx begins its replacements (``torch.fx._symbolic_trace._new_patcher``):
+So :func:`tracing_alone` puts a gate before the function with which torch.fx begins its
+replacements (``torch.fx._symbolic_trace._new_patcher``), the first time that it is entered. The
+gate is open, and does nothing, unless a thread is in :func:`tracing_alone`. Then
 
-- in the thread that is in, each replacement is made to ask for the thread: all other threads
-  run the original;
-- other threads that begin a trace of their own, by torch.export perhaps, wait at the gate until
-  the thread is out; one that traces already is waited for before;
+- each replacement that this thread makes asks for the thread: all others run the original;
+- other threads that begin a trace of their own, by torch.export perhaps, wait at the gate. If
+  one traces already, it is this thread that waits;
 - no other thread compiles: torch.compile would read the replacements, and note them down.
 
-What is left: two traces of *other* code overlap as ever, because outside of
-:func:`tracing_alone` nothing of torch is changed. torch.export itself changes more of the
-process for as long as it runs, whoever calls it: other threads' convolutions are computed
-without oneDNN (other last bits), and a model that torch.compile has compiled may raise a
-KeyError there. And in torch versions that keep the flag "is tracing" for the whole process, not
-for each thread (2.6 does, 2.14 does not), a compiled model that another thread calls at that
-moment raises.
+Two traces of *other* code overlap as ever. torch.export itself changes more of the process for
+as long as it runs, whoever calls it: other threads' convolutions are computed without oneDNN
+(the last bits differ), and a model that torch.compile has compiled may raise a KeyError there.
+And in torch versions that keep the flag "is tracing" for the whole process, not for each thread
+(2.14 no longer does), a compiled model that another thread calls at that moment raises.
 """
 
 from __future__ import annotations
@@ -46,8 +44,6 @@ PATIENCE = 600.0
 """Seconds for which a trace or a compilation of another thread is waited for."""
 
 _fx: Any = _symbolic_trace
-_inside = False
-"""Whether a thread is in :func:`tracing_alone`; only the thread that holds LOOK asks."""
 
 
 class TracingBusyError(PatchError):
@@ -64,31 +60,28 @@ def tracing_alone() -> Iterator[None]:
         TracingBusyError: If another thread, by code that is not ours, traces or compiles for
             longer than :data:`PATIENCE` seconds.
     """
-    global _inside
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(LOOK)  # first: whoever has it may wait for the compiler, not vice versa
-        if not _inside:  # or it is this thread that is in, since it has the lock
-            stack.enter_context(_gate_closed())
-            _inside = True
-            stack.callback(_leave)
-        yield
-
-
-def _leave() -> None:
-    global _inside
-    _inside = False
+    with LOOK:  # first: who has it may wait for the compiler's lock, not the other way round
+        if _gate.tracer == threading.get_ident():
+            yield
+            return
+        with _closed_gate():
+            yield
 
 
 @contextlib.contextmanager
-def _gate_closed() -> Iterator[None]:
+def _closed_gate() -> Iterator[None]:
     """Wait until no other thread traces or compiles, and keep it so."""
+    _gate.install()
     deadline = time.monotonic() + PATIENCE
     while True:
-        with _no_compilation(deadline), _Gate() as gate:
-            if not gate.must_wait():
-                yield
+        # Each time anew: the trace that is waited for may need the compiler's lock to end.
+        with _no_compilation(deadline):
+            if _gate.close():
+                try:
+                    yield
+                finally:
+                    _gate.open()
                 return
-        # Without the compiler, which the other thread's trace may need.
         if time.monotonic() > deadline:
             raise _busy()
         time.sleep(0.001)
@@ -118,58 +111,76 @@ def _busy() -> TracingBusyError:
 
 
 class _Gate:
-    """Stands in the place of torch.fx's ``_new_patcher`` while entered.
+    """Stands before torch.fx's ``_new_patcher``, and may be closed for all threads but one.
 
     torch.fx calls that function to get the object that replaces things, and puts them back
     when its context is left.
     """
 
-    _arrivals = threading.Lock()
-    _waiting = 0
-    """Threads that wait at a gate, or have just come through."""
-
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.opened = threading.Event()
+        self.tracer: int | None = None
+        """The thread that the gate is closed for: the one in :func:`tracing_alone`."""
+        self._opened = threading.Condition()
+        self._new_patcher: Any = None
+        self._tracing: list[int] = []
+        """The threads that trace by other code, or wait at the gate to do so."""
 
-    def __enter__(self) -> _Gate:
-        self.new_patcher = _fx._new_patcher
-        _fx._new_patcher = self.patcher
-        return self
+    def install(self) -> None:
+        """Put the gate where it belongs, once; the thread that holds LOOK does so."""
+        if self._new_patcher is None:
+            self._new_patcher = getattr(_fx, "_new_patcher", None)
+            if self._new_patcher is not None:  # else this torch leaves us the lock alone
+                _fx._new_patcher = self._pass
 
-    def __exit__(self, *exception: object) -> None:
-        _fx._new_patcher = self.new_patcher
-        self.opened.set()
+    def close(self) -> bool:
+        """Close the gate for the running thread, unless other threads trace or wait to do so."""
+        this = threading.get_ident()
+        with self._opened:
+            if any(thread != this for thread in self._tracing) or _was_traced_before():
+                return False
+            self.tracer = this
+            return True
 
-    def must_wait(self) -> bool:
-        """Whether another thread traces, or has waited for longer than this one."""
-        is_traced_elsewhere = _fx.CURRENT_PATCHER is not None and not _is_tracing_here()
-        return is_traced_elsewhere or _Gate._waiting > 0
+    def open(self) -> None:
+        """Let the others through."""
+        with self._opened:
+            self.tracer = None
+            self._opened.notify_all()
 
     @contextlib.contextmanager
-    def patcher(self) -> Iterator[Any]:
+    def _pass(self) -> Iterator[Any]:
         """What torch.fx calls instead of ``_new_patcher``."""
-        if threading.get_ident() == self.thread:
-            with self.new_patcher() as patcher:
-                _keep_to_thread(patcher, self.thread)
+        this = threading.get_ident()
+        if self.tracer == this:
+            with self._new_patcher() as patcher:
+                _keep_to_thread(patcher, this)
                 yield patcher
             return
-        with contextlib.ExitStack() as stack:
-            with _Gate._arrival():
-                self.opened.wait()
-                patcher = stack.enter_context(_fx._new_patcher())
-            yield patcher
-
-    @classmethod
-    @contextlib.contextmanager
-    def _arrival(cls) -> Iterator[None]:
-        with cls._arrivals:
-            cls._waiting += 1
+        with self._opened:
+            self._tracing.append(this)
+            self._opened.wait_for(lambda: self.tracer is None)
         try:
-            yield
+            with self._new_patcher() as patcher:
+                yield patcher
         finally:
-            with cls._arrivals:
-                cls._waiting -= 1
+            with self._opened:
+                self._tracing.remove(this)
+
+
+_gate = _Gate()
+
+
+def _was_traced_before() -> bool:
+    """Whether another thread is in a trace that it began when there was no gate yet."""
+    return getattr(_fx, "CURRENT_PATCHER", None) is not None and not _is_tracing_here()
+
+
+def _is_tracing_here() -> bool:
+    """Whether the running thread is in a trace of torch.fx, begun by whomever."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+        frame = frame.f_back  # type: ignore[assignment]  # the loop ends at None
+    return frame is not None
 
 
 def _keep_to_thread(patcher: Any, thread: int) -> None:
@@ -183,8 +194,7 @@ def _keep_to_thread(patcher: Any, thread: int) -> None:
     def patch_method_here(cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
         patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
 
-    patcher.patch = patch_here
-    patcher.patch_method = patch_method_here
+    patcher.patch, patcher.patch_method = patch_here, patch_method_here
 
 
 def _for_thread(
@@ -197,12 +207,7 @@ def _for_thread(
         function = replacement if threading.get_ident() == thread else original
         return function(*args, **kwargs)
 
-    return chosen
-
-
-def _is_tracing_here() -> bool:
-    """Whether the running thread is in a trace of torch.fx, begun by whomever."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
-        frame = frame.f_back  # type: ignore[assignment]  # the loop ends at None
-    return frame is not None
+    # Another thread may have begun this call when it may compile again: it is to compile what
+    # is called here, not this.
+    skip = getattr(sys.modules.get("torch._dynamo"), "skip", None)
+    return chosen if skip is None else skip(chosen)
