@@ -67,7 +67,8 @@ def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int
     keeps that: :func:`coordconv_patch.from_exported` makes a layer of them again.
     """
     device, dtype = coord_weight.device, coord_weight.dtype
-    if not torch.compiler.is_exporting():
+    # The flag is one for the whole process, and the annotations are too.
+    if not (torch.compiler.is_exporting() and is_capturing()):
         return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
     with _telling(coords):
         return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)

@@ -10,10 +10,12 @@ the chosen calls::
 Calls are counted while their *caller* runs: the innermost module during whose single call
 all of them happen, such as the head. Its hooks start and stop the counting, so a model of
 any control flow can be counted, and a call outside the caller is an error, not a miscount.
+Each thread counts for itself, and each call of the caller afresh, one within another too.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -75,13 +77,33 @@ def remove_from_calls_(model: nn.Module, conv: nn.Module) -> None:
     delattr(conv, BRANCH_NAME)
 
 
+class _Running(threading.local):
+    """The calls of a convolution's caller that this thread is in, outermost first.
+
+    Of each, how often it has called the convolution so far.
+    """
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+
 class _Count:
-    """How many calls a convolution had since its caller was called; ``None`` outside of it."""
+    """Counts the calls of one convolution, in every thread by itself.
+
+    Copies and pickles start outside of the caller.
+    """
 
     def __init__(self, name: str, chosen: ChosenCalls) -> None:
         self.name = name
         self.chosen = chosen
-        self.calls: int | None = None
+        self.running = _Running()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "chosen": self.chosen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.name, self.chosen = state["name"], state["chosen"]
+        self.running = _Running()
 
 
 class _CountHook:
@@ -93,28 +115,32 @@ class _CountHook:
 
 class _StartCounting(_CountHook):
     def __call__(self, caller: nn.Module, args: tuple[Any, ...]) -> None:
-        self.count.calls = 0
+        self.count.running.counts.append(0)
 
 
 class _StopCounting(_CountHook):
     def __call__(self, caller: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.count.calls = None
+        counts = self.count.running.counts
+        if counts:  # else the caller failed before the counting began
+            counts.pop()
 
 
 class _AddBranch(_CountHook):
     def __call__(
         self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        count = self.count
-        if count.calls is None:
+        count, counts = self.count, self.count.running.counts
+        if not counts:
             place = f"{count.chosen.caller!r}" if count.chosen.caller else "the model"
             raise PatchError(
                 f"{count.name} has coordinates at {count.chosen}, counted while {place} runs, but "
                 "was called outside of it, so which call this is cannot be told (gradient "
-                f"checkpointing inside {place}, a direct call, a traced copy?). Checkpoint and "
+                f"checkpointing inside {place}, a thread of its own, a direct call, a traced "
+                f"copy?). Checkpoint and "
                 f"call {place} as a whole, or patch every call of {count.name}"
             )
-        index, count.calls = count.calls, count.calls + 1
+        index = counts[-1]
+        counts[-1] = index + 1
         if index not in count.chosen.indices:
             return output
         branch = cast(CoordBranch, getattr(conv, BRANCH_NAME))

@@ -538,8 +538,12 @@ def _at_least_one(last: Any) -> Any:
 
 
 def is_capturing() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is looking on."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    """Whether torch.compile, torch.export or torch.jit.trace is looking on, in this thread."""
+    # The first flag is one for the whole process; what it means here tell the others.
+    return (
+        torch.compiler.is_compiling()
+        and (torch.compiler.is_dynamo_compiling() or is_in_torch_dispatch_mode())
+    ) or torch._C._is_tracing()
 
 
 def is_transforming() -> bool:

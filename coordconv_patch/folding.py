@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import check_callable
@@ -40,6 +40,9 @@ from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import Padding
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import LOOK
+from coordconv_patch.silence import output_silenced
+from coordconv_patch.tracing_gate import tracing_alone
 
 __all__ = ["FoldingMethod", "fold_with", "guard_folding_", "release_folding_"]
 
@@ -133,7 +136,8 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     check_callable("function", function)
     if not coord_layers(model):
         raise PatchError("the model is not patched: call the function itself")
-    folded = copy.deepcopy(model)
+    with LOOK:
+        folded = copy.deepcopy(model)
     returned = _fold(folded, function)
     return returned if isinstance(returned, nn.Module) else folded
 
@@ -151,6 +155,7 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     """Fold a patched module in place; returns what the function returns."""
     layers = coord_layers(model)
     _check_foldable(layers)
+    function = _traced_alone(function)
     carriers, is_pure = _Probes(model, function).carriers()
     if is_pure:  # it returns a new module and leaves this one alone, so we do too
         model = copy.deepcopy(model)
@@ -168,6 +173,16 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
         conv.coord_weight.requires_grad_(conv.weight.requires_grad)
     guard_folding_(folded)
     return returned
+
+
+def _traced_alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A folding function that may trace the model with torch.fx, as torch's own does."""
+
+    def traced_alone(model: Any) -> Any:
+        with tracing_alone():
+            return function(model)
+
+    return traced_alone
 
 
 def _check_foldable(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
@@ -220,15 +235,25 @@ class _Probes:
         Returns:
             The folded model, and whether it is another object than the one that was folded.
         """
+        with _NewTensorsInFloat64():
+            folded, is_pure = self._run(channels, last)
+        if any(tensor.dtype is not torch.float64 for _, tensor in _tensors(folded)):
+            # Made by torch.Tensor(...), perhaps, which no mode sees.
+            with _default_float64():
+                folded, is_pure = self._run(channels, last)
+        return folded, is_pure
+
+    @torch.no_grad()
+    def _run(self, channels: dict[str, Tensor], last: bool) -> tuple[nn.Module, bool]:
         probe = copy.deepcopy(self.plain)
-        with torch.no_grad(), _in_float64(), _quiet():
-            for name in self.coords:
-                conv = probe.get_submodule(name)
-                assert isinstance(conv, _ConvNd)
-                conv.weight.zero_()
-                if name in channels:
-                    place = _input_channel(conv, conv.weight, last=last)
-                    place.copy_(channels[name].reshape(place.shape))
+        for name in self.coords:
+            conv = probe.get_submodule(name)
+            assert isinstance(conv, _ConvNd)
+            conv.weight.zero_()
+            if name in channels:
+                place = _input_channel(conv, conv.weight, last=last)
+                place.copy_(channels[name].reshape(place.shape))
+        with output_silenced(logging.CRITICAL):  # it is to say it once, when it folds the model
             returned = self.function(probe)
         folded = returned if isinstance(returned, nn.Module) else probe
         return folded, folded is not probe
@@ -373,24 +398,59 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.detach()
 
 
-@contextlib.contextmanager
-def _in_float64() -> Iterator[None]:
-    """New modules get float64 weights: a difference of float32 weights would lose digits."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+_FACTORIES = frozenset(
+    {
+        torch.empty,
+        torch.empty_strided,
+        torch.eye,
+        torch.linspace,
+        torch.logspace,
+        torch.ones,
+        torch.rand,
+        torch.randn,
+        torch.zeros,
+    }
+)
+"""What makes new tensors of the default dtype, whatever its other arguments are."""
+
+_CONVERSIONS = frozenset({torch.arange, torch.full, torch.scalar_tensor, torch.tensor})
+"""What makes new tensors of the default dtype where its arguments are floats."""
+
+
+class _NewTensorsInFloat64(TorchFunctionMode):
+    """While entered, new tensors of this thread get float64 where no dtype is asked for.
+
+    A difference of float32 weights would lose digits. torch's default dtype is one for all
+    threads, and would change what their models compute.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        # None is what torch.nn's layers pass on for the default.
+        if given.get("dtype") is None and "out" not in given:
+            if func in _FACTORIES:
+                given["dtype"] = torch.float64
+            elif func in _CONVERSIONS:
+                made = func(*args, **given)
+                if made.dtype is not torch.get_default_dtype():
+                    return made
+                given["dtype"] = torch.float64
+        return func(*args, **given)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the function prints and logs: it is to say it once, when it folds the model."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+def _default_float64() -> Iterator[None]:
+    """As :class:`_NewTensorsInFloat64`, for whatever makes a tensor, but in every thread."""
+    with LOOK:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            torch.set_default_dtype(before)

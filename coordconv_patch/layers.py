@@ -471,7 +471,7 @@ def patched_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
     """
     if plain not in _PATCHED_CLASSES:
         base = _COORD_CLASSES.get(plain)
-        _PATCHED_CLASSES[plain] = type(
+        made = type(
             f"Coord{plain.__name__}",
             (CoordConvNd, plain) if base is None else (base,),
             {
@@ -481,6 +481,7 @@ def patched_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
                 "__doc__": f"{plain.__name__} with a coordinate branch, made by patching.",
             },
         )
+        _PATCHED_CLASSES.setdefault(plain, made)  # another thread may have been faster
     return _PATCHED_CLASSES[plain]
 
 

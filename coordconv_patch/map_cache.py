@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["MapCache"]
 
@@ -23,7 +22,25 @@ class _Last(NamedTuple):
     found: Tensor | None
 
 
-_NOTHING = _Last(None, None, None, None, None)
+class _Kept(NamedTuple):
+    """Maps by size and dtype, and the weight that all of them were made from.
+
+    Never changed, only replaced: a thread that reads one need not look out for others.
+    """
+
+    weight: Tensor | None
+    maps: Mapping[Hashable, Tensor]
+
+
+class _Contents:
+    """What a cache holds from one ``clear()`` to the next.
+
+    A thread that makes a map puts it where it found none. If the cache was cleared meanwhile,
+    because what the map was made from is out of date, nobody looks there any more.
+    """
+
+    last = _Last(None, None, None, None, None)
+    kept = _Kept(None, {})
 
 
 class MapCache:
@@ -35,7 +52,9 @@ class MapCache:
     comparison costs microseconds on the CPU; on other devices it would force a
     synchronisation, so maps are kept on the CPU only.
 
-    The cache is not part of the layer's state: copies and pickles start empty.
+    The cache is not part of the layer's state: copies and pickles start empty. Threads may use
+    it together, also while one of them trains the weight or clears the cache. None of them
+    waits for another, so one map may be made twice.
 
     Args:
         is_constant: The weight is promised not to change any more (a folded model), so
@@ -45,13 +64,11 @@ class MapCache:
     max_maps = 8
     """Maps kept per layer: a detector's shared head sees five or six input sizes."""
 
-    __slots__ = ("_last", "_maps", "_weight", "is_constant")
+    __slots__ = ("_contents", "is_constant")
 
     def __init__(self, is_constant: bool = False) -> None:
         self.is_constant = is_constant
-        self._weight: Tensor | None = None
-        self._maps: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._last = _NOTHING
+        self._contents = _Contents()
 
     def get(
         self,
@@ -72,7 +89,7 @@ class MapCache:
         """
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
-        kept, input_shape, output_shape, output_dtype, found = self._last
+        kept, input_shape, output_shape, output_dtype, found = self._contents.last
         if (
             found is not None
             and input.shape == input_shape
@@ -81,12 +98,7 @@ class MapCache:
             and (self.is_constant or _is_equal(kept, weight))
         ):
             return found
-        if not self.is_constant and not _is_equal(self._weight, weight):
-            self.clear()
-            self._weight = weight.detach().clone()
-        found = self._find(input, output, weight, make)
-        self._last = _Last(self._weight, input.shape, output.shape, output.dtype, found)
-        return found
+        return self._find(input, output, weight, make)
 
     def _find(
         self,
@@ -95,27 +107,35 @@ class MapCache:
         weight: Tensor,
         make: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
+        contents = self._contents
+        kept = contents.kept
+        if not self.is_constant and not _is_equal(kept.weight, weight):
+            with torch.inference_mode(False):
+                # A parameter, as the weight: function modes tell stored weights from computed ones.
+                copied = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                kept = _Kept(copied, {})
         ndim = weight.dim() - 2
         sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
         key = (*sizes, output.dim(), output.dtype)
-        found = self._maps.get(key)
+        found = kept.maps.get(key)
         if found is None:
+            # From the copy: another thread may be training the weight at this moment.
+            source = weight if kept.weight is None else kept.weight
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             # And not from autocast's own copy of the weight, which may be older than the weight.
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
-                found = self._maps[key] = make(input, output, weight)
-            if len(self._maps) > self.max_maps:
-                self._maps.popitem(last=False)
+                found = make(input, output, source)
+            maps = [*kept.maps.items(), (key, found)][-self.max_maps :]
+            kept = contents.kept = _Kept(kept.weight, dict(maps))
+        contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, found)
         return found
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
-        self._weight = None
-        self._last = _NOTHING
-        self._maps.clear()
+        self._contents = _Contents()
 
     def __len__(self) -> int:
-        return len(self._maps)
+        return len(self._contents.kept.maps)
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[bool]]:
         return MapCache, (self.is_constant,)

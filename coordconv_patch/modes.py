@@ -1,7 +1,15 @@
-"""Run a model for a look at it, and leave it as it was."""
+"""Run a model for a look at it, and leave it as it was.
+
+A look sets flags and attributes of the model, and puts them back. Two looks at a time would
+each put back what the other had set, so there is one lock, :data:`LOOK`, that every look at
+any model holds: looks are rare, and one lock cannot be taken in the wrong order. Forward
+passes of other threads take no lock. They run as ever in a model that is in evaluation mode,
+because the flags that are right already are not touched.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,23 +19,33 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "LOOK",
     "evaluating",
     "in_mode",
     "state_restored",
 ]
 
+LOOK = threading.RLock()
+"""Held by the thread that looks at a model, copies one or changes one."""
+
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Every submodule in training or evaluation mode; each one's own flag is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = training
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with LOOK:
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            for module, _ in modes:
+                _set_mode(module, training)
+            yield
+        finally:
+            for module, mode in modes:
+                _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if module.training != training:
+        module.training = training
 
 
 @contextmanager
@@ -45,44 +63,54 @@ def state_restored(model: nn.Module) -> Iterator[None]:
     A traced one would leave proxies, and counts one more batch in every batch norm
     whose own code does the counting.
     """
-    python_modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    before = [_state_of(module) for module in python_modules]
-    containers = _Containers()
-    for module in python_modules:
-        containers.note(
-            value for name, value in vars(module).items() if name not in _RESTORED_ABOVE
-        )
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng(_cuda_devices(model)):
-            yield
-    finally:
-        for state in before:
-            for holder, contents in state:
-                _restore(holder, contents)
-        containers.restore()
+    with LOOK:
+        state = _State(model)
+        try:
+            with torch.random.fork_rng(_cuda_devices(model)):
+                yield
+        finally:
+            state.restore()
+
+
+class _State:
+    """What a forward pass may change of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self.attributes = [held for module in modules for held in _attributes_of(module)]
+        self.containers = _Containers()
+        for module in modules:
+            attributes = dict(vars(module))
+            self.containers.note(v for k, v in attributes.items() if k not in _RESTORED_ABOVE)
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for holder, contents in self.attributes:
+            _restore(holder, contents)
+        self.containers.restore()
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in self.buffers:
                 if not buffer.is_meta and not _identical(buffer, value):
                     buffer.resize_(value.shape).copy_(value)  # observers grow theirs in place
 
 
-def _state_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _attributes_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The dicts that hold a module's attributes, each with a copy of its contents."""
     holders = (vars(module), module._buffers, module._parameters, module._modules)
     return [(holder, dict(holder)) for holder in cast("tuple[dict[str, Any], ...]", holders)]
 
 
 def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
-    for name in [name for name in holder if name not in contents]:
-        del holder[name]
+    for name in [name for name in list(holder) if name not in contents]:
+        holder.pop(name, None)
     for name, value in contents.items():
         if name not in holder or holder[name] is not value:
             holder[name] = value
 
 
 _RESTORED_ABOVE = frozenset({"_parameters", "_buffers", "_modules"})
-"""Containers that :func:`_state_of` has in its care. Hooks are not: transformers hangs some on
+"""Containers that :func:`_attributes_of` has in its care. Hooks are not: transformers hangs some on
 a model in its first forward pass, and notes in an attribute that it has."""
 
 

@@ -562,18 +562,11 @@ def owned_calls(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
     }
 
 
-def remove_from_owner_(owner: CallOwner, site: str | None = None) -> None:
-    """Inverse of :func:`add_to_owner_`, for one site of an owner or for all of them."""
-    kept = []
+def remove_from_owner_(owner: CallOwner) -> None:
+    """Inverse of :func:`add_to_owner_`, for all of an owner's sites."""
     for watch in owner._watches:
-        if site not in (None, watch.site):
-            kept.append(watch)
-            continue
         holder, _, last = watch.branch.rpartition(".")
         delattr(owner.get_submodule(holder), last)
-    owner.__dict__["_watches"] = tuple(kept)
-    if kept:
-        return
     del owner.__dict__["_watches"]
     before = type(owner)
     plain: type = owner._plain_class

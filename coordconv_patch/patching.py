@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import fx, nn
@@ -38,9 +37,11 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import LOOK
 from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
+from coordconv_patch.rollback import ModuleStates, unchanged_on_failure
 from coordconv_patch.same_outputs import Promise
 from coordconv_patch.select import Where
 
@@ -89,10 +90,11 @@ def patch(
             the copy's outputs differ.
     """
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
-    decided = plan(module, where, coords=coords, example_inputs=example_inputs)
-    _warn_of_obstacles(decided)
-    target = module if module is not model else copied(module)
-    return _patch_and_check_(module, target, decided, example_inputs if check else None)
+    with LOOK:
+        decided = plan(module, where, coords=coords, example_inputs=example_inputs)
+        _warn_of_obstacles(decided)
+        target = module if module is not model else copied(module)
+        return _patch_and_check_(module, target, decided, example_inputs if check else None)
 
 
 def patch_(
@@ -116,9 +118,10 @@ def patch_(
     """
     if isinstance(model, ExportedProgram):
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
-    decided = plan(model, where, coords=coords, example_inputs=example_inputs)
-    _warn_of_obstacles(decided)
-    return _patch_and_check_(model, model, decided, example_inputs if check else None)
+    with LOOK:
+        decided = plan(model, where, coords=coords, example_inputs=example_inputs)
+        _warn_of_obstacles(decided)
+        return _patch_and_check_(model, model, decided, example_inputs if check else None)
 
 
 def _patch_and_check_(
@@ -126,17 +129,18 @@ def _patch_and_check_(
 ) -> nn.Module:
     """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
-    undo = carry_out_(target, decided)
+    before = ModuleStates(target)
+    apply_plan_(target, decided)
     broken = None if promise is None else promise.broken()
     if promise is not None and broken is not None:
-        undo()
+        before.restore()
         promise.explain(broken)
         warnings.warn(
             "the model gives other outputs each time that it is run on the example inputs, so they "
             "could not be compared before and after patching",
             stacklevel=3,
         )
-        carry_out_(target, decided)
+        apply_plan_(target, decided)
     _warn_of_unreached(decided, promise)
     return target
 
@@ -148,8 +152,9 @@ def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.
     """
     if isinstance(model, ExportedProgram):
         return unpatch_(from_exported(model), discard=discard)
-    _check_unpatchable(model, discard)
-    return unpatch_(copied(model), discard=discard)
+    with LOOK:
+        _check_unpatchable(model, discard)
+        return unpatch_(copied(model), discard=discard)
 
 
 def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
@@ -168,13 +173,14 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
         PatchError: If the model is not patched, or coordinate weights are not zero and
             ``discard`` is false.
     """
-    _check_unpatchable(model, discard)
-    release_folding_(model)
-    for module in list(model.modules()):
-        _revert_(model, module)
-    for module in model.modules():
-        if isinstance(module, fx.GraphModule):
-            _remove_branches(module)
+    with LOOK:
+        _check_unpatchable(model, discard)
+        release_folding_(model)
+        for module in list(model.modules()):
+            _revert_(model, module)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _remove_branches(module)
     return model
 
 
@@ -215,56 +221,34 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     Raises:
         PatchError: If a chosen site cannot be patched. The model is unchanged then.
     """
-    carry_out_(model, decided)
-    return model
-
-
-def carry_out_(model: nn.Module, decided: Plan) -> Callable[[], None]:
-    """As :func:`apply_plan_`; returns a function that undoes it as long as nothing else changes."""
     check_not_wrapped(model)
     chosen = [row for row in decided.rows if row.chosen]
     in_graphs = [row for row in chosen if row.site.nodes]
     edits = [
         _GraphEdit(model, name, rows, decided.coords) for name, rows in _by_graph(in_graphs).items()
     ]
-    done: list[Callable[[], None]] = []
-
-    def undo() -> None:
-        release_folding_(model)
-        for step in reversed(done):
-            step()
-        guard_folding_(model)
-
-    try:
+    with unchanged_on_failure(model):
         for row in chosen:
             if not row.site.nodes:
-                done.append(_patch_module_(model, row, decided.coords))
+                _patch_module_(model, row, decided.coords)
         for edit in edits:
-            done.append(edit.undo)
             edit.commit()
         guard_folding_(model)
-    except BaseException:
-        undo()
-        raise
-    return undo
+    return model
 
 
-def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> Callable[[], None]:
-    """Patch one site that is not in a graph; returns what undoes it."""
+def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> None:
+    """Patch one site that is not in a graph."""
     site = row.site
     if site.owned is not None:
         assert site.geometry is not None
         assert site.weight is not None
         calls = site.owned if row.calls is None else _narrowed(site.owned, row.calls)
         add_to_owner_(model, site.name, calls, site.geometry, coords, site.weight, row.calls)
-        owner = cast(CallOwner, model.get_submodule(calls.owner))
-        return functools.partial(remove_from_owner_, owner, site.name)
-    module = cast(_ConvNd, model.get_submodule(site.name))
-    if row.calls is None:
-        convert_(module, coords, site.padding)
-        return functools.partial(revert_, cast(CoordConvNd, module))
-    add_to_calls_(model, site.name, row.calls, coords, site.padding)
-    return functools.partial(remove_from_calls_, model, module)
+    elif row.calls is None:
+        convert_(cast(_ConvNd, model.get_submodule(site.name)), coords, site.padding)
+    else:
+        add_to_calls_(model, site.name, row.calls, coords, site.padding)
 
 
 def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
@@ -330,7 +314,8 @@ def copied(model: nn.Module) -> nn.Module:
         PatchError: If it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        with LOOK:  # while another thread looks at it, its flags and hooks are not its own
+            return copy.deepcopy(model)
     except Exception as error:
         raise PatchError(
             f"the model cannot be deep-copied ({error}): use the in-place form, patch_ or unpatch_"
@@ -355,8 +340,7 @@ class _GraphEdit:
         self.owner = owner
         self.target = cast(fx.GraphModule, model.get_submodule(owner))
         self.added: dict[str, nn.Module] = {}
-        self.before = self.target.graph
-        self.graph = copy.deepcopy(self.before)
+        self.graph = copy.deepcopy(self.target.graph)
         nodes_by_site = function_nodes(owner, self.target, self.graph)
         for row in rows:
             name = row.site.name
@@ -402,12 +386,6 @@ class _GraphEdit:
         for name, module in self.added.items():
             self.target.add_submodule(name, module)
         self.target.graph = self.graph
-
-    def undo(self) -> None:
-        """Put the graph back that was there before."""
-        self.target.graph = self.before
-        for name in self.added:
-            self.target.delete_submodule(name)
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,7 +20,8 @@ from coordconv_patch.function_log import FunctionLog, FunctionSite
 from coordconv_patch.functional import conv_arguments, function_input
 from coordconv_patch.geometry import Call
 from coordconv_patch.inputs import run_model
-from coordconv_patch.modes import evaluating, state_restored
+from coordconv_patch.modes import LOOK, evaluating, state_restored
+from coordconv_patch.silence import warnings_ignored
 
 __all__ = [
     "GraphFunctions",
@@ -90,9 +91,8 @@ def record_run(
 ) -> Recording:
     """As :func:`record_calls`, with who called each site, and the functional sites it showed."""
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
-    with evaluating(model), state_restored(model), warnings.catch_warnings(), recorder:
-        # The model's warnings would seem to come from here, where its functions are watched.
-        warnings.simplefilter("ignore", UserWarning)
+    # The model's warnings would seem to come from here, where its functions are watched.
+    with evaluating(model), state_restored(model), warnings_ignored(UserWarning), recorder:
         run_model(model, example_inputs)
     return recorder.recording()
 
@@ -118,17 +118,31 @@ def record_arguments(
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.setdefault(name, (args, kwargs))
 
-    handles = [
-        module.register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        with evaluating(model), state_restored(model):
-            run_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with LOOK:
+        handles = [
+            module.register_forward_pre_hook(
+                _in_this_thread(functools.partial(note, name)), with_kwargs=True
+            )
+            for name, module in modules.items()
+        ]
+        try:
+            with evaluating(model), state_restored(model):
+                run_model(model, example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
     return found
+
+
+def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that does nothing in other threads, which may be running the same model."""
+    thread = threading.get_ident()
+
+    def hook_here(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*args, **kwargs)
+
+    return hook_here
 
 
 class _CallRecorder(TorchFunctionMode):
@@ -162,17 +176,21 @@ class _CallRecorder(TorchFunctionMode):
         for name, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._handles += [
-                    module.register_forward_pre_hook(functools.partial(self._before, name)),
-                    module.register_forward_hook(self._after, always_call=True),
+                    module.register_forward_pre_hook(
+                        _in_this_thread(functools.partial(self._before, name))
+                    ),
+                    module.register_forward_hook(_in_this_thread(self._after), always_call=True),
                 ]
         for name, module in self._modules.items():
-            hook = functools.partial(self._after_module, name)
+            hook = _in_this_thread(functools.partial(self._after_module, name))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for traced in self._functions:
-            pre_hook = functools.partial(self._before_region, traced)
+            pre_hook = _in_this_thread(functools.partial(self._before_region, traced))
             self._handles += [
                 traced.module.register_forward_pre_hook(pre_hook, with_kwargs=True),
-                traced.module.register_forward_hook(self._after_region, always_call=True),
+                traced.module.register_forward_hook(
+                    _in_this_thread(self._after_region), always_call=True
+                ),
             ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["unchanged_on_failure", "values_restored_on_failure"]
+__all__ = ["ModuleStates", "unchanged_on_failure", "values_restored_on_failure"]
+
+
+class ModuleStates:
+    """The modules of a model as they are: classes, attributes and hooks, not values of tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_Before.of(module) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for each in self._modules:
+            each.restore()
 
 
 @contextmanager
@@ -19,12 +31,11 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
     The values of tensors are not restored, see :func:`values_restored_on_failure`.
     """
-    before = [_Before.of(module) for module in model.modules()]
+    before = ModuleStates(model)
     try:
         yield
     except BaseException:
-        for each in before:
-            each.restore()
+        before.restore()
         raise
 
 

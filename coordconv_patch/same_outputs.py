@@ -288,8 +288,10 @@ class _NotingInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONV_SIGNATURES:
             given = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs)
-            name = self.names.get(id(given["weight"]), func.__name__)
-            if not name.endswith("coord_weight"):
+            name = self.names.get(id(given["weight"]))
+            if name is None and not isinstance(given["weight"], nn.Parameter):
+                name = func.__name__  # a weight that the code computes
+            if name is not None and not name.endswith("coord_weight"):
                 self.seen.append((name.removesuffix(".weight"), _checksum(given["input"])))
         return func(*args, **kwargs)
 

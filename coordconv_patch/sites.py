@@ -51,6 +51,7 @@ from coordconv_patch.recording import (
     record_run,
 )
 from coordconv_patch.tracing import trace, trace_call
+from coordconv_patch.tracing_gate import TracingBusyError
 
 __all__ = [
     "Region",
@@ -240,6 +241,8 @@ class _Finder:
         self._progress.update()
         try:
             graph = trace(module)
+        except TracingBusyError:
+            raise
         except Exception as error:
             if not name:
                 self.untraced = first_line(error)
@@ -278,6 +281,8 @@ class _Finder:
             try:
                 with evaluating(self.model):
                     graph = trace_call(modules[name], *arguments[name])
+            except TracingBusyError:
+                raise
             except Exception:
                 continue
             region = Region(name, modules[name], graph, of_one_call=True)

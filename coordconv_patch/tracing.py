@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from coordconv_patch.branch import CoordBranch
 from coordconv_patch.modes import state_restored
 from coordconv_patch.norms import is_batch_norm
 from coordconv_patch.stand_ins import TensorProxy, autograd_functions_recorded, isinstance_answered
+from coordconv_patch.tracing_gate import tracing_alone
 
 __all__ = [
     "ConvTracer",
@@ -64,6 +65,13 @@ class ConvTracer(fx.Tracer):
         if is_batch_norm(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """As torch.fx traces, but one thread at a time, and unnoticed by the others."""
+        with tracing_alone():
+            return super().trace(root, concrete_args)
 
 
 _GIVES_TUPLES = (

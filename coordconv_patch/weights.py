@@ -30,6 +30,7 @@ from coordconv_patch.errors import CoordConvPatchError, WeightsError
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.modes import LOOK
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.programs import why_not_patched
@@ -128,7 +129,8 @@ def load_coords(
         UserWarning: If the file has no checksum, as those of early versions: damage to its
             numbers would go unnoticed.
     """
-    return _load(model, path, check_base, in_place=False)
+    with LOOK:
+        return _load(model, path, check_base, in_place=False)
 
 
 def load_coords_(
@@ -141,7 +143,8 @@ def load_coords_(
     Returns:
         The model itself.
     """
-    return _load(model, path, check_base, in_place=True)
+    with LOOK:
+        return _load(model, path, check_base, in_place=True)
 
 
 def _load(

@@ -870,7 +870,7 @@ def test_use_under_a_function_transform_does_not_reach_later_calls(transform: st
     else:
         torch.func.functionalize(lambda x: layer(x))(x)
     agrees(layer, x, layer(x))
-    for kept in layer._map_cache._maps.values():
+    for kept in layer._map_cache._contents.kept.maps.values():
         copy.deepcopy(kept)  # a tensor of a transform that ended has no storage
     copy.deepcopy(layer.coords.grid((7, 9)))
 
@@ -1092,7 +1092,7 @@ def test_inference_mode_first_then_training_with_frozen_coordinates() -> None:
     x = torch.randn(2, 3, 8, 9)
     with torch.inference_mode():
         layer(x)
-    assert all(not kept.is_inference() for kept in layer._map_cache._maps.values())
+    assert all(not kept.is_inference() for kept in layer._map_cache._contents.kept.maps.values())
     layer(x).square().sum().backward()
     assert layer.weight.grad.abs().max() > 0
     agrees(layer, x, layer(x).detach())

@@ -701,6 +701,28 @@ def test_chosen_calls_over_several_runs_of_their_module_are_refused(x: Tensor) -
         ccp.patch(Pyramid(), "head.w@0", example_inputs=x)
 
 
+def test_kept_maps_of_layers_inside_are_not_counted(x: Tensor) -> None:
+    """They are made in a first forward and not in the next."""
+
+    class Outer(Owner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.conv(x), self.w * self.scale, padding=1)
+
+    model = Outer().eval()
+    patched = fill_(ccp.patch(model, "all", example_inputs=x))
+    expected = patched(x)
+    with torch.no_grad():
+        for image in (x, x, x[..., :5]):
+            patched(image)
+        assert torch.equal(patched(x), expected)
+    again = ccp.unpatch(ccp.patch(ccp.patch(model, "conv"), "conv2d", example_inputs=x))
+    assert torch.equal(again(x), model(x))
+
+
 def test_other_functions_of_the_owner_and_its_parts_stay_plain(x: Tensor) -> None:
     class Mixed(Owner):
         def __init__(self) -> None:

@@ -32,8 +32,9 @@ PUBLIC = {
 }
 
 FLOORS: list[set[str]] = [
-    {"version", "errors", "fields", "grid_cache", "inputs", "modes", "rollback"}
-    | {"arguments", "atomic", "strict_json", "tensor_file", "workplace", "wrappers"},
+    {"version", "errors", "fields", "grid_cache", "inputs", "modes", "rollback", "silence"}
+    | {"arguments", "atomic", "strict_json", "tensor_file", "workplace", "wrappers"}
+    | {"tracing_gate"},
     {"coords", "norms"},
     {"geometry"},
     {"own_padding", "padding_probe"},

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import io
-import logging
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,9 @@ from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.export.opset import check_exporter, require_opset
 from coordconv_patch.export.verify import tensors_in
 from coordconv_patch.inputs import split_inputs
+from coordconv_patch.modes import LOOK
+from coordconv_patch.silence import output_silenced, warnings_ignored
+from coordconv_patch.tracing_gate import tracing_alone
 
 __all__ = [
     "evaluation_copy",
@@ -42,7 +42,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         ExportError: If the model cannot be copied.
     """
     try:
-        copied = copy.deepcopy(model)
+        with LOOK:
+            copied = copy.deepcopy(model)
     except Exception as error:
         raise ExportError(
             f"the model cannot be deep-copied, which an export needs: {error}"
@@ -93,7 +94,7 @@ def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str,
 
 def _export_dynamo(request: ExportRequest, path: Path) -> None:
     args, kwargs = split_inputs(inputs_for_tracing(request))
-    with _quiet():
+    with _alone_and_quiet():
         program = torch.onnx.export(
             request.model,
             args,
@@ -132,7 +133,7 @@ def _export_torchscript(request: ExportRequest, path: Path) -> None:
     args, kwargs = split_inputs(inputs_for_tracing(request))
     names = list(request.input_names or _argument_names(request.model, args, kwargs, request.axes))
     try:
-        with _quiet(), torch.no_grad():
+        with _alone_and_quiet(), torch.no_grad():
             torch.onnx.export(
                 _scriptable(request.model),
                 (*args, kwargs) if kwargs else args,
@@ -193,23 +194,11 @@ def _root_cause(error: BaseException) -> str:
     return first_line(error)
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801  # a context manager, named like a function
-    """Without the exporters' warnings and log lines: the report says what matters."""
-
-    def __enter__(self) -> Any:
-        self._level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        self._output = contextlib.ExitStack()
-        self._output.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        self._output.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered
-
-    def __exit__(self, *exception: Any) -> None:
-        self._output.close()
-        logging.disable(self._level)
-        super().__exit__(*exception)
+@contextlib.contextmanager
+def _alone_and_quiet() -> Iterator[None]:
+    """One export at a time, without the exporters' output: the report says what matters."""
+    with tracing_alone(), output_silenced(), warnings_ignored():
+        yield
 
 
 def _weight_bytes(model: nn.Module) -> int:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -20,6 +19,7 @@ import torch
 
 from coordconv_patch.arguments import check_names
 from coordconv_patch.errors import ArgumentError, ExportError, listing
+from coordconv_patch.silence import descriptors_silenced
 
 __all__ = ["CPU", "make_session", "working_providers"]
 
@@ -103,11 +103,11 @@ def _works(provider: str) -> bool:
     """Whether a session on this provider alone really runs on it."""
     if torch.cuda.is_available() and hasattr(ort, "preload_dlls"):
         # torch's own CUDA and cuDNN libraries, so that the user need not install them twice.
-        with contextlib.suppress(Exception), _silenced():
+        with contextlib.suppress(Exception), descriptors_silenced():
             ort.preload_dlls()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    with _silenced():
+    with descriptors_silenced():
         try:
             session = ort.InferenceSession(_identity_model(), options, providers=[provider])
         except Exception:
@@ -126,21 +126,3 @@ def _identity_model() -> bytes:
     return bytes(
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
     )
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Send what the process writes to stdout and stderr, C++ libraries included, nowhere."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
-    with open(os.devnull, "w") as nowhere:
-        try:
-            for descriptor, _ in saved:
-                os.dup2(nowhere.fileno(), descriptor)
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        finally:
-            for descriptor, copy in saved:
-                os.dup2(copy, descriptor)
-                os.close(copy)

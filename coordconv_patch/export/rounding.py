@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from coordconv_patch.modes import LOOK
+
 __all__ = ["in_float64", "other_roundings"]
 
 _JITTERED_RUNS = 8
@@ -27,7 +29,8 @@ Run = Callable[[nn.Module, Any], list[Tensor]]
 
 def in_float64(run: Run, model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The outputs of a copy of the model in float64."""
-    double = copy.deepcopy(model).double()
+    with LOOK:
+        double = copy.deepcopy(model).double()
     return run(double, _map_floats(example_inputs, lambda tensor: tensor.double()))
 
 
@@ -56,7 +59,8 @@ def _jittered(
         signs = torch.rand(tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor)
         return tensor + tensor * signs * (_LAST_PLACES * torch.finfo(tensor.dtype).eps)
 
-    changed = copy.deepcopy(model)
+    with LOOK:
+        changed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in changed.parameters():
             if parameter.is_floating_point():
