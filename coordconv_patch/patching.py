@@ -35,6 +35,13 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.graph_modules import TrainingFlag, as_graph_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import (
+    check_left_behind,
+    dismiss_,
+    is_watched,
+    release_watches_,
+    watch_,
+)
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
 from coordconv_patch.select import Where
@@ -137,11 +144,13 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
         The model itself.
 
     Raises:
-        PatchError: If the model is not patched, or coordinate weights are not zero and
-            ``discard`` is false.
+        PatchError: If the model is not patched, or coordinate weights are not zero, or were
+            left behind by other code, and ``discard`` is false.
     """
     _check_unpatchable(model, discard)
     release_folding_(model)
+    release_watches_(model)
+    dismiss_(model)
     for module in list(model.modules()):
         _revert_(model, module)
     for module in model.modules():
@@ -218,6 +227,7 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     for edit in edits:
         model = edit.commit()
     guard_folding_(model)
+    watch_(model)
     return model
 
 
@@ -373,7 +383,9 @@ class _GraphEdit:
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
     check_not_wrapped(model)
     layers = coord_layers(model)
-    if not layers:
+    if not discard:
+        check_left_behind(model)
+    if not layers and not is_watched(model):
         raise PatchError(why_not_patched(model))
     computed = [name for name, layer in layers.items() if "coord_weight" not in layer._parameters]
     if computed:

@@ -32,6 +32,7 @@ from coordconv_patch.coords import Coordinates
 from coordconv_patch.errors import PatchError, WeightsError, listing
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import check_left_behind
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
 from coordconv_patch.programs import why_not_patched

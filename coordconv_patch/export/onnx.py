@@ -40,6 +40,7 @@ from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.layers import CoordConvNd
+from coordconv_patch.left_behind import check_left_behind
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
     Lowered,
@@ -110,11 +111,13 @@ def export_onnx(
     Raises:
         ArgumentError: If an argument is impossible, or arguments exclude each other.
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
-            or the file and torch disagree; nothing is left behind.
+            or the file and torch disagree; no file is left.
+        PatchError: If other code has left coordinates behind.
     """
     path = Path(path)
     _check_path(path)
     check_is_module(model)
+    check_left_behind(model)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)

@@ -1,0 +1,278 @@
+"""Whether another tensor has inherited a convolution's weight.
+
+A convolution that disappears from a model may live on in another one: replaced by one of
+another class, with the same weight; with a batch norm folded in, each output channel scaled;
+summed with the branches beside it, smaller kernels padded, an identity included. In all of
+these each output channel of the heir is a linear combination of the same channel of the
+convolutions that are gone,
+
+    heir[c] = sum over b of factor[b, c] * pad(weight_b[c])  (+ factor * identity[c])
+
+with as many unknowns as branches, and as many equations as the channel has weights. So it is
+not a matter of opinion: other weights leave a residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coordconv_patch.geometry import flat_amounts
+from coordconv_patch.weight_marks import rows_of, sample_of
+
+__all__ = ["Kernel", "absorption", "holds_part_of", "inheritance", "values_like"]
+
+_MAX_ROWS = 16
+"""Output channels that are compared."""
+_ROUNDING = 3e-2
+"""Residual that rounding may leave, relative to the weights: half precision, or 8 bits."""
+_COARSE_ROUNDING = 0.2
+"""Likewise of 4 bits, where a single weight is looked for, and a channel has many numbers."""
+_MOST = 0.9
+"""Share of the compared channels that must agree."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Weights of a convolution, by output channel.
+
+    Attributes:
+        rows: Shape ``(C_out, C_in / groups, *kernel_size)``.
+        coords: The coordinate weight likewise, ``(C_out, K, *kernel_size)``; ``None`` if it
+            has none.
+        groups: Its groups.
+    """
+
+    rows: Tensor
+    coords: Tensor | None
+    groups: int
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, coord_weight: Tensor | None, *, transposed: bool, groups: int
+    ) -> Kernel:
+        """From weights in torch's layout."""
+        coords = None
+        if coord_weight is not None:
+            coords = rows_of(coord_weight, transposed=transposed, groups=1)
+        return cls(rows_of(weight, transposed=transposed, groups=groups), coords, groups)
+
+    def sampled(self) -> Kernel:
+        """Some of its output channels, in float64 on the CPU."""
+        coords = None if self.coords is None else _some(self.coords)
+        return Kernel(_some(self.rows), coords, self.groups)
+
+
+def values_like(candidate: Tensor, weight: Tensor) -> Tensor | None:
+    """A tensor's values in the layout of a convolution's weight, if it can hold such a weight.
+
+    Args:
+        candidate: Any tensor: a weight, a matrix of as many numbers, a quantized weight.
+        weight: A convolution's weight.
+
+    Returns:
+        Its values, with a kernel size that may be larger or another number of channels;
+        ``None`` if it cannot be compared.
+    """
+    if candidate.is_quantized or type(candidate) not in _PLAIN_TENSORS:
+        dequantize = getattr(candidate, "dequantize", None)
+        if dequantize is None or isinstance(candidate, torch._subclasses.FakeTensor):
+            return None
+        candidate = dequantize()
+    if not candidate.is_floating_point() or candidate.is_meta or candidate.numel() < 2:
+        return None
+    if candidate.dim() != weight.dim():
+        if candidate.numel() != weight.numel() or candidate.shape[:1] != weight.shape[:1]:
+            return None
+        candidate = candidate.reshape(weight.shape)
+    return candidate.detach()
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def inheritance(heir: Kernel, gone: Sequence[Kernel], *, with_identity: bool) -> tuple[bool, bool]:
+    """Whether one convolution's weight is made of that of others.
+
+    Args:
+        heir: What may be the heir.
+        gone: The convolutions that are gone: first the one that is asked about, then those
+            that may be summed with it.
+        with_identity: Whether an identity may be summed with it too.
+
+    Returns:
+        Whether the first one's weight is part of the heir's; and whether its coordinate
+        weight is inherited in the same way, and so nothing is lost.
+    """
+    target = _some(heir.rows)
+    fitting = [kernel for kernel in gone if _fits(kernel, heir)]
+    if not fitting or fitting[0] is not gone[0]:
+        return False, False
+    parts = [kernel.sampled() for kernel in fitting]
+    columns = [_padded(part.rows, target).flatten(1) for part in parts]
+    wanted = target.flatten(1)
+    if torch.equal(columns[0], wanted) and wanted.min() < wanted.max():
+        return True, _coords_inherited(heir, parts, torch.ones(len(wanted), 1, dtype=wanted.dtype))
+    if with_identity:
+        columns += _identity(heir, target)
+    found = _combination(columns, wanted)
+    if found is None or not found.uses_the_first(columns[0], wanted):
+        return False, False
+    return True, _coords_inherited(heir, parts, found.factors)
+
+
+def absorption(
+    heir: Kernel, before: Tensor, coords_before: Tensor | None, gone: Kernel
+) -> tuple[bool, bool]:
+    """Whether a convolution that stayed has taken up the weight of one that is gone.
+
+    Args:
+        heir: The convolution that stayed, as it is now.
+        before: A sample of its weight as it was, see :func:`sample_of`.
+        coords_before: Likewise of its coordinate weight, if it has one.
+        gone: The convolution that is gone.
+
+    Returns:
+        As :func:`inheritance`.
+    """
+    if not _fits(gone, heir):
+        return False, False
+    wanted = sample_of(heir.rows).to("cpu", torch.float64)
+    own = before.to("cpu", torch.float64)
+    if wanted.shape != own.shape or torch.equal(wanted, own):
+        return False, False
+    part = sample_of(_padded(gone.rows, heir.rows)).to("cpu", torch.float64)
+    found = _combination([part, own], wanted)
+    if found is None or not found.uses_the_first(part, wanted):
+        return False, False
+    if heir.coords is None or coords_before is None or gone.coords is None:
+        return True, False
+    coords = sample_of(heir.coords).to("cpu", torch.float64)
+    added = sample_of(_padded(gone.coords, heir.coords)).to("cpu", torch.float64)
+    kept = coords_before.to("cpu", torch.float64)
+    if not coords.shape == added.shape == kept.shape:
+        return True, False
+    expected = found.factors[:, :1] * added + found.factors[:, 1:2] * kept
+    return True, _is_close(coords, expected)
+
+
+def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
+    """Whether a tensor with other numbers of channels holds many channels of a weight, scaled.
+
+    Args:
+        candidate: By output channel, shape ``(C_out', C_in', *kernel_size)``.
+        rows: Shape ``(C_out, C_in, *kernel_size)``.
+    """
+    inputs = min(candidate.shape[1], rows.shape[1])
+    if candidate.shape[2:] != rows.shape[2:] or candidate.shape[:2] == rows.shape[:2]:
+        return False
+    ours = _some(candidate, 64)[:, :inputs].flatten(1)
+    theirs = rows[:, :inputs].detach().to("cpu", torch.float64).flatten(1)
+    if ours.shape[1] < 4 or min(len(ours), len(theirs)) < 2:
+        return False
+    cosines = F.normalize(ours) @ F.normalize(theirs).T
+    alive = ours.count_nonzero(dim=1) > 0
+    alike = (cosines.abs().amax(1) > 1 - 1e-6) & alive
+    share = min(len(theirs), len(candidate)) / len(candidate)
+    return bool(alike.sum() >= max(2.0, 0.5 * share * len(ours)))
+
+
+def _some(rows: Tensor, most: int = _MAX_ROWS) -> Tensor:
+    return rows.detach()[:: -(-rows.shape[0] // most)].to("cpu", torch.float64)
+
+
+def _fits(kernel: Kernel, heir: Kernel) -> bool:
+    """Whether a kernel can be part of another: as many channels, and not larger."""
+    if kernel.rows.shape[:2] != heir.rows.shape[:2]:
+        return False
+    lengths = zip(kernel.rows.shape[2:], heir.rows.shape[2:], strict=True)
+    return all(small <= large and (large - small) % 2 == 0 for small, large in lengths)
+
+
+def _padded(rows: Tensor, target: Tensor) -> Tensor:
+    """Zeros around a kernel, so that it has the size of another."""
+    margins = [
+        ((large - small) // 2,) * 2
+        for small, large in zip(rows.shape[2:], target.shape[2:], strict=True)
+    ]
+    return F.pad(rows, flat_amounts(margins))
+
+
+def _identity(heir: Kernel, target: Tensor) -> list[Tensor]:
+    """The kernel that passes each channel through, if there are as many inputs as outputs."""
+    outputs, inputs = heir.rows.shape[:2]
+    if outputs != inputs * heir.groups:
+        return []
+    kernel = torch.zeros_like(target)
+    centre = tuple(length // 2 for length in target.shape[2:])
+    step = -(-outputs // _MAX_ROWS)
+    for row in range(len(target)):
+        kernel[(row, row * step % inputs, *centre)] = 1
+    return [kernel.flatten(1)]
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """The best linear combination in each row.
+
+    Attributes:
+        factors: Shape ``(rows, columns)``.
+        residual: What it leaves of the wanted rows in the middle, relative.
+    """
+
+    factors: Tensor
+    residual: float
+
+    def uses_the_first(self, column: Tensor, wanted: Tensor) -> bool:
+        """Whether the first column's part is more than rounding, in most rows."""
+        alive = wanted.count_nonzero(dim=1) > 0
+        share = self.factors[:, 0].abs() * column.norm(dim=1) / wanted.norm(dim=1)
+        return bool((share[alive] > max(1e-3, 3 * self.residual)).double().mean() > 0.5)
+
+
+def _combination(columns: Sequence[Tensor], wanted: Tensor) -> _Combination | None:
+    """How most rows are combined of columns; ``None`` if they are not.
+
+    Args:
+        columns: Each of shape ``(rows, n)``.
+        wanted: Shape ``(rows, n)``.
+    """
+    alive = wanted.count_nonzero(dim=1) > 0
+    if wanted.shape[1] < len(columns) + 2 or not alive.any():
+        return None  # as many unknowns as equations explain anything
+    matrix = torch.stack(list(columns), 2)
+    sizes = matrix.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    solution = torch.linalg.lstsq(matrix / sizes, wanted.unsqueeze(2), driver="gelsd").solution
+    rest = (((matrix / sizes) @ solution).squeeze(2) - wanted).norm(dim=1)
+    residual = (rest / wanted.norm(dim=1).clamp_min(1e-300))[alive]
+    is_coarse = len(columns) == 1 and wanted.shape[1] >= 16
+    allowed = _COARSE_ROUNDING if is_coarse else _ROUNDING
+    if (residual <= allowed).double().mean() < _MOST:
+        return None
+    factors = (solution / sizes.transpose(1, 2)).squeeze(2)
+    return _Combination(factors, float(residual.median()))
+
+
+def _coords_inherited(heir: Kernel, parts: Sequence[Kernel], factors: Tensor) -> bool:
+    """Whether the heir's coordinate weight is the same combination of the parts'."""
+    if heir.coords is None:
+        return False
+    found = _some(heir.coords)
+    expected = torch.zeros_like(found)
+    for index, part in enumerate(parts):
+        if part.coords is None:
+            continue
+        if part.coords.shape[1] != found.shape[1]:
+            return False
+        factor = factors[:, index].view(-1, *(1,) * (found.dim() - 1))
+        expected += factor * _padded(part.coords, found)
+    return _is_close(found, expected)
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    size = max(float(found.norm()), float(expected.norm()))
+    return float((found - expected).norm()) <= _ROUNDING * size
