@@ -61,11 +61,6 @@ class Kernel:
             coords = rows_of(coord_weight, transposed=transposed, groups=1)
         return cls(rows_of(weight, transposed=transposed, groups=groups), coords, groups)
 
-    def sampled(self) -> Kernel:
-        """Some of its output channels, in float64 on the CPU."""
-        coords = None if self.coords is None else _some(self.coords)
-        return Kernel(_some(self.rows), coords, self.groups)
-
 
 def values_like(candidate: Tensor, weight: Tensor) -> Tensor | None:
     """A tensor's values in the layout of a convolution's weight, if it can hold such a weight.
@@ -108,21 +103,29 @@ def inheritance(heir: Kernel, gone: Sequence[Kernel], *, with_identity: bool) ->
         Whether the first one's weight is part of the heir's; and whether its coordinate
         weight is inherited in the same way, and so nothing is lost.
     """
-    target = _some(heir.rows)
     fitting = [kernel for kernel in gone if _fits(kernel, heir)]
     if not fitting or fitting[0] is not gone[0]:
         return False, False
-    parts = [kernel.sampled() for kernel in fitting]
-    columns = [_padded(part.rows, target).flatten(1) for part in parts]
+    target = _some(heir.rows)
+    parts = [_padded(_some(kernel.rows), target).flatten(1) for kernel in fitting]
+    identity = _identity(heir, target) if with_identity else []
     wanted = target.flatten(1)
-    if torch.equal(columns[0], wanted) and wanted.min() < wanted.max():
-        return True, _coords_inherited(heir, parts, torch.ones(len(wanted), 1, dtype=wanted.dtype))
-    if with_identity:
-        columns += _identity(heir, target)
-    found = _combination(columns, wanted)
-    if found is None or not found.uses_the_first(columns[0], wanted):
+    if not _is_made_of([*parts, *identity], wanted):
         return False, False
-    return True, _coords_inherited(heir, parts, found.factors)
+    if heir.coords is None:
+        return True, False
+    coords = _some(heir.coords)
+    added = [
+        torch.zeros_like(coords) if each.coords is None else _padded(_some(each.coords), coords)
+        for each in fitting
+    ]
+    if any(each.shape != coords.shape for each in added):
+        return True, False
+    added += [torch.zeros_like(coords) for _ in identity]
+    carried = _are_made_alike(
+        [*parts, *identity], wanted, [each.flatten(1) for each in added], coords.flatten(1)
+    )
+    return True, carried
 
 
 def absorption(
@@ -141,23 +144,17 @@ def absorption(
     """
     if not _fits(gone, heir):
         return False, False
-    wanted = sample_of(heir.rows).to("cpu", torch.float64)
-    own = before.to("cpu", torch.float64)
-    if wanted.shape != own.shape or torch.equal(wanted, own):
-        return False, False
-    part = sample_of(_padded(gone.rows, heir.rows)).to("cpu", torch.float64)
-    found = _combination([part, own], wanted)
-    if found is None or not found.uses_the_first(part, wanted):
+    wanted = _in_double(sample_of(heir.rows))
+    columns = [_in_double(sample_of(_padded(gone.rows, heir.rows))), _in_double(before)]
+    if wanted.shape != before.shape or not _is_made_of(columns, wanted):
         return False, False
     if heir.coords is None or coords_before is None or gone.coords is None:
         return True, False
-    coords = sample_of(heir.coords).to("cpu", torch.float64)
-    added = sample_of(_padded(gone.coords, heir.coords)).to("cpu", torch.float64)
-    kept = coords_before.to("cpu", torch.float64)
-    if not coords.shape == added.shape == kept.shape:
+    coords = _in_double(sample_of(heir.coords))
+    added = [_in_double(sample_of(_padded(gone.coords, heir.coords))), _in_double(coords_before)]
+    if any(each.shape != coords.shape for each in added):
         return True, False
-    expected = found.factors[:, :1] * added + found.factors[:, 1:2] * kept
-    return True, _is_close(coords, expected)
+    return True, _are_made_alike(columns, wanted, added, coords)
 
 
 def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
@@ -171,7 +168,7 @@ def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
     if candidate.shape[2:] != rows.shape[2:] or candidate.shape[:2] == rows.shape[:2]:
         return False
     ours = _some(candidate, 64)[:, :inputs].flatten(1)
-    theirs = rows[:, :inputs].detach().to("cpu", torch.float64).flatten(1)
+    theirs = _in_double(rows[:, :inputs]).flatten(1)
     if ours.shape[1] < 4 or min(len(ours), len(theirs)) < 2:
         return False
     cosines = F.normalize(ours) @ F.normalize(theirs).T
@@ -182,7 +179,11 @@ def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
 
 
 def _some(rows: Tensor, most: int = _MAX_ROWS) -> Tensor:
-    return rows.detach()[:: -(-rows.shape[0] // most)].to("cpu", torch.float64)
+    return _in_double(rows[:: -(-rows.shape[0] // most)])
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _fits(kernel: Kernel, heir: Kernel) -> bool:
@@ -215,64 +216,65 @@ def _identity(heir: Kernel, target: Tensor) -> list[Tensor]:
     return [kernel.flatten(1)]
 
 
-@dataclass(frozen=True)
-class _Combination:
-    """The best linear combination in each row.
-
-    Attributes:
-        factors: Shape ``(rows, columns)``.
-        residual: What it leaves of the wanted rows in the middle, relative.
-    """
-
-    factors: Tensor
-    residual: float
-
-    def uses_the_first(self, column: Tensor, wanted: Tensor) -> bool:
-        """Whether the first column's part is more than rounding, in most rows."""
-        alive = wanted.count_nonzero(dim=1) > 0
-        share = self.factors[:, 0].abs() * column.norm(dim=1) / wanted.norm(dim=1)
-        return bool((share[alive] > max(1e-3, 3 * self.residual)).double().mean() > 0.5)
-
-
-def _combination(columns: Sequence[Tensor], wanted: Tensor) -> _Combination | None:
-    """How most rows are combined of columns; ``None`` if they are not.
+def _is_made_of(columns: Sequence[Tensor], wanted: Tensor) -> bool:
+    """Whether most rows are linear combinations of columns, in which the first one matters.
 
     Args:
         columns: Each of shape ``(rows, n)``.
         wanted: Shape ``(rows, n)``.
     """
+    if len(columns) == 1 and torch.equal(columns[0], wanted):
+        return bool(wanted.min() < wanted.max())  # a constant is nobody's
+    if wanted.shape[1] < len(columns) + 2:
+        return False  # as many unknowns as equations explain anything
+    is_coarse = len(columns) == 1 and wanted.shape[1] >= 16
+    residual, factors = _combination(columns, wanted)
     alive = wanted.count_nonzero(dim=1) > 0
-    if wanted.shape[1] < len(columns) + 2 or not alive.any():
-        return None  # as many unknowns as equations explain anything
+    allowed = _COARSE_ROUNDING if is_coarse else _ROUNDING
+    if not alive.any() or (residual[alive] <= allowed).double().mean() < _MOST:
+        return False
+    share = factors[:, 0].abs() * columns[0].norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-300)
+    least = max(1e-3, 3 * float(residual[alive].median()))
+    return bool((share[alive] > least).double().mean() > 0.5)
+
+
+def _are_made_alike(
+    columns: Sequence[Tensor],
+    wanted: Tensor,
+    coord_columns: Sequence[Tensor],
+    wanted_coords: Tensor,
+) -> bool:
+    """Whether the same factors that make weights make coordinate weights.
+
+    All are solved for together: columns may be multiples of each other (a depthwise 1x1 kernel
+    and an identity), and their factors ambiguous without the coordinates.
+
+    Args:
+        columns: See :func:`_is_made_of`.
+        wanted: Likewise.
+        coord_columns: Coordinate weights of the columns, each of shape ``(rows, m)``.
+        wanted_coords: Shape ``(rows, m)``.
+    """
+    sizes = [float(each.norm()) for each in (columns[0], coord_columns[0])]
+    scale = sizes[0] / sizes[1] if all(sizes) else 1.0
+    joint = [torch.cat((w, scale * c), 1) for w, c in zip(columns, coord_columns, strict=True)]
+    residual, _ = _combination(joint, torch.cat((wanted, scale * wanted_coords), 1))
+    return float((residual <= _ROUNDING).double().mean()) >= _MOST
+
+
+def _combination(columns: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The best linear combination in each row.
+
+    Args:
+        columns: Each of shape ``(rows, n)``.
+        wanted: Shape ``(rows, n)``.
+
+    Returns:
+        What it leaves, relative, of shape ``(rows,)``; factors of shape ``(rows, columns)``.
+    """
     matrix = torch.stack(list(columns), 2)
     sizes = matrix.norm(dim=1, keepdim=True).clamp_min(1e-300)
     solution = torch.linalg.lstsq(matrix / sizes, wanted.unsqueeze(2), driver="gelsd").solution
-    rest = (((matrix / sizes) @ solution).squeeze(2) - wanted).norm(dim=1)
-    residual = (rest / wanted.norm(dim=1).clamp_min(1e-300))[alive]
-    is_coarse = len(columns) == 1 and wanted.shape[1] >= 16
-    allowed = _COARSE_ROUNDING if is_coarse else _ROUNDING
-    if (residual <= allowed).double().mean() < _MOST:
-        return None
-    factors = (solution / sizes.transpose(1, 2)).squeeze(2)
-    return _Combination(factors, float(residual.median()))
-
-
-def _coords_inherited(heir: Kernel, parts: Sequence[Kernel], factors: Tensor) -> bool:
-    """Whether the heir's coordinate weight is the same combination of the parts'."""
-    if heir.coords is None:
-        return False
-    found = _some(heir.coords)
-    expected = torch.zeros_like(found)
-    for index, part in enumerate(parts):
-        if part.coords is None:
-            continue
-        if part.coords.shape[1] != found.shape[1]:
-            return False
-        factor = factors[:, index].view(-1, *(1,) * (found.dim() - 1))
-        expected += factor * _padded(part.coords, found)
-    return _is_close(found, expected)
-
-
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    size = max(float(found.norm()), float(expected.norm()))
-    return float((found - expected).norm()) <= _ROUNDING * size
+    rest = ((matrix / sizes) @ solution).squeeze(2) - wanted
+    residual = rest.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-300)
+    return residual, (solution / sizes.transpose(1, 2)).squeeze(2)

@@ -189,7 +189,7 @@ class _Glance(NamedTuple):
     children: Sequence[nn.Module | None]
     """``holder[name] is child`` on every way to a convolution or a batch norm."""
     owners: Sequence[dict[str, nn.Parameter | None]]
-    weights: Sequence[nn.Parameter]
+    weights: Sequence[Tensor]
     """``owner["weight"] is weight`` of each coordinate convolution on the CPU."""
     pointers: Sequence[int]
     views: Mapping[torch.dtype, list[Tensor]]
@@ -248,7 +248,7 @@ def _is_plain_on_cpu(layer: CoordConvNd) -> bool:
     return weight is not None and is_plain(weight) and weight.is_cpu
 
 
-_WATCHES: weakref.WeakValueDictionary[int, _Watch] = weakref.WeakValueDictionary()
+_WATCHES: weakref.WeakValueDictionary[str, _Watch] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
 
@@ -273,7 +273,7 @@ class _Watch:
         self.take_stock(module)
 
     def _enrol(self) -> None:
-        self.key = next(_KEYS)
+        self.key = str(next(_KEYS))  # dynamo makes symbols of numbers
         _WATCHES[self.key] = self
 
     def attach(self, module: nn.Module) -> None:
@@ -296,7 +296,7 @@ class _Watch:
             module._deepcopy_hooks[:] = kept
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _look_while_compiling(self.key)
         else:
             self.look(module)
@@ -481,8 +481,7 @@ class _BeforeStateDict:
         self.watch = watch
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not torch.compiler.is_compiling():
-            self.watch.look(module)
+        self.watch.look(module)
 
 
 class _OnGraphCopy:
@@ -498,8 +497,8 @@ class _OnGraphCopy:
                 hook.watch.attach(made)
 
 
-def _look_while_compiling(key: int) -> bool:
-    """Look while torch.compile or torch.export runs the forward.
+def _look_while_compiling(key: str) -> bool:
+    """Look while torch.compile, or a strict torch.export, goes through the forward.
 
     Errors cannot come out of dynamo as they are, so they are warnings here.
     """

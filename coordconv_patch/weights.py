@@ -102,8 +102,10 @@ def save_coords(
     Raises:
         WeightsError: If the model is not patched, if a wrapper has taken its coordinate
             weights apart, or if the folder does not exist.
+        PatchError: If other code has left coordinates behind.
     """
     model = unwrapped(model)
+    check_left_behind(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     if not layers:
         raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
