@@ -41,6 +41,7 @@ through pickle, which keeps no hooks; a change of ``.data`` while compiled code 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import operator
 import warnings
@@ -335,6 +336,8 @@ class _Watch:
             self._judge_gone(module, gone)
             norm_gone = any(is_batch_norm(layer) for layer in gone.values())
             self._judge_scales(norm_gone=norm_gone, can_wait=can_wait or norm_gone)
+        if is_transforming():
+            return  # weights may be fake now: this is no moment to remember them
         for inner in present:  # those inside would say the same again
             for watch in _watches_on(inner):
                 watch.take_stock(inner)
@@ -397,6 +400,7 @@ class _Watch:
         """
         named = dict(module.named_modules())
         known = {layer: name for name, layer in self.layers.items()}
+        exported = _weights_being_exported()
         kept: list[_Heir] = []
         for name, inner in sorted(
             named.items(), key=lambda item: not isinstance(item[1], CoordConvNd)
@@ -404,7 +408,7 @@ class _Watch:
             if isinstance(inner, CoordBranch) or (inner in known and is_batch_norm(inner)):
                 continue
             if inner not in known:
-                for tensor in _tensors_of(inner):
+                for tensor in _tensors_of(inner, exported):
                     yield _Heir(name, inner, tensor)
             elif isinstance(inner, _ConvNd) and is_plain(inner._parameters.get("weight")):
                 mark = inner.__dict__.get("weight_mark")
@@ -583,15 +587,35 @@ def _is_inside(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+def _tensors_of(
+    module: nn.Module, exported: Mapping[tuple[nn.Module, str], Tensor]
+) -> Iterator[Tensor]:
     """Tensors that a module holds itself; a quantized module of torch's tells them by a method."""
     for values in (module._parameters, module._buffers, vars(module)):
-        for value in values.values():
+        for key, value in values.items():
             if isinstance(value, Tensor) and value.dim() > 1:
-                yield value
+                yield exported.get((module, key), value)
     method = getattr(type(module), "weight", None)
     if type(module).__module__.startswith("torch.ao.nn.") and callable(method):
         yield method(module)
+
+
+def _weights_being_exported() -> Mapping[tuple[nn.Module, str], Tensor]:
+    """The real tensors of a model that torch.export runs with fake ones, by module and key.
+
+    It holds them in a variable of its own until it is done.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name in ("_export", "_export_for_training"):
+            model, state = map(frame.f_locals.get, ("mod", "original_state_dict"))
+            if isinstance(model, nn.Module) and isinstance(state, dict):
+                places = ((*name.rpartition("."), tensor) for name, tensor in state.items())
+                return {
+                    (model.get_submodule(owner), key): tensor for owner, _, key, tensor in places
+                }
+        frame = frame.f_back
+    return {}
 
 
 def _weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
