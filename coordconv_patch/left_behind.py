@@ -40,6 +40,7 @@ through pickle, which keeps no hooks; a change of ``.data`` while compiled code 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -189,13 +190,20 @@ class _Glance(NamedTuple):
     names: Sequence[str]
     children: Sequence[nn.Module | None]
     """``holder[name] is child`` on every way to a convolution or a batch norm."""
+    convs: Sequence[CoordConvNd]
+    """The coordinate convolutions on the CPU, whose values are looked at."""
     owners: Sequence[dict[str, nn.Parameter | None]]
     weights: Sequence[Tensor]
-    """``owner["weight"] is weight`` of each coordinate convolution on the CPU."""
+    """``owner["weight"] is weight`` of each of them."""
     pointers: Sequence[int]
-    views: Mapping[torch.dtype, list[Tensor]]
-    values: Mapping[torch.dtype, Tensor]
-    """A few numbers of each weight, by dtype: views of it, and what they were."""
+    views: Sequence[Tensor]
+    """A few numbers of each weight; the weights of one dtype stand together."""
+    values: Sequence[Tensor]
+    """What they were: one tensor for all the views of a dtype."""
+    versions: Sequence[int]
+    """Version counters of the coordinate weights."""
+    is_stale: bool = False
+    """Whether the marks on the layers are older than the values."""
 
     @classmethod
     def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> _Glance:
@@ -212,36 +220,70 @@ class _Glance(NamedTuple):
             for layer in layers.values()
             if isinstance(layer, CoordConvNd) and _is_plain_on_cpu(layer)
         ]
-        weights = [layer.weight for layer in convs]
-        views: dict[torch.dtype, list[Tensor]] = {}
-        for conv in convs:
-            view = glance_at(conv.weight, transposed=conv.transposed)
-            views.setdefault(view.dtype, []).append(view)
-        return cls(
+        convs.sort(key=lambda conv: str(conv.weight.dtype))
+        weights = [conv.weight for conv in convs]
+        glance = cls(
             module=weakref.ref(module),
             holders=[holder for holder, _, _ in edges],
             names=[name for _, name, _ in edges],
             children=[child for _, _, child in edges],
+            convs=convs,
             owners=[conv._parameters for conv in convs],
             weights=weights,
             pointers=[weight.data_ptr() for weight in weights],
-            views=views,
-            values={dtype: torch.cat(those) for dtype, those in views.items()},
+            views=[glance_at(conv.weight, transposed=conv.transposed) for conv in convs],
+            values=[],
+            versions=[],
         )
+        return glance._replace(values=glance._values(), versions=glance._versions())
 
     def shows_other_structure(self) -> bool:
         """Whether a module is not where it was."""
         there = map(dict.get, self.holders, self.names)
         return not all(map(operator.is_, there, self.children))
 
-    def shows_other_values(self) -> bool:
-        """Whether the weights are others, or have other values."""
+    def shows_other_weights(self) -> bool:
+        """Whether weights were replaced; not in a functional call, which replaces them for once."""
         weights = [owner.get("weight") for owner in self.owners]
-        if not all(map(operator.is_, weights, self.weights)):
-            return all(map(is_plain, weights))  # else a functional call, or an offloaded model
-        if [weight.data_ptr() for weight in self.weights] != self.pointers:
-            return True
-        return not all(torch.equal(torch.cat(self.views[d]), self.values[d]) for d in self.views)
+        if all(map(operator.is_, weights, self.weights)):
+            return [weight.data_ptr() for weight in self.weights] != self.pointers
+        return all(map(is_plain, weights))
+
+    def shows_other_values(self) -> bool:
+        """Whether weights have other values."""
+        return not all(map(torch.equal, self._values(), self.values))
+
+    def shows_silent_change(self) -> bool:
+        """Whether values have changed that autograd was not told of."""
+        before = itertools.chain.from_iterable(
+            values.split([len(view) for view in views])
+            for values, views in zip(self.values, self._by_dtype(), strict=True)
+        )
+        return any(
+            conv.weight_mark is not None
+            and conv.weight._version == conv.weight_mark.version
+            and not torch.equal(view, kept)
+            for conv, view, kept in zip(self.convs, self.views, before, strict=True)
+        )
+
+    def shows_other_coords(self) -> bool:
+        """Whether coordinate weights have changed, and autograd was told."""
+        return self._versions() != self.versions
+
+    def renewed(self) -> _Glance:
+        """The same with the values of now; marks stay as they are."""
+        return self._replace(values=self._values(), versions=self._versions(), is_stale=True)
+
+    def _values(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self._by_dtype()]
+
+    def _by_dtype(self) -> Iterator[list[Tensor]]:
+        for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):
+            yield list(views)
+
+    def _versions(self) -> list[int]:
+        coords = [owner.get("coord_weight") for owner in self.owners]
+        return [-1 if weight is None else weight._version for weight in coords]
 
 
 def _is_plain_on_cpu(layer: CoordConvNd) -> bool:
@@ -309,15 +351,24 @@ class _Watch:
             return
         if glance is None or glance.module() is not module or glance.shows_other_structure():
             self.look_closely(module, can_wait=False)
-        elif glance.owners and not module.training and not is_transforming():
-            # is_transforming: a capture may see other tensors than the real ones in their place
-            if torch._C._is_tracing():
-                with _unseen():
-                    changed = glance.shows_other_values()
-            else:
-                changed = glance.shows_other_values()
-            if changed:
+        elif glance.convs and not module.training and not is_transforming():
+            # is_transforming: a capture may see other tensors in the place of the real ones
+            with _unseen() if torch._C._is_tracing() else contextlib.nullcontext():
+                self._look_at_values(module, glance)
+
+    def _look_at_values(self, module: nn.Module, glance: _Glance) -> None:
+        """Look at the weights' values, and keep up with a training."""
+        if glance.shows_other_weights():
+            self.look_closely(module, can_wait=False)
+        elif glance.shows_other_values():
+            if glance.shows_silent_change():
                 self.look_closely(module, can_wait=False)
+            else:
+                self._glance = glance.renewed()
+        elif glance.shows_other_coords():
+            self._glance = glance.renewed()
+        elif glance.is_stale:  # twice the same: this is no training any more
+            self.take_stock(module)
 
     @torch.no_grad()
     def look_closely(self, module: nn.Module, *, can_wait: bool = True) -> None:
