@@ -175,7 +175,7 @@ class CoordConvNd(_ConvNd):
                 cast(Tensor, coords),
                 transposed=self.transposed,
                 groups=self.groups,
-                has_bias=self.bias is not None,
+                has_bias=self._parameters.get("bias") is not None,
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -215,13 +215,14 @@ class _Glance(NamedTuple):
             for name, child in holder._modules.items()
             if child is not None and not wanted.isdisjoint(child.modules())
         ]
-        convs = [
-            layer
-            for layer in layers.values()
-            if isinstance(layer, CoordConvNd) and _is_plain_on_cpu(layer)
-        ]
-        convs.sort(key=lambda conv: str(conv.weight.dtype))
-        weights = [conv.weight for conv in convs]
+        found: list[tuple[CoordConvNd, Tensor]] = []
+        for layer in layers.values():
+            # Not layer.weight, which is a Proxy while somebody traces symbolically.
+            weight = layer._parameters.get("weight")
+            if isinstance(layer, CoordConvNd) and weight is not None and is_plain(weight):
+                found += [(layer, weight)] if weight.is_cpu else []
+        found.sort(key=lambda pair: str(pair[1].dtype))
+        convs, weights = [conv for conv, _ in found], [weight for _, weight in found]
         glance = cls(
             module=weakref.ref(module),
             holders=[holder for holder, _, _ in edges],
@@ -231,7 +232,7 @@ class _Glance(NamedTuple):
             owners=[conv._parameters for conv in convs],
             weights=weights,
             pointers=[weight.data_ptr() for weight in weights],
-            views=[glance_at(conv.weight, transposed=conv.transposed) for conv in convs],
+            views=[glance_at(weight, transposed=conv.transposed) for conv, weight in found],
             values=[],
             versions=[],
         )
@@ -256,14 +257,16 @@ class _Glance(NamedTuple):
     def shows_silent_change(self) -> bool:
         """Whether values have changed that autograd was not told of."""
         before = itertools.chain.from_iterable(
-            values.split([len(view) for view in views])
+            torch.split(values, [len(view) for view in views])
             for values, views in zip(self.values, self._by_dtype(), strict=True)
         )
         return any(
             conv.weight_mark is not None
-            and conv.weight._version == conv.weight_mark.version
+            and weight._version == conv.weight_mark.version
             and not torch.equal(view, kept)
-            for conv, view, kept in zip(self.convs, self.views, before, strict=True)
+            for conv, weight, view, kept in zip(
+                self.convs, self.weights, self.views, before, strict=True
+            )
         )
 
     def shows_other_coords(self) -> bool:
@@ -286,11 +289,6 @@ class _Glance(NamedTuple):
         return [-1 if weight is None else weight._version for weight in coords]
 
 
-def _is_plain_on_cpu(layer: CoordConvNd) -> bool:
-    weight = layer._parameters.get("weight")
-    return weight is not None and is_plain(weight) and weight.is_cpu
-
-
 _WATCHES: weakref.WeakValueDictionary[str, _Watch] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
@@ -309,6 +307,9 @@ class _Watch:
         samples: Some values of each plain convolution's weight; of coordinate layers a mark
             on the layer has them.
     """
+
+    _glance: _Glance | None
+    _module: Callable[[], nn.Module | None]
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
         self.prefix = prefix
@@ -396,7 +397,7 @@ class _Watch:
     def take_stock(self, module: nn.Module) -> None:
         """Take the module as it is for what it should be."""
         with _unseen():
-            self._module: Callable[[], nn.Module | None] = weakref.ref(module)
+            self._module = weakref.ref(module)
             self.layers = {
                 name: layer
                 for name, layer in module.named_modules()
@@ -415,7 +416,7 @@ class _Watch:
                 elif isinstance(layer, _ConvNd):
                     rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
                     self.samples[name] = sample_of(rows)
-            self._glance: _Glance | None = _Glance.at(module, self.layers)
+            self._glance = _Glance.at(module, self.layers)
 
     def _judge_gone(self, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
         lost = [n for n, layer in gone.items() if n in self.weights and _is_trained(layer)]
@@ -722,7 +723,7 @@ def _mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | N
     if coords is None or not is_plain(coords):
         return None
     transposed, groups = _layout(layer)
-    has_bias = getattr(layer, "bias", None) is not None
+    has_bias = layer._parameters.get("bias") is not None
     return WeightMark.of(weight, coords, transposed=transposed, groups=groups, has_bias=has_bias)
 
 
