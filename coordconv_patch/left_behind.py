@@ -85,7 +85,7 @@ def watch_(model: nn.Module, prefix: str = "") -> None:
         prefix: Its own qualified name, for messages.
     """
     release_watches_(model)
-    for name, part in _parts(model):
+    for name, part in reversed(list(_parts(model))):  # each finds those further in
         _Watch(_join(prefix, name), part).attach(part)
 
 
@@ -200,8 +200,6 @@ class _Glance(NamedTuple):
     """A few numbers of each weight; the weights of one dtype stand together."""
     values: Sequence[Tensor]
     """What they were: one tensor for all the views of a dtype."""
-    versions: Sequence[int]
-    """Version counters of the coordinate weights."""
     is_stale: bool = False
     """Whether the marks on the layers are older than the values."""
 
@@ -232,11 +230,10 @@ class _Glance(NamedTuple):
             owners=[conv._parameters for conv in convs],
             weights=weights,
             pointers=[weight.data_ptr() for weight in weights],
-            views=[glance_at(weight, transposed=conv.transposed) for conv, weight in found],
+            views=[glance_at(weight) for weight in weights],
             values=[],
-            versions=[],
         )
-        return glance._replace(values=glance._values(), versions=glance._versions())
+        return glance._replace(values=glance._values())
 
     def shows_other_structure(self) -> bool:
         """Whether a module is not where it was."""
@@ -245,10 +242,10 @@ class _Glance(NamedTuple):
 
     def shows_other_weights(self) -> bool:
         """Whether weights were replaced; not in a functional call, which replaces them for once."""
-        weights = [owner.get("weight") for owner in self.owners]
-        if all(map(operator.is_, weights, self.weights)):
-            return [weight.data_ptr() for weight in self.weights] != self.pointers
-        return all(map(is_plain, weights))
+        there = [owner.get("weight") for owner in self.owners]
+        if all(map(operator.is_, there, self.weights)):
+            return list(map(Tensor.data_ptr, self.weights)) != self.pointers
+        return all(map(is_plain, there))
 
     def shows_other_values(self) -> bool:
         """Whether weights have other values."""
@@ -269,13 +266,9 @@ class _Glance(NamedTuple):
             )
         )
 
-    def shows_other_coords(self) -> bool:
-        """Whether coordinate weights have changed, and autograd was told."""
-        return self._versions() != self.versions
-
     def renewed(self) -> _Glance:
         """The same with the values of now; marks stay as they are."""
-        return self._replace(values=self._values(), versions=self._versions(), is_stale=True)
+        return self._replace(values=self._values(), is_stale=True)
 
     def _values(self) -> list[Tensor]:
         return [torch.cat(views) for views in self._by_dtype()]
@@ -283,10 +276,6 @@ class _Glance(NamedTuple):
     def _by_dtype(self) -> Iterator[list[Tensor]]:
         for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):
             yield list(views)
-
-    def _versions(self) -> list[int]:
-        coords = [owner.get("coord_weight") for owner in self.owners]
-        return [-1 if weight is None else weight._version for weight in coords]
 
 
 _WATCHES: weakref.WeakValueDictionary[str, _Watch] = weakref.WeakValueDictionary()
@@ -308,6 +297,10 @@ class _Watch:
             on the layer has them.
     """
 
+    inner: Sequence[_Watch] = ()
+    """The watches of modules inside, which need not look again when this one has."""
+    is_seen: bool = False
+    """Whether one further out has looked, before the module's forward that comes next."""
     _glance: _Glance | None
     _module: Callable[[], nn.Module | None]
 
@@ -347,9 +340,11 @@ class _Watch:
 
     def look(self, module: nn.Module) -> None:
         """Look at the module; more closely only where it has changed."""
-        glance = self._glance
-        if "_is_replica" in module.__dict__:  # of DataParallel: it has modules of its own
+        glance, was_seen, self.is_seen = self._glance, self.is_seen, False
+        if was_seen or "_is_replica" in module.__dict__:  # DataParallel's have their own modules
             return
+        for watch in self.inner:
+            watch.is_seen = True
         if glance is None or glance.module() is not module or glance.shows_other_structure():
             self.look_closely(module, can_wait=False)
         elif glance.convs and not module.training and not is_transforming():
@@ -366,8 +361,6 @@ class _Watch:
                 self.look_closely(module, can_wait=False)
             else:
                 self._glance = glance.renewed()
-        elif glance.shows_other_coords():
-            self._glance = glance.renewed()
         elif glance.is_stale:  # twice the same: this is no training any more
             self.take_stock(module)
 
@@ -398,6 +391,12 @@ class _Watch:
         """Take the module as it is for what it should be."""
         with _unseen():
             self._module = weakref.ref(module)
+            self.inner = [
+                watch
+                for part in module.modules()
+                for watch in _watches_on(part)
+                if watch is not self
+            ]
             self.layers = {
                 name: layer
                 for name, layer in module.named_modules()

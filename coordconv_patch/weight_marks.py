@@ -153,16 +153,19 @@ def rows_of(weight: Tensor, *, transposed: bool, groups: int) -> Tensor:
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-def glance_at(weight: Tensor, *, transposed: bool) -> Tensor:
-    """A view of a few weights, at most 8, of as many output channels; shape ``(n,)``."""
+def glance_at(weight: Tensor) -> Tensor:
+    """A view of a few weights, at most 4 that stand together in memory; shape ``(n,)``.
+
+    Of the first output channel that is not zero: a folding scales every channel, so one tells,
+    and what stands together is compared in a sixth of the time.
+    """
     weight = weight.detach()
-    if transposed:
-        weight = weight.transpose(0, 1)
-    step = max(1, -(-weight.shape[0] // 8))
-    view = weight[::step]
-    while view.dim() > 1:
-        view = view.select(1, view.shape[1] // 2)
-    return view
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    flat = weight.permute(order).flatten()  # as it stands in memory
+    if flat.data_ptr() != weight.data_ptr():
+        return weight[(0,) * (weight.dim() - 1)][:4]  # it has gaps
+    start = int((flat[: 2**16] != 0).to(torch.uint8).argmax())
+    return flat[start : start + 4]
 
 
 def sample_of(rows: Tensor) -> Tensor:
