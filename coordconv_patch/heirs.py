@@ -24,7 +24,14 @@ from torch import Tensor
 from coordconv_patch.geometry import flat_amounts
 from coordconv_patch.weight_marks import rows_of, sample_of
 
-__all__ = ["Kernel", "absorption", "holds_part_of", "inheritance", "values_like"]
+__all__ = [
+    "Kernel",
+    "absorption",
+    "holds_part_of",
+    "inheritance",
+    "is_published_form",
+    "values_like",
+]
 
 _MAX_ROWS = 16
 """Output channels that are compared."""
@@ -155,6 +162,28 @@ def absorption(
     if any(each.shape != coords.shape for each in added):
         return True, False
     return True, _are_made_alike(columns, wanted, added, coords)
+
+
+def is_published_form(candidate: Tensor, gone: Kernel) -> bool:
+    """Whether a weight is that of a concatenating CoordConv, scaled by output channel perhaps.
+
+    Args:
+        candidate: By output channel, shape ``(C_out, C_in + K, *kernel_size)``.
+        gone: A coordinate convolution: its rows and its coordinates one after the other.
+    """
+    if gone.coords is None or gone.coords.shape[2:] != gone.rows.shape[2:]:
+        return False
+    wanted = _some(candidate)
+    joined = [_some(torch.cat(pair, 1)) for pair in _both_orders(gone.rows, gone.coords)]
+    return any(
+        each.shape == wanted.shape and _is_made_of([each.flatten(1)], wanted.flatten(1))
+        for each in joined
+    )
+
+
+def _both_orders(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    b = b.to(a)
+    return [(a, b), (b, a)]
 
 
 def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:

@@ -19,7 +19,8 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
 
 - The layer is gone, and a module that is new or changed has its weight, scaled by output channel
   or summed with other convolutions that are gone: an *error*, the outputs lack the coordinates.
-  If the heir's coordinate weight is scaled and summed alike: nothing, they were carried along.
+  If the heir's coordinate weight is scaled and summed alike, or its weight is that of the
+  published, concatenating form: nothing, they were carried along.
 - It is gone, and channels of its weight are in a new convolution with other numbers of channels:
   a *warning*, since it may have been made wider or narrower on purpose.
 - It is gone, and nothing has its weight (a new head, a branch removed), or it is inside a wrapper
@@ -60,7 +61,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from coordconv_patch.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.coords import is_transforming
 from coordconv_patch.errors import PatchError, listing
-from coordconv_patch.heirs import Kernel, absorption, holds_part_of, inheritance, values_like
+from coordconv_patch.heirs import (
+    Kernel,
+    absorption,
+    holds_part_of,
+    inheritance,
+    is_published_form,
+    values_like,
+)
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
 from coordconv_patch.norms import is_batch_norm
@@ -200,8 +208,8 @@ class _Glance(NamedTuple):
     """A few numbers of each weight; the weights of one dtype stand together."""
     values: Sequence[Tensor]
     """What they were: one tensor for all the views of a dtype."""
-    is_stale: bool = False
-    """Whether the marks on the layers are older than the values."""
+    versions: Sequence[int]
+    """Version counters of the coordinate weights."""
 
     @classmethod
     def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> _Glance:
@@ -232,8 +240,9 @@ class _Glance(NamedTuple):
             pointers=[weight.data_ptr() for weight in weights],
             views=[glance_at(weight) for weight in weights],
             values=[],
+            versions=[],
         )
-        return glance._replace(values=glance._values())
+        return glance.renewed()
 
     def shows_other_structure(self) -> bool:
         """Whether a module is not where it was."""
@@ -266,9 +275,17 @@ class _Glance(NamedTuple):
             )
         )
 
+    def shows_other_coords(self) -> bool:
+        """Whether coordinate weights have changed, and autograd was told."""
+        return self._versions() != self.versions
+
     def renewed(self) -> _Glance:
-        """The same with the values of now; marks stay as they are."""
-        return self._replace(values=self._values(), is_stale=True)
+        """The same with the values of now."""
+        return self._replace(values=self._values(), versions=self._versions())
+
+    def _versions(self) -> list[int]:
+        coords = [owner.get("coord_weight") for owner in self.owners]
+        return [-1 if weight is None else weight._version for weight in coords]
 
     def _values(self) -> list[Tensor]:
         return [torch.cat(views) for views in self._by_dtype()]
@@ -354,15 +371,17 @@ class _Watch:
 
     def _look_at_values(self, module: nn.Module, glance: _Glance) -> None:
         """Look at the weights' values, and keep up with a training."""
-        if glance.shows_other_weights():
+        others = glance.shows_other_values()
+        if glance.shows_other_weights() or (others and glance.shows_silent_change()):
             self.look_closely(module, can_wait=False)
-        elif glance.shows_other_values():
-            if glance.shows_silent_change():
-                self.look_closely(module, can_wait=False)
-            else:
-                self._glance = glance.renewed()
-        elif glance.is_stale:  # twice the same: this is no training any more
-            self.take_stock(module)
+        elif others or glance.shows_other_coords():
+            for conv, weight in zip(glance.convs, glance.weights, strict=True):
+                mark, coords = conv.weight_mark, conv._parameters.get("coord_weight")
+                if mark is None or coords is None:
+                    continue
+                if (weight._version, coords._version) != (mark.version, mark.coord_version):
+                    conv.weight_mark = _mark_of(conv, weight)
+            self._glance = glance.renewed()
 
     @torch.no_grad()
     def look_closely(self, module: nn.Module, *, can_wait: bool = True) -> None:
@@ -437,6 +456,8 @@ class _Watch:
                     if not carried:
                         surely[name] = str(heir)
                     break
+                if is_published_form(kernel.rows, kernels[name]):
+                    break
                 if holds_part_of(kernel.rows, kernels[name].rows):
                     perhaps[name] = str(heir)
         if surely:
@@ -483,7 +504,10 @@ class _Watch:
             weight = _weight_of(module, name, layer)
             if weight is None or not (weight.is_cpu or can_wait) or not _is_trained(layer):
                 continue
-            scaling = mark.scaling_until(_mark_of(layer, weight))
+            now = _mark_of(layer, weight)
+            transposed, groups = _layout(layer)
+            rows = rows_of(weight, transposed=transposed, groups=groups)
+            scaling = None if now is None else mark.scaling_until(now, rows)
             if scaling is None:
                 continue
             if norm_gone or scaling.new_bias:
@@ -603,8 +627,23 @@ class _Heir:
         values = values_like(self.tensor, weight)
         if values is None:
             return None
-        coords = conv._parameters.get("coord_weight") if isinstance(conv, CoordConvNd) else None
+        coords = self._coords_like(layer._parameters.get("coord_weight"))
         return Kernel.of(values, coords, transposed=transposed, groups=groups)
+
+    def _coords_like(self, coord_weight: Tensor | None) -> Tensor | None:
+        """The module's coordinate weight; another class's is known by its shape."""
+        if isinstance(self.module, CoordConvNd):
+            return self.module._parameters.get("coord_weight")
+        return next(
+            (
+                tensor
+                for tensor in _tensors_of(self.module, {})
+                if coord_weight is not None
+                and tensor is not self.tensor
+                and tensor.shape == coord_weight.shape
+            ),
+            None,
+        )
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({type(self.module).__name__})"

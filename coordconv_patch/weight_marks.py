@@ -56,15 +56,15 @@ class WeightMark:
     Attributes:
         weight: Shape ``(rows, positions)``: some weights of some output channels.
         coords: Likewise of the coordinate weight.
-        norms: Shape ``(rows,)``: the norm of all weights of those channels.
         version: The weight's version counter, which ``.data`` does not move.
+        coord_version: The coordinate weight's.
         has_bias: Whether the convolution had a bias.
     """
 
     weight: Tensor
     coords: Tensor
-    norms: Tensor
     version: int
+    coord_version: int
     has_bias: bool
 
     @classmethod
@@ -84,21 +84,20 @@ class WeightMark:
             has_bias: Whether it has a bias.
         """
         with torch.no_grad(), torch.inference_mode(False):
-            rows = _some(rows_of(weight, transposed=transposed, groups=groups))
-            coord_rows = _some(rows_of(coord_weight, transposed=transposed, groups=1))
             return cls(
-                _positions(rows),
-                _positions(coord_rows),
-                rows.flatten(1).norm(dim=1),
+                sample_of(rows_of(weight, transposed=transposed, groups=groups)),
+                sample_of(rows_of(coord_weight, transposed=transposed, groups=1)),
                 weight._version,
+                coord_weight._version,
                 has_bias,
             )
 
-    def scaling_until(self, now: WeightMark) -> Scaling | None:
+    def scaling_until(self, now: WeightMark, rows: Tensor) -> Scaling | None:
         """How output channels were scaled since, while the coordinate weight was not.
 
         Args:
             now: The mark of the same layer's weights of today.
+            rows: Its weight of today by output channel, see :func:`rows_of`.
 
         Returns:
             ``None`` if the weights are the same, or changed otherwise.
@@ -115,7 +114,7 @@ class WeightMark:
         at = scaled & alive & changed
         if not at.any() or self._coords_follow(now, factors, at, tolerance):
             return None
-        if _is_norm_constraint(now.norms, at):
+        if _is_norm_constraint(_values(_some(rows).flatten(1).norm(dim=1)), at):
             return None
         return Scaling(
             least=float(factors[at].min()),
@@ -224,7 +223,6 @@ def _ratios(before: Tensor, after: Tensor, tolerance: float) -> tuple[Tensor, Te
 
 def _is_norm_constraint(norms: Tensor, at: Tensor) -> bool:
     """Whether the scaled rows have one norm now, and no other row a larger one."""
-    norms = _values(norms)
     scaled = norms[at]
     if len(scaled) < 3 and len(norms) > 1:
         return False
