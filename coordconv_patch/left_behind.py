@@ -266,12 +266,11 @@ class _Glance(NamedTuple):
             torch.split(values, [len(view) for view in views])
             for values, views in zip(self.values, self._by_dtype(), strict=True)
         )
+        marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
         return any(
-            conv.weight_mark is not None
-            and weight._version == conv.weight_mark.version
-            and not torch.equal(view, kept)
-            for conv, weight, view, kept in zip(
-                self.convs, self.weights, self.views, before, strict=True
+            mark is not None and weight._version == mark.version and not torch.equal(view, kept)
+            for mark, weight, view, kept in zip(
+                marks, self.weights, self.views, before, strict=True
             )
         )
 
@@ -376,7 +375,7 @@ class _Watch:
             self.look_closely(module, can_wait=False)
         elif others or glance.shows_other_coords():
             for conv, weight in zip(glance.convs, glance.weights, strict=True):
-                mark, coords = conv.weight_mark, conv._parameters.get("coord_weight")
+                mark, coords = conv.__dict__.get("weight_mark"), conv._parameters.get("coord_weight")
                 if mark is None or coords is None:
                     continue
                 if (weight._version, coords._version) != (mark.version, mark.coord_version):
