@@ -308,7 +308,9 @@ class _Watch:
     Attributes:
         prefix: The module's qualified name, for messages.
         layers: The convolutions, coordinate branches and batch norms by qualified name.
-        weights: The weight of each convolution among them.
+        weights: The weight of each convolution among them. Held beside the layers, since a
+            library that replaces a layer may empty it (optimum-quanto).
+        coords: Likewise the coordinate weights.
         samples: Some values of each plain convolution's weight; of coordinate layers a mark
             on the layer has them.
     """
@@ -375,7 +377,10 @@ class _Watch:
             self.look_closely(module, can_wait=False)
         elif others or glance.shows_other_coords():
             for conv, weight in zip(glance.convs, glance.weights, strict=True):
-                mark, coords = conv.__dict__.get("weight_mark"), conv._parameters.get("coord_weight")
+                mark, coords = (
+                    conv.__dict__.get("weight_mark"),
+                    conv._parameters.get("coord_weight"),
+                )
                 if mark is None or coords is None:
                     continue
                 if (weight._version, coords._version) != (mark.version, mark.coord_version):
@@ -421,12 +426,16 @@ class _Watch:
                 if isinstance(layer, (_ConvNd, CoordBranch)) or is_batch_norm(layer)
             }
             self.weights: dict[str, Tensor] = {}
+            self.coords: dict[str, Tensor] = {}
             self.samples: dict[str, Tensor] = {}
             for name, layer in self.layers.items():
                 weight = _weight_of(module, name, layer)
                 if weight is None:
                     continue
                 self.weights[name] = weight
+                coords = layer._parameters.get("coord_weight")
+                if coords is not None:
+                    self.coords[name] = coords
                 if isinstance(layer, (CoordConvNd, CoordBranch)):
                     layer.__dict__["site_name"] = _join(self.prefix, _site(name))
                     layer.__dict__["weight_mark"] = _mark_of(layer, weight)
@@ -436,10 +445,15 @@ class _Watch:
             self._glance = _Glance.at(module, self.layers)
 
     def _judge_gone(self, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
-        lost = [n for n, layer in gone.items() if n in self.weights and _is_trained(layer)]
+        last = {name: self._last_weights(name, gone[name]) for name in gone if name in self.weights}
+        lost = [
+            name
+            for name, (_, coords) in last.items()
+            if coords is not None and _is_coord_layer(gone[name]) and _is_trained(coords)
+        ]
         if not lost:
             return
-        kernels = {n: _kernel_of(gone[n], self.weights[n]) for n in gone if n in self.weights}
+        kernels = {name: _kernel_of(gone[name], *weights) for name, weights in last.items()}
         heirs = list(self._heirs(module))
         surely: dict[str, str] = {}
         perhaps: dict[str, str] = {}
@@ -447,7 +461,7 @@ class _Watch:
             for heir in heirs:
                 if heir.hides(gone[name]):
                     continue
-                kernel = heir.kernel_like(gone[name], self.weights[name])
+                kernel = heir.kernel_like(gone[name], *last[name])
                 if kernel is None:
                     continue
                 whole, carried = _inheritance(heir, kernel, name, kernels)
@@ -463,6 +477,14 @@ class _Watch:
             raise PatchError(_on_heirs(self._sites(surely)))
         if perhaps:
             warnings.warn(_on_parts(self._sites(perhaps)), stacklevel=2)
+
+    def _last_weights(self, name: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The weight and coordinate weight that a layer had last."""
+        weight, coords = map(layer._parameters.get, ("weight", "coord_weight"))
+        return (
+            self.weights[name] if weight is None else weight,
+            self.coords.get(name) if coords is None else coords,
+        )
 
     def _heirs(self, module: nn.Module) -> Iterator[_Heir]:
         """What may have inherited weights: new tensors, and weights that have changed.
@@ -501,7 +523,9 @@ class _Watch:
             if mark is None or module is None or not isinstance(layer, (CoordConvNd, CoordBranch)):
                 continue
             weight = _weight_of(module, name, layer)
-            if weight is None or not (weight.is_cpu or can_wait) or not _is_trained(layer):
+            if weight is None or not (weight.is_cpu or can_wait):
+                continue
+            if not _is_trained(layer._parameters.get("coord_weight")):
                 continue
             now = _mark_of(layer, weight)
             transposed, groups = _layout(layer)
@@ -529,7 +553,10 @@ class _Watch:
         return {**self._state(), "module": module}
 
     def _state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prefix", "layers", "weights", "samples")}
+        return {
+            name: getattr(self, name)
+            for name in ("prefix", "layers", "weights", "coords", "samples")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module = state.pop("module")
@@ -617,7 +644,9 @@ class _Heir:
         """Whether the module holds a layer unregistered, and so may run it."""
         return any(value is layer for value in vars(self.module).values())
 
-    def kernel_like(self, layer: nn.Module, weight: Tensor) -> Kernel | None:
+    def kernel_like(
+        self, layer: nn.Module, weight: Tensor, coord_weight: Tensor | None
+    ) -> Kernel | None:
         """The tensor as a convolution of the kind that a layer is; ``None`` if it is none."""
         transposed, groups = _layout(layer)
         conv = self.module
@@ -626,7 +655,7 @@ class _Heir:
         values = values_like(self.tensor, weight)
         if values is None:
             return None
-        coords = self._coords_like(layer._parameters.get("coord_weight"))
+        coords = self._coords_like(coord_weight)
         return Kernel.of(values, coords, transposed=transposed, groups=groups)
 
     def _coords_like(self, coord_weight: Tensor | None) -> Tensor | None:
@@ -749,10 +778,9 @@ def _layout(layer: nn.Module) -> tuple[bool, int]:
     return conv.transposed, conv.groups
 
 
-def _kernel_of(layer: nn.Module, weight: Tensor) -> Kernel:
+def _kernel_of(layer: nn.Module, weight: Tensor, coord_weight: Tensor | None) -> Kernel:
     transposed, groups = _layout(layer)
-    coords = layer._parameters.get("coord_weight")
-    return Kernel.of(weight, coords, transposed=transposed, groups=groups)
+    return Kernel.of(weight, coord_weight, transposed=transposed, groups=groups)
 
 
 def _mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | None:
@@ -764,12 +792,15 @@ def _mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | N
     return WeightMark.of(weight, coords, transposed=transposed, groups=groups, has_bias=has_bias)
 
 
-def _is_trained(layer: nn.Module) -> bool:
-    """Whether a layer has coordinates that would be missed."""
-    if not isinstance(layer, (CoordConvNd, CoordBranch)) or layer.__dict__.get("is_dismissed"):
-        return False
-    weight = layer._parameters.get("coord_weight")
-    return weight is not None and is_plain(weight) and bool(weight.detach().any())
+def _is_coord_layer(layer: nn.Module) -> bool:
+    """Whether a layer has coordinates, which nobody has taken off."""
+    is_layer = isinstance(layer, (CoordConvNd, CoordBranch))
+    return is_layer and not layer.__dict__.get("is_dismissed")
+
+
+def _is_trained(coord_weight: Tensor | None) -> bool:
+    """Whether coordinates would be missed."""
+    return is_plain(coord_weight) and coord_weight is not None and bool(coord_weight.any())
 
 
 def _is_same(before: Tensor, now: Tensor) -> bool:
