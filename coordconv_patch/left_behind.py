@@ -21,6 +21,9 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
   or summed with other convolutions that are gone: an *error*, the outputs lack the coordinates.
   If the heir's coordinate weight is scaled and summed alike, or its weight is that of the
   published, concatenating form: nothing, they were carried along.
+- It is there, and so is a new module that has its weight, without its coordinates: an *error*
+  after the forward if the new one ran, and the layer did not; a *warning* where there is no
+  forward that decides (a save, an export, a compilation).
 - It is gone, and channels of its weight are in a new convolution with other numbers of channels:
   a *warning*, since it may have been made wider or narrower on purpose.
 - It is gone, and nothing has its weight (a new head, a branch removed), or it is inside a wrapper
@@ -197,7 +200,10 @@ class _Glance(NamedTuple):
     holders: Sequence[dict[str, nn.Module | None]]
     names: Sequence[str]
     children: Sequence[nn.Module | None]
-    """``holder[name] is child`` on every way to a convolution or a batch norm."""
+    """``holder[name] is child`` in every module around a convolution or a batch norm."""
+    ways: Sequence[dict[str, nn.Module | None]]
+    lengths: Sequence[int]
+    """How many children those modules have: none is new."""
     convs: Sequence[CoordConvNd]
     """The coordinate convolutions on the CPU, whose values are looked at."""
     owners: Sequence[dict[str, nn.Parameter | None]]
@@ -215,12 +221,8 @@ class _Glance(NamedTuple):
     def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> _Glance:
         """A glance at a module as it is now."""
         wanted = set(layers.values())
-        edges = [
-            (holder._modules, name, child)
-            for holder in module.modules()
-            for name, child in holder._modules.items()
-            if child is not None and not wanted.isdisjoint(child.modules())
-        ]
+        on_the_way = [m._modules for m in module.modules() if not wanted.isdisjoint(m.modules())]
+        edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
         found: list[tuple[CoordConvNd, Tensor]] = []
         for layer in layers.values():
             # Not layer.weight, which is a Proxy while somebody traces symbolically.
@@ -234,6 +236,8 @@ class _Glance(NamedTuple):
             holders=[holder for holder, _, _ in edges],
             names=[name for _, name, _ in edges],
             children=[child for _, _, child in edges],
+            ways=on_the_way,
+            lengths=list(map(len, on_the_way)),
             convs=convs,
             owners=[conv._parameters for conv in convs],
             weights=weights,
@@ -245,9 +249,10 @@ class _Glance(NamedTuple):
         return glance.renewed()
 
     def shows_other_structure(self) -> bool:
-        """Whether a module is not where it was."""
+        """Whether a module is not where it was, or is new."""
         there = map(dict.get, self.holders, self.names)
-        return not all(map(operator.is_, there, self.children))
+        is_same = all(map(operator.is_, there, self.children))
+        return not is_same or list(map(len, self.ways)) != self.lengths
 
     def shows_other_weights(self) -> bool:
         """Whether weights were replaced; not in a functional call, which replaces them for once."""
@@ -354,17 +359,17 @@ class _Watch:
         if torch.compiler.is_dynamo_compiling():
             _look_while_compiling(self.key)
         else:
-            self.look(module)
+            self.look(module, runs=True)
 
-    def look(self, module: nn.Module) -> None:
-        """Look at the module; more closely only where it has changed."""
+    def look(self, module: nn.Module, *, runs: bool = False) -> None:
+        """Look at the module, whose forward may come next; closely only where it has changed."""
         glance, was_seen, self.is_seen = self._glance, self.is_seen, False
         if was_seen or "_is_replica" in module.__dict__:  # DataParallel's have their own modules
             return
         for watch in self.inner:
             watch.is_seen = True
         if glance is None or glance.module() is not module or glance.shows_other_structure():
-            self.look_closely(module, can_wait=False)
+            self.look_closely(module, can_wait=False, runs=runs)
         elif glance.convs and not module.training and not is_transforming():
             # is_transforming: a capture may see other tensors in the place of the real ones
             with _unseen() if torch._C._is_tracing() else contextlib.nullcontext():
@@ -388,12 +393,13 @@ class _Watch:
             self._glance = glance.renewed()
 
     @torch.no_grad()
-    def look_closely(self, module: nn.Module, *, can_wait: bool = True) -> None:
+    def look_closely(self, module: nn.Module, *, can_wait: bool = True, runs: bool = False) -> None:
         """Judge what has become of layers that are gone, and of the weights of the others.
 
         Args:
             module: The module.
             can_wait: Whether values on other devices may be waited for.
+            runs: Whether its forward comes next.
 
         Raises:
             PatchError: If coordinates were surely left behind.
@@ -404,9 +410,20 @@ class _Watch:
             self._judge_gone(module, gone)
             norm_gone = any(is_batch_norm(layer) for layer in gone.values())
             self._judge_scales(norm_gone=norm_gone, can_wait=can_wait or norm_gone)
+            doubles = self._doubles(module, present)
         if is_transforming():
             return  # weights may be fake now: this is no moment to remember them
-        for inner in present:  # those inside would say the same again
+        if doubles and runs:
+            _Race(self, module, doubles)  # which of them runs decides
+            return
+        if doubles:
+            sites = self._sites({name: str(heir) for name, heir in doubles.items()})
+            warnings.warn(_on_doubles(sites), stacklevel=2)
+        self.accept(module)
+
+    def accept(self, module: nn.Module) -> None:
+        """Take the module as it is, here and in the watches inside."""
+        for inner in list(module.modules()):  # those inside would say the same again
             for watch in _watches_on(inner):
                 watch.take_stock(inner)
 
@@ -477,6 +494,35 @@ class _Watch:
             raise PatchError(_on_heirs(self._sites(surely)))
         if perhaps:
             warnings.warn(_on_parts(self._sites(perhaps)), stacklevel=2)
+
+    def _doubles(self, module: nn.Module, present: set[nn.Module]) -> dict[str, _Heir]:
+        """New modules with the weight of layers that are still there, and may not run any more."""
+        heirs = [heir for heir in self._heirs(module) if heir.before is None]
+        if not heirs:
+            return {}
+        last = {
+            name: self._last_weights(name, self.layers[name])
+            for name in self.weights
+            if self.layers[name] in present
+        }
+        kernels = {name: _kernel_of(self.layers[name], *last[name]) for name in last}
+        found: dict[str, _Heir] = {}
+        for name, (weight, coords) in last.items():
+            layer = self.layers[name]
+            if not isinstance(layer, CoordConvNd) or not weight.is_cpu or not _is_trained(coords):
+                continue
+            for heir in heirs:
+                # A wrapper holds the layer, or shares its Parameter.
+                if heir.tensor is weight or heir.hides(layer) or layer in heir.module.modules():
+                    continue
+                kernel = heir.kernel_like(layer, weight, coords)
+                if kernel is None:
+                    continue
+                whole, carried = _inheritance(heir, kernel, name, kernels)
+                if whole and not carried:
+                    found[name] = heir
+                    break
+        return found
 
     def _last_weights(self, name: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The weight and coordinate weight that a layer had last."""
@@ -570,6 +616,41 @@ class _Watch:
         module = memo.get(id(self._module()))  # the copy, if the module is being copied
         other.__setstate__({**copy.deepcopy(self._state(), memo), "module": module})
         return other
+
+
+class _Race:
+    """One forward in which either layers run, or new modules that have their weights.
+
+    Both are there: a re-parametrisation may keep the branches that it does not run any more,
+    and a model may get a second network with the weights of its first.
+
+    Raises:
+        PatchError: After the forward, if a new module ran, and not the layer that it doubles.
+    """
+
+    def __init__(self, watch: _Watch, module: nn.Module, doubles: Mapping[str, _Heir]) -> None:
+        self.watch, self.doubles = watch, doubles
+        self.ran: set[nn.Module] = set()
+        runners = [watch.layers[name] for name in doubles] + [h.module for h in doubles.values()]
+        self.handles = [each.register_forward_pre_hook(self._note) for each in set(runners)]
+        self.handles.append(module.register_forward_hook(self._end, always_call=True))
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        self.ran.add(module)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        layers = self.watch.layers
+        lost = {
+            name: str(heir)
+            for name, heir in self.doubles.items()
+            if heir.module in self.ran and layers[name] not in self.ran
+        }
+        if lost:
+            raise PatchError(_on_heirs(self.watch._sites(lost)))
+        if self.ran:
+            self.watch.accept(module)
 
 
 def _nowhere() -> None:
@@ -827,11 +908,21 @@ def _on_heirs(found: Mapping[str, str]) -> str:
     places = listing(f"{site} (now in {heir})" for site, heir in found.items())
     return (
         f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
-        "and its weight lives on without its coordinate weight. Begin with the model as it was. "
-        "A function that folds batch norms or sums branches: coordconv_patch.fold_with(model, "
+        "or does not run any more, and its weight lives on without its coordinate weight. Begin "
+        "with the model as it was. A function that folds batch norms or sums branches: coordconv_patch.fold_with(model, "
         "function). A library that puts convolutions of its own in place (quantization, say): "
         "exclude these, or use it on what export_onnx or torch.export makes of the model. "
         f"{_ACCEPT}"
+    )
+
+
+def _on_doubles(found: Mapping[str, str]) -> str:
+    places = listing(f"{site} (also in {heir})" for site, heir in found.items())
+    return (
+        f"the weight of a coordinate convolution is in a new module too at {places}, without its "
+        "trained coordinates. If that one runs in its stead, the coordinates are lost: begin with "
+        "the model as it was, and let coordconv_patch.fold_with(model, function) call the code "
+        "that did this"
     )
 
 

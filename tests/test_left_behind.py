@@ -247,6 +247,28 @@ class TestErrors:
         with pytest.raises(PatchError, match=r"left behind at small \(now in large"):
             model(FEATURES)
 
+    @pytest.mark.parametrize("way", ["forward", "state_dict", "compile"])
+    def test_branches_that_stay_but_do_not_run(self, way: str) -> None:
+        """As kornia's RepVggBlock keeps them."""
+        model = trained(nn.Sequential(Rep(1), Rep(1)))
+        for block in model:
+            kept = dict(block.named_children())
+            block.squash()
+            for name, child in kept.items():
+                setattr(block, name, child)
+        if way == "forward":
+            for _ in range(2):
+                with pytest.raises(
+                    PatchError, match=r"left behind at 0\.large\.conv \(now in 0\.one"
+                ):
+                    model(FEATURES)
+            assert not model._forward_hooks
+            return
+        used = model if way == "state_dict" else torch.compile(model, backend="eager")
+        error, said = told(lambda: used.state_dict() if way == "state_dict" else used(FEATURES))
+        assert error == ""
+        assert any("0.large.conv (also in 0.one (Conv2d))" in text for text in said)
+
     def test_transposed_convolution(self) -> None:
         model = trained(nn.Sequential(nn.ConvTranspose2d(8, 4, 2, 2), nn.ReLU()))
         new = nn.ConvTranspose2d(8, 4, 2, 2)
@@ -579,6 +601,19 @@ class TestNoAlarm:
         model = trained(Pair(), "student.*")
         del model.student
         assert told(lambda: model(IMAGES)) == ("", [])
+
+    def test_of_a_second_network_with_the_same_weights(self) -> None:
+        class Ensemble(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first: Any = Net()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.first(x) + (self.second(x) if hasattr(self, "second") else 0)
+
+        model = trained(Ensemble())
+        model.second = ccp.unpatch(model.first, discard=True)
+        assert told(lambda: (model(IMAGES), model(IMAGES), model.state_dict())) == ("", [])
 
     def test_in_a_symbolic_trace_and_no_nodes(self) -> None:
         model = copy.deepcopy(trained(Net()))  # its first look happens while it is traced
