@@ -547,8 +547,9 @@ class _Watch:
             if isinstance(inner, CoordBranch) or (inner in known and is_batch_norm(inner)):
                 continue
             if inner not in known:
+                owner = name.split(".parametrizations.")[0]  # whose weight is computed of it
                 for tensor in _tensors_of(inner, exported):
-                    yield _Heir(name, inner, tensor)
+                    yield _Heir(owner, named[owner], tensor)
             elif isinstance(inner, _ConvNd) and is_plain(inner._parameters.get("weight")):
                 mark = inner.__dict__.get("weight_mark")
                 before = self.samples.get(known[inner]) if mark is None else mark.weight
@@ -746,7 +747,8 @@ class _Heir:
         return next(
             (
                 tensor
-                for tensor in _tensors_of(self.module, {})
+                for inner in self.module.modules()
+                for tensor in _tensors_of(inner, {})
                 if coord_weight is not None
                 and tensor is not self.tensor
                 and tensor.shape == coord_weight.shape
@@ -909,8 +911,8 @@ def _on_heirs(found: Mapping[str, str]) -> str:
     return (
         f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
         "or does not run any more, and its weight lives on without its coordinate weight. Begin "
-        "with the model as it was. A function that folds batch norms or sums branches: coordconv_patch.fold_with(model, "
-        "function). A library that puts convolutions of its own in place (quantization, say): "
+        "with the model as it was. A function that folds batch norms or sums branches: "
+        "coordconv_patch.fold_with(model, function). A library that puts convolutions of its own in place (quantization, say): "
         "exclude these, or use it on what export_onnx or torch.export makes of the model. "
         f"{_ACCEPT}"
     )

@@ -136,8 +136,14 @@ class WeightMark:
 
 
 def is_plain(weight: Tensor | None) -> bool:
-    """Whether a weight is a whole Parameter with values: no shard, no fake, nothing computed."""
-    return type(weight) is nn.Parameter and not weight.is_meta and weight.numel() > 0
+    """Whether a weight is a whole Parameter with values.
+
+    Not a shard or a flattened one, which wrappers leave in its place, not a fake tensor, and
+    nothing computed.
+    """
+    if type(weight) is not nn.Parameter:
+        return False
+    return not weight.is_meta and weight.dim() > 2 and weight.numel() > 0
 
 
 def rows_of(weight: Tensor, *, transposed: bool, groups: int) -> Tensor:

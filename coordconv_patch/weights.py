@@ -105,8 +105,8 @@ def save_coords(
         PatchError: If other code has left coordinates behind.
     """
     model = unwrapped(model)
-    check_left_behind(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
+    check_left_behind(model)
     if not layers:
         raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
     _check_whole(layers)
