@@ -255,11 +255,11 @@ class _Glance(NamedTuple):
         return not is_same or list(map(len, self.ways)) != self.lengths
 
     def shows_other_weights(self) -> bool:
-        """Whether weights were replaced; not in a functional call, which replaces them for once."""
+        """Whether weights were replaced, or have other memory."""
         there = [owner.get("weight") for owner in self.owners]
         if all(map(operator.is_, there, self.weights)):
             return list(map(Tensor.data_ptr, self.weights)) != self.pointers
-        return all(map(is_plain, there))
+        return True
 
     def shows_other_values(self) -> bool:
         """Whether weights have other values."""
@@ -377,8 +377,12 @@ class _Watch:
 
     def _look_at_values(self, module: nn.Module, glance: _Glance) -> None:
         """Look at the weights' values, and keep up with a training."""
+        if glance.shows_other_weights():  # first: the memory of those that were may be freed (FSDP)
+            if all(is_plain(owner.get("weight")) for owner in glance.owners):
+                self.look_closely(module, can_wait=False)
+            return  # else a functional call, or a wrapper that brings the weights later
         others = glance.shows_other_values()
-        if glance.shows_other_weights() or (others and glance.shows_silent_change()):
+        if others and glance.shows_silent_change():
             self.look_closely(module, can_wait=False)
         elif others or glance.shows_other_coords():
             for conv, weight in zip(glance.convs, glance.weights, strict=True):
@@ -462,7 +466,7 @@ class _Watch:
             self._glance = _Glance.at(module, self.layers)
 
     def _judge_gone(self, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
-        last = {name: self._last_weights(name, gone[name]) for name in gone if name in self.weights}
+        last = self._last_weights_of(gone)
         lost = [
             name
             for name, (_, coords) in last.items()
@@ -500,11 +504,9 @@ class _Watch:
         heirs = [heir for heir in self._heirs(module) if heir.before is None]
         if not heirs:
             return {}
-        last = {
-            name: self._last_weights(name, self.layers[name])
-            for name in self.weights
-            if self.layers[name] in present
-        }
+        last = self._last_weights_of(
+            {name: layer for name, layer in self.layers.items() if layer in present}
+        )
         kernels = {name: _kernel_of(self.layers[name], *last[name]) for name in last}
         found: dict[str, _Heir] = {}
         for name, (weight, coords) in last.items():
@@ -524,13 +526,17 @@ class _Watch:
                     break
         return found
 
-    def _last_weights(self, name: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """The weight and coordinate weight that a layer had last."""
-        weight, coords = map(layer._parameters.get, ("weight", "coord_weight"))
-        return (
-            self.weights[name] if weight is None else weight,
-            self.coords.get(name) if coords is None else coords,
-        )
+    def _last_weights_of(
+        self, layers: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The weight and coordinate weight that layers had last, of those that can be read."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, layer in layers.items():
+            weight, coords = map(layer._parameters.get, ("weight", "coord_weight"))
+            last: Tensor | None = self.weights.get(name) if weight is None else weight
+            if last is not None and is_plain(last) and not is_batch_norm(layer):
+                found[name] = (last, self.coords.get(name) if coords is None else coords)
+        return found
 
     def _heirs(self, module: nn.Module) -> Iterator[_Heir]:
         """What may have inherited weights: new tensors, and weights that have changed.
@@ -912,9 +918,9 @@ def _on_heirs(found: Mapping[str, str]) -> str:
         f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
         "or does not run any more, and its weight lives on without its coordinate weight. Begin "
         "with the model as it was. A function that folds batch norms or sums branches: "
-        "coordconv_patch.fold_with(model, function). A library that puts convolutions of its own in place (quantization, say): "
-        "exclude these, or use it on what export_onnx or torch.export makes of the model. "
-        f"{_ACCEPT}"
+        "coordconv_patch.fold_with(model, function). A library that puts convolutions of its own "
+        "in place (quantization, say): exclude these, or use it on what export_onnx or "
+        f"torch.export makes of the model. {_ACCEPT}"
     )
 
 

@@ -143,7 +143,9 @@ def is_plain(weight: Tensor | None) -> bool:
     """
     if type(weight) is not nn.Parameter:
         return False
-    return not weight.is_meta and weight.dim() > 2 and weight.numel() > 0
+    if weight.is_meta or weight.dim() < 3 or weight.numel() == 0:
+        return False
+    return weight.data_ptr() != 0  # else a wrapper has freed its memory
 
 
 def rows_of(weight: Tensor, *, transposed: bool, groups: int) -> Tensor:
