@@ -7,7 +7,7 @@
 
 from coordconv_patch.coords import Coordinates, Window
 from coordconv_patch.export import Check, ExportReport, export_onnx, verify_onnx
-from coordconv_patch.folding import fold_with
+from coordconv_patch.folding import fold_with, register_folding_method
 from coordconv_patch.layers import (
     CoordConv1d,
     CoordConv2d,
@@ -16,6 +16,7 @@ from coordconv_patch.layers import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
 )
+from coordconv_patch.left_behind import forget_left_behind_
 from coordconv_patch.passes import CoordConvPass, fold
 from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
 from coordconv_patch.plan import Plan, plan
@@ -48,6 +49,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "fold_with",
+    "forget_left_behind_",
     "from_exported",
     "load_coords",
     "load_coords_",
@@ -55,6 +57,7 @@ __all__ = [
     "patch",
     "patch_",
     "plan",
+    "register_folding_method",
     "save_coords",
     "set_window_",
     "train_only_coords_",

@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import keyword
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,30 +39,79 @@ from torch.utils import _pytree as pytree
 from coordconv_patch.arguments import check_callable
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.conversion import check_convertible, convert_, revert_
-from coordconv_patch.coords import Coordinates
-from coordconv_patch.errors import PatchError
+from coordconv_patch.coords import Coordinates, is_capturing
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.geometry import Padding
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import (
+    check_left_behind,
+    release_watches_,
+    renewing_watches,
+    watch_,
+)
 from coordconv_patch.modes import LOOK
 from coordconv_patch.silence import output_silenced
 from coordconv_patch.tracing_gate import tracing_alone
 
-__all__ = ["FoldingMethod", "fold_with", "guard_folding_", "release_folding_"]
+__all__ = [
+    "FoldingMethod",
+    "fold_with",
+    "guard_folding_",
+    "register_folding_method",
+    "release_folding_",
+]
 
-FOLDING_METHODS = (
-    "fuse",
-    "fuse_convs",
-    "fuse_conv_bn",
-    "fuse_model",
-    "merge_bn",
-    "merge_dilated_branches",
-    "merge_kernel",
-    "reparameterize",
-    "reparametrize",
-    "convert_to_deploy",
-    "switch_to_deploy",
+_FOLDING_METHODS = dict.fromkeys(
+    (
+        "fuse",
+        "fuse_block_residual_branches",  # super-gradients
+        "fuse_bn",
+        "fuse_conv_bn",
+        "fuse_convs",
+        "fuse_model",
+        "fuse_repvgg_block",  # YOLOv7
+        "full_fusion",  # super-gradients
+        "partial_fusion",  # super-gradients
+        "merge_bn",
+        "merge_conv_bn",
+        "merge_dilated_branches",
+        "merge_kernel",
+        "optimize_for_deployment",  # kornia
+        "prepare_for_deploy",
+        "reparameterize",
+        "reparameterize_layer",  # docTR
+        "reparameterize_unireplknet",
+        "reparametrize",
+        "structural_reparam",  # RepLKNet
+        "convert_to_deploy",
+        "switch_to_deploy",
+    )
 )
-"""Names that libraries give to methods which fold a module for inference."""
+"""Names that libraries give to methods which fold a module for inference; see
+:func:`register_folding_method`."""
+
+
+def register_folding_method(name: str) -> None:
+    """Let models that are patched from now on carry coordinates through one more method.
+
+    For a method that folds batch norms or sums branches, of a name that this package does not
+    know (it knows ``fuse``, ``reparameterize``, ``switch_to_deploy`` and about twenty more).
+    Functions need no name: give them to :func:`fold_with`.
+
+    Args:
+        name: The method's name, as ``"to_inference_form"``.
+
+    Raises:
+        ArgumentError: If this is not a name, or that of a method which every module has.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArgumentError(f"name={name!r}: write the method's name, as 'to_inference_form'")
+    if hasattr(nn.Module, name) or name == "forward":
+        raise ArgumentError(
+            f"name={name!r}: every torch.nn.Module has a method of this name, which does not fold; "
+            "hand the folding function to fold_with(model, function)"
+        )
+    _FOLDING_METHODS[name] = None
 
 
 class FoldingMethod:
@@ -78,25 +130,63 @@ class FoldingMethod:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, coordinates included; returns what it returns."""
+        """Call the method, coordinates included; returns what it returns.
+
+        While the module's forward runs, the method is a step of it that only has such a name
+        (the fusion of features, say), and is called as it is. So it is with tensors.
+        """
+        if is_capturing():  # of a forward; and dynamo cannot look at the stack
+            return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+        running = self._running()
+        if running is not None:
+            return getattr(type(running), self.name)(running, *args, **kwargs)
         method = getattr(type(self.module), self.name)
         if any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in pytree.tree_leaves((args, kwargs))):
-            # A forward pass that calls its step of feature fusion "fuse", perhaps.
             return method(self.module, *args, **kwargs)
         return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
+
+    def _running(self) -> nn.Module | None:
+        """The module, if its forward, or that of a module around it, is on this thread's stack.
+
+        In the replicas of ``DataParallel``, which share this object, that is the replica.
+        """
+        looked_at: set[int] = set()
+        frame = inspect.currentframe()
+        while frame is not None:
+            module = _module_in_forward(frame)
+            if module is not None and id(module) not in looked_at:
+                looked_at.add(id(module))
+                for inner in module.modules():
+                    if vars(inner).get(self.name) is self:
+                        return inner
+            frame = frame.f_back
+        return None
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__}.{self.name}, carrying coordinates"
 
 
+def _module_in_forward(frame: FrameType) -> nn.Module | None:
+    """The module whose forward a frame runs; ``None`` if it runs something else."""
+    code = frame.f_code
+    if code.co_argcount == 0 or (code.co_name != "forward" and code is not _CALL):
+        return None
+    module = frame.f_locals.get(code.co_varnames[0])
+    return module if isinstance(module, nn.Module) else None
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
 def guard_folding_(model: nn.Module) -> None:
     """Put a :class:`FoldingMethod` before every folding method that would lose coordinates."""
+    names = tuple(_FOLDING_METHODS)
     for module in model.modules():
         if isinstance(module, _ConvNd):
             continue
-        names = [n for n in FOLDING_METHODS if callable(getattr(type(module), n, None))]
-        if names and coord_layers(module):
-            for name in names:
+        own = [name for name in names if callable(getattr(type(module), name, None))]
+        if own and coord_layers(module):
+            for name in own:
                 if name not in vars(module):  # a user's own replacement stays
                     module.__dict__[name] = FoldingMethod(module, name)
 
@@ -104,8 +194,8 @@ def guard_folding_(model: nn.Module) -> None:
 def release_folding_(model: nn.Module) -> None:
     """Inverse of :func:`guard_folding_`."""
     for module in model.modules():
-        for name in FOLDING_METHODS:
-            if isinstance(vars(module).get(name), FoldingMethod):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, FoldingMethod):
                 del module.__dict__[name]
 
 
@@ -130,16 +220,19 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
         The folded model, with a coordinate convolution wherever coordinates went.
 
     Raises:
-        PatchError: If the model is not patched, or the function does something with the
-            weights that coordinates cannot follow.
+        PatchError: If the model is not patched, if other code has left coordinates behind, or
+            if the function does something with the weights that coordinates cannot follow.
     """
     check_callable("function", function)
     if not coord_layers(model):
         raise PatchError("the model is not patched: call the function itself")
+    check_left_behind(model)
     with LOOK:
         folded = copy.deepcopy(model)
     returned = _fold(folded, function)
-    return returned if isinstance(returned, nn.Module) else folded
+    folded = returned if isinstance(returned, nn.Module) else folded
+    watch_(folded)
+    return folded
 
 
 @dataclass(frozen=True)
@@ -159,9 +252,17 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     carriers, is_pure = _Probes(model, function).carriers()
     if is_pure:  # it returns a new module and leaves this one alone, so we do too
         model = copy.deepcopy(model)
-    _make_plain_(model)
-    returned = function(model)
-    folded = returned if isinstance(returned, nn.Module) else model
+    with renewing_watches(model):
+        _make_plain_(model)
+        returned = function(model)
+        folded = returned if isinstance(returned, nn.Module) else model
+        _carry_(folded, carriers)
+        guard_folding_(folded)
+    return returned
+
+
+def _carry_(folded: nn.Module, carriers: Mapping[str, _Carrier]) -> None:
+    """Give the convolutions of a folded model their coordinates, in place."""
     for name, carrier in carriers.items():
         conv = folded.get_submodule(name)
         assert isinstance(conv, _ConvNd)
@@ -171,8 +272,6 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
         with torch.no_grad():
             conv.coord_weight.copy_(carrier.coord_weight)
         conv.coord_weight.requires_grad_(conv.weight.requires_grad)
-    guard_folding_(folded)
-    return returned
 
 
 def _traced_alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -205,6 +304,7 @@ def _check_foldable(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
 
 def _make_plain_(model: nn.Module) -> None:
     release_folding_(model)
+    release_watches_(model)
     for layer in coord_layers(model).values():
         assert isinstance(layer, CoordConvNd)
         revert_(layer)

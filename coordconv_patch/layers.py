@@ -28,9 +28,11 @@ from coordconv_patch.geometry import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.map_cache import MapCache
+from coordconv_patch.new_weights import why_refused
 from coordconv_patch.padding_probe import padding_of, pads_as_torch
 from coordconv_patch.replaced_forward import ReplacedForward
 from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
+from coordconv_patch.weight_marks import WeightMark, is_plain
 
 __all__ = [
     "CoordConv1d",
@@ -52,6 +54,7 @@ _MAP_ATTRIBUTES = frozenset(
 
 _NEVER_PADDING = frozenset(
     {"training", "coords", "coord_padding", "_map_cache", "forward", "_call_impl"}
+    | {"site_name", "weight_mark"}
 )
 """Attributes that tell nothing of how a layer pads."""
 
@@ -79,6 +82,10 @@ class CoordConvNd(CoordLayer, _ConvNd):
         coord_padding: How the convolution pads its input.
     """
 
+    site_name: str = ""
+    """Qualified name in the model that was patched, for messages."""
+    weight_mark: WeightMark | None = None
+    """What the weight was when it was last known to fit the coordinate weight."""
     _plain_class: type[_ConvNd]
     """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
@@ -233,25 +240,44 @@ class CoordConvNd(CoordLayer, _ConvNd):
         """
         return refuse_script(self)
 
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; at the end of a training the weight's mark is renewed, see weight_marks."""
+        weight, mark = self._parameters.get("weight"), self.weight_mark
+        ends = self.training and not mode
+        # Written through .data only, a weight keeps its version, and the mark is still needed.
+        if ends and weight is not None and mark is not None and weight._version != mark.version:
+            self._mark_weight()
+        return super().train(mode)
+
+    def _mark_weight(self) -> None:
+        weight, coords = self._parameters.get("weight"), self._parameters.get("coord_weight")
+        self.weight_mark = None
+        if is_plain(weight) and is_plain(coords):
+            self.weight_mark = WeightMark.of(
+                cast(Tensor, weight),
+                cast(Tensor, coords),
+                transposed=self.transposed,
+                groups=self.groups,
+                has_bias=self._parameters.get("bias") is not None,
+            )
+
     def _check_new_weight(self, new: nn.Parameter) -> None:
         """Refuse another weight Parameter where it would leave trained coordinates behind.
 
-        Code that folds batch norm into a convolution puts a new Parameter in the weight's
-        place, and knows nothing of the coordinate weight.
+        Code that folds batch norms, prunes channels or attributes relevance puts a new
+        Parameter in the weight's place, and knows nothing of the coordinate weight.
         """
         old, coord_weight = self._parameters.get("weight"), self._parameters.get("coord_weight")
         if type(old) is not nn.Parameter or coord_weight is None or self._is_loading:
             return
         if any(tensor.is_meta for tensor in (old, new, coord_weight)) or not coord_weight.any():
             return
-        if old.shape == new.shape and torch.equal(old.to(new), new):
-            return
-        raise PatchError(
-            "the weight of a coordinate convolution is about to be replaced, while its coordinate "
-            "weight is not zero. Is this code that folds batch norm into convolutions? It would "
-            "leave the coordinates behind: let coordconv_patch.fold_with(model, function) call "
-            "it. If the new weight is meant: with torch.no_grad(): conv.weight.copy_(new)"
-        )
+        reason = why_refused(old, new, transposed=self.transposed, groups=self.groups)
+        if reason:
+            raise PatchError(
+                f"the weight of {self.site_name or 'a coordinate convolution'} is about to be "
+                f"replaced, while its coordinate weight is not zero. {reason}"
+            )
 
     def compute_branch(
         self,
@@ -384,6 +410,8 @@ class CoordConvNd(CoordLayer, _ConvNd):
         finally:
             del self.__dict__["_is_loading"]
         self._map_cache.clear()
+        if self.weight_mark is not None:
+            self._mark_weight()
         zero_if_missing(self, state_dict, prefix, missing_keys)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -410,7 +438,10 @@ class CoordConvNd(CoordLayer, _ConvNd):
             self.__dict__["forward"] = self.__dict__["forward"].function
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
-        for name in ("_followed", "_must_follow", "_written_in_forward"):
+        for name in (
+            *("_followed", "_must_follow", "_written_in_forward"),
+            *("site_name", "weight_mark"),
+        ):
             self.__dict__.pop(name, None)
 
 

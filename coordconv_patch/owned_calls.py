@@ -47,10 +47,10 @@ __all__ = [
     "CallOwner",
     "OwnedCalls",
     "add_to_owner_",
+    "geometry_of_calls",
     "owned_calls",
     "owner_obstacle",
     "remove_from_owner_",
-    "watched_geometry",
 ]
 
 
@@ -115,10 +115,10 @@ class OwnedCalls:
 
 
 @dataclass(frozen=True)
-class _Watch:
+class _Site:
     """What an owner's mode looks for: the calls of one site, and the branch to add to them."""
 
-    site: str
+    name: str
     calls: OwnedCalls
     geometry: ConvGeometry
     branch: str
@@ -137,7 +137,7 @@ class CallOwner(nn.Module):
 
     _plain_class: type[nn.Module]
     """The class that the module has without coordinates."""
-    _watches: tuple[_Watch, ...] = ()
+    _owned: tuple[_Site, ...] = ()
     """Empty in what somebody makes by ``type(module)(...)``: it computes as a plain module."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -239,13 +239,13 @@ def _modes_for(owner: CallOwner, is_forward: bool) -> list[_BranchMode]:
     Calls are counted in the forward alone. A method that runs inside of another one of the
     same owner finds its modes there already.
     """
-    watches = owner._watches
-    kinds = {watch.counts for watch in watches if is_forward or not watch.counts}
+    owned = owner._owned
+    kinds = {site.counts for site in owned if is_forward or not site.counts}
     for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         if type(mode) is _BranchMode and mode.owner is owner:
             kinds.discard(mode.counts)
     return [
-        _BranchMode(owner, [watch for watch in watches if watch.counts is counts], counts)
+        _BranchMode(owner, [site for site in owned if site.counts is counts], counts)
         for counts in sorted(kinds)
     ]
 
@@ -255,18 +255,18 @@ class _BranchMode(TorchFunctionMode):
 
     Args:
         owner: The owner.
-        watches: What to look for.
+        owned: What to look for.
         counts: Whether the calls looked for are counted.
     """
 
-    def __init__(self, owner: CallOwner, watches: Sequence[_Watch], counts: bool) -> None:
+    def __init__(self, owner: CallOwner, owned: Sequence[_Site], counts: bool) -> None:
         super().__init__()
         self.owner = owner
         self.counts = counts
-        self.watches = [(watch, _stored_weight(owner, watch)) for watch in watches]
-        self.seen = [0] * len(watches)
+        self.owned = [(site, _stored_weight(owner, site)) for site in owned]
+        self.seen = [0] * len(owned)
         self.strays: list[tuple[Any, Any]] = []
-        self.sees_padding = any(watch.calls.padding.amounts for watch in watches)
+        self.sees_padding = any(site.calls.padding.amounts for site in owned)
         self.padded: list[tuple[Any, dict[str, Any]]] = []
         self.trains = torch.is_grad_enabled()
 
@@ -289,31 +289,31 @@ class _BranchMode(TorchFunctionMode):
     def _with_branches(self, func: Any, arguments: dict[str, Any], output: Any) -> Any:
         weight = arguments["weight"]
         is_stray = not _is_stored(weight)
-        for index, (watch, stored) in enumerate(self.watches):
-            if func is not watch.function:
+        for index, (site, stored) in enumerate(self.owned):
+            if func is not site.function:
                 continue
             if weight is not stored if stored is not None else _is_stored(weight):
                 continue
             is_stray = False
             position = self.seen[index]
             self.seen[index] += 1
-            indices = watch.calls.indices
+            indices = site.calls.indices
             if indices is None or position in indices:
-                output = self._with_branch(watch, func, arguments, output)
+                output = self._with_branch(site, func, arguments, output)
         if is_stray:
             self.strays.append((func, None if isinstance(weight, fx.Proxy) else weight.shape))
         return output
 
-    def _with_branch(self, watch: _Watch, func: Any, arguments: dict[str, Any], output: Any) -> Any:
-        self._check_not_in_a_checkpoint(watch)
-        given, own = self._input(watch, arguments)
-        branch = cast(CoordBranch, self.owner.get_submodule(watch.branch))
+    def _with_branch(self, site: _Site, func: Any, arguments: dict[str, Any], output: Any) -> Any:
+        self._check_not_in_a_checkpoint(site)
+        given, own = self._input(site, arguments)
+        branch = cast(CoordBranch, self.owner.get_submodule(site.branch))
         if isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
-        if not _is_call_of(watch.geometry, arguments, own):
+        if not _is_call_of(site.geometry, arguments, own):
             found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
             raise PatchError(
-                f"{watch.site} has coordinates for a convolution {watch.geometry}, but its code "
+                f"{site.name} has coordinates for a convolution {site.geometry}, but its code "
                 f"now calls one that is {found}. Unpatch the model, and patch it anew with "
                 "example inputs that run this way"
             )
@@ -324,19 +324,19 @@ class _BranchMode(TorchFunctionMode):
         is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
         return output.add_(added) if is_own and not is_transforming() else output + added
 
-    def _input(self, watch: _Watch, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
+    def _input(self, site: _Site, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
         """The convolution's input, before the code padded it where the site says that it does."""
-        given, expected = arguments["input"], watch.calls.padding
+        given, expected = arguments["input"], site.calls.padding
         if not expected.amounts:
             return given, expected
         if torch.compiler.is_compiling():  # which does not show F.pad to modes
             return _without_border(given, expected.amounts), expected
-        geometry = watch.geometry
+        geometry = site.geometry
         inner, own = unpadded(arguments, geometry.ndim, geometry.kernel_size, self._pad_behind)
         if own == expected:
             return inner, expected
         raise PatchError(
-            f"{watch.site} pads its input by itself, by other pixels than when the model was "
+            f"{site.name} pads its input by itself, by other pixels than when the model was "
             f"patched ({expected.amounts}), so its coordinates cannot follow: unpatch the model, "
             "and patch it anew with example inputs that run this way"
         )
@@ -352,30 +352,30 @@ class _BranchMode(TorchFunctionMode):
                 patched, or a call by a computed weight may be one of a site whose stored
                 weight was not used itself.
         """
-        for (watch, stored), seen in zip(self.watches, self.seen, strict=True):
-            if stored is not None and not seen and self._has_stray_like(watch, stored):
+        for (site, stored), seen in zip(self.owned, self.seen, strict=True):
+            if stored is not None and not seen and self._has_stray_like(site, stored):
                 raise PatchError(
-                    f"{watch.site} is known by its stored weight, but {_place(watch)} now calls "
-                    f"{watch.calls.function} with one that it computes (another dtype, or a "
+                    f"{site.name} is known by its stored weight, but {_place(site)} now calls "
+                    f"{site.calls.function} with one that it computes (another dtype, or a "
                     "parametrization that was added since): unpatch the model, and patch it anew "
                     "with example inputs that run this way"
                 )
-            if self.counts and seen not in (0, watch.calls.total):
+            if self.counts and seen not in (0, site.calls.total):
                 raise PatchError(
-                    f"{watch.site} is told from other convolutions by its position among "
-                    f"{watch.calls.total} calls of {watch.calls.function} in {_place(watch)}, "
+                    f"{site.name} is told from other convolutions by its position among "
+                    f"{site.calls.total} calls of {site.calls.function} in {_place(site)}, "
                     f"which now made {seen}: patch the model anew with example inputs that run "
                     "this way, or store the weight as a Parameter of its own"
                 )
 
-    def _has_stray_like(self, watch: _Watch, stored: Any) -> bool:
+    def _has_stray_like(self, site: _Site, stored: Any) -> bool:
         shape = None if isinstance(stored, fx.Proxy) else stored.shape
         return any(
-            func is watch.function and (shape is None or other is None or other == shape)
+            func is site.function and (shape is None or other is None or other == shape)
             for func, other in self.strays
         )
 
-    def _check_not_in_a_checkpoint(self, watch: _Watch) -> None:
+    def _check_not_in_a_checkpoint(self, site: _Site) -> None:
         """Refuse a checkpoint around code that would run again without the mode.
 
         A checkpointed *method* of the owner enters the mode when it runs again; a function
@@ -390,7 +390,7 @@ class _BranchMode(TorchFunctionMode):
             frame = frame.f_back
         if checkpointed:
             raise PatchError(
-                f"{watch.site}: gradient checkpointing of a function inside {_place(watch)} runs "
+                f"{site.name}: gradient checkpointing of a function inside {_place(site)} runs "
                 "it again without its coordinates: checkpoint the module, or one of its methods"
             )
 
@@ -435,13 +435,13 @@ def _spread(value: Any, ndim: int) -> tuple[int, ...]:
 _CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code__})
 
 
-def _place(watch: _Watch) -> str:
-    return watch.calls.owner or "the model"
+def _place(site: _Site) -> str:
+    return site.calls.owner or "the model"
 
 
-def _stored_weight(owner: nn.Module, watch: _Watch) -> Any:
+def _stored_weight(owner: nn.Module, site: _Site) -> Any:
     """The weight by which the calls are known; ``None`` where they are known by position."""
-    name = watch.calls.weight
+    name = site.calls.weight
     if name is None:
         return None
     return operator.attrgetter(name)(owner)
@@ -515,8 +515,8 @@ def add_to_owner_(
             owner.__class__ = _owner_class(before)
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
-    watch = _Watch(site, calls, geometry, name)
-    owner.__dict__["_watches"] = (*cast(CallOwner, owner)._watches, watch)
+    owned = cast(CallOwner, owner)._owned
+    owner.__dict__["_owned"] = (*owned, _Site(site, calls, geometry, name))
 
 
 def _branch_name(owner: nn.Module, holder: str) -> str:
@@ -534,40 +534,40 @@ def _on_other_base(parametrized: type, base: type) -> type:
     return type(parametrized)(parametrized.__name__, (base,), namespace)
 
 
-def watched_geometry(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | None:
+def geometry_of_calls(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | None:
     """The geometry of calls that have coordinates already; ``None`` if these have none.
 
     Args:
         owner: The module that makes the calls.
         calls: The calls; of computed weights, positions may be unknown.
     """
-    for watch in owner._watches if isinstance(owner, CallOwner) else ():
-        known = watch.calls
+    for site in owner._owned if isinstance(owner, CallOwner) else ():
+        known = site.calls
         if (known.function, known.weight) == (calls.function, calls.weight) and (
             calls.weight is not None
             or calls.indices is None
             or not set(calls.indices).isdisjoint(known.indices or ())
         ):
-            return watch.geometry
+            return site.geometry
     return None
 
 
 def owned_calls(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
     """Which calls each branch of a model's call owners is for, named as they are now."""
     return {
-        owner.get_submodule(watch.branch): replace(watch.calls, owner=name)
+        owner.get_submodule(site.branch): replace(site.calls, owner=name)
         for name, owner in model.named_modules()
         if isinstance(owner, CallOwner)
-        for watch in owner._watches
+        for site in owner._owned
     }
 
 
 def remove_from_owner_(owner: CallOwner) -> None:
     """Inverse of :func:`add_to_owner_`, for all of an owner's sites."""
-    for watch in owner._watches:
-        holder, _, last = watch.branch.rpartition(".")
+    for site in owner._owned:
+        holder, _, last = site.branch.rpartition(".")
         delattr(owner.get_submodule(holder), last)
-    del owner.__dict__["_watches"]
+    del owner.__dict__["_owned"]
     before = type(owner)
     plain: type = owner._plain_class
     if parametrize.is_parametrized(owner):

@@ -37,6 +37,13 @@ from coordconv_patch.functional import (
 )
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import (
+    check_left_behind,
+    dismiss_,
+    is_watched,
+    release_watches_,
+    watch_,
+)
 from coordconv_patch.modes import LOOK
 from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
 from coordconv_patch.plan import Plan, PlanRow, plan
@@ -170,12 +177,14 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
         The model itself.
 
     Raises:
-        PatchError: If the model is not patched, or coordinate weights are not zero and
-            ``discard`` is false.
+        PatchError: If the model is not patched, or coordinate weights are not zero, or were
+            left behind by other code, and ``discard`` is false.
     """
     with LOOK:
         _check_unpatchable(model, discard)
         release_folding_(model)
+        release_watches_(model)
+        dismiss_(model)
         for module in list(model.modules()):
             _revert_(model, module)
         for module in model.modules():
@@ -234,6 +243,7 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
         for edit in edits:
             edit.commit()
         guard_folding_(model)
+        watch_(model)
     return model
 
 
@@ -393,7 +403,9 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
     check_is_module(model)
     check_not_wrapped(model)
     layers = coord_layers(model)
-    if not layers:
+    if not discard:
+        check_left_behind(model)
+    if not layers and not is_watched(model):
         raise PatchError(why_not_patched(model))
     computed = [name for name, layer in layers.items() if "coord_weight" not in layer._parameters]
     if computed:

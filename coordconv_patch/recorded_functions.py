@@ -15,7 +15,7 @@ from torch import nn
 from coordconv_patch.coords_file import CoordsFile
 from coordconv_patch.coords_header import SiteRecord
 from coordconv_patch.errors import WeightsError, excerpt
-from coordconv_patch.owned_calls import OwnedCalls, owned_calls, owner_obstacle, watched_geometry
+from coordconv_patch.owned_calls import OwnedCalls, geometry_of_calls, owned_calls, owner_obstacle
 from coordconv_patch.sites import Site, SiteMap
 from coordconv_patch.wrappers import clean_name
 
@@ -68,7 +68,7 @@ def _recorded_site(
         geometry=record.geometry,
         padding=function.padding.rule,
         obstacle=owner_obstacle(owner),
-        patched=watched_geometry(owner, function) is not None,
+        patched=geometry_of_calls(owner, function) is not None,
         owned=function,
         weight=weight,
     )

@@ -43,7 +43,7 @@ from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
 from coordconv_patch.own_padding import NOT_PADDED
-from coordconv_patch.owned_calls import OwnedCalls, owner_obstacle, watched_geometry
+from coordconv_patch.owned_calls import OwnedCalls, geometry_of_calls, owner_obstacle
 from coordconv_patch.recording import (
     GraphFunctions,
     Recording,
@@ -401,7 +401,7 @@ class _Finder:
             site,
             nodes=(),
             obstacle=site.obstacle or owner_obstacle(module),
-            patched=watched_geometry(module, owned) is not None,
+            patched=geometry_of_calls(module, owned) is not None,
             owned=owned,
             weight=operator.attrgetter(stored)(self.model),
         )
@@ -411,7 +411,7 @@ class _Finder:
         site = _graph_site(region, "", nodes)
         name = join_names(owner, site.class_name)
         owned = OwnedCalls(owner, site.class_name, None)
-        geometry = watched_geometry(self.model.get_submodule(owner), owned)
+        geometry = geometry_of_calls(self.model.get_submodule(owner), owned)
         obstacle = (
             "its weight is computed when the model runs, so a trace does not tell its shape: pass "
             "example_inputs=..., on which it is seen"
@@ -437,7 +437,7 @@ class _Finder:
                 geometry=found.geometry,
                 padding=found.owned.padding.rule,
                 obstacle=found.obstacle or owner_obstacle(owner),
-                patched=watched_geometry(owner, found.owned) is not None,
+                patched=geometry_of_calls(owner, found.owned) is not None,
                 region=self._region_around(join_names(found.owned.owner, "?")),
                 owned=found.owned,
                 weight=found.weight,

@@ -30,6 +30,7 @@ from coordconv_patch.errors import CoordConvPatchError, WeightsError
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import check_left_behind
 from coordconv_patch.modes import LOOK
 from coordconv_patch.patching import apply_plan_, copied
 from coordconv_patch.plan import Plan, plan_sites
@@ -72,11 +73,13 @@ def save_coords(
     Raises:
         WeightsError: If the model is not patched, if a wrapper has taken its coordinate
             weights apart, if a weight is not finite, or if the file cannot be written.
+        PatchError: If other code has left coordinates behind.
     """
     check_is_module(model)
     path = check_path("path", path)
     model = unwrapped(model)
     layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
+    check_left_behind(model)
     if not layers:
         raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
     _check_whole(layers)

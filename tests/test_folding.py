@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import quantization
 
 import coordconv_patch as ccp
-from coordconv_patch.errors import PatchError
+from coordconv_patch import folding
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.folding import FoldingMethod
 from coordconv_patch.layers import CoordConvNd, coord_layers
 
@@ -359,6 +361,147 @@ class TestTheGuard:
         model = ccp.patch(plain, "all")
         assert torch.equal(model(x), plain(x))
         assert torch.equal(fx.symbolic_trace(model)(x), plain(x))
+
+    @pytest.mark.parametrize("outside", [False, True])
+    @pytest.mark.parametrize("way", ["call", "compile", "export", "strict", "jit", "fx", "thread"])
+    def test_a_step_of_the_forward_by_such_a_name_is_just_the_method(
+        self, way: str, outside: bool
+    ) -> None:
+        class Neck(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.low, self.high = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+            def fuse(self) -> Tensor:
+                return self.features[0] + self.features[1]
+
+            def look(self, x: Tensor) -> None:
+                self.features = [self.low(x), self.high(x)]
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.look(x)
+                return self.fuse()
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.neck = Neck()
+
+            def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+                this.neck.look(x)
+                return this.neck.fuse()
+
+        x = torch.randn(1, 3, 8, 8)
+        plain = (Outer if outside else Neck)().eval()
+        model = ccp.patch(plain, "all")
+        found: list[Tensor] = []
+        if way == "call":
+            found += [model(x), model.forward(x)]
+        elif way == "compile":
+            found += [torch.compile(model, backend="eager", fullgraph=True)(x)]
+        elif way in ("export", "strict"):
+            found += [torch.export.export(model, (x,), strict=way == "strict").module()(x)]
+        elif way == "jit":
+            found += [torch.jit.trace(model, x)(x)]
+        elif way == "fx":
+            found += [fx.symbolic_trace(model)(x)]
+        else:
+            threads = [threading.Thread(target=lambda: found.append(model(x))) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(found) == 4
+        assert all(torch.equal(output, plain(x)) for output in found)
+
+    def test_a_replica_of_data_parallel_runs_its_own_method(self) -> None:
+        """A replica shares the guard with the module that it was made of."""
+
+        class Step(ConvBN):
+            def fuse(self) -> Any:
+                return self
+
+            def forward(self, x: Tensor) -> Any:
+                return self.fuse()
+
+        model = ccp.patch(nn.Sequential(Step(3, 4, 3)), "all")[0]  # type: ignore[index]
+        replica = copy.copy(model)
+        assert replica(torch.randn(1, 3, 8, 8)) is replica
+
+
+class TestNames:
+    """Which methods are guarded."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("optimize_for_deployment", "reparameterize_layer", "partial_fusion", "full_fusion"),
+            *("fuse_block_residual_branches", "fuse_repvgg_block", "structural_reparam"),
+        ],
+    )
+    def test_those_of_libraries_are(self, name: str) -> None:
+        block = type("Block", (ConvBN,), {name: ConvBN.fuse})(3, 4, 3)
+        model = trained(ccp.patch(nn.Sequential(block), "all"))
+        folded: Any = copy.deepcopy(model)
+        getattr(folded[0], name)()
+        assert isinstance(folded[0].bn, nn.Identity)
+        assert_same_outputs(model, folded, torch.randn(1, 3, 9, 9))
+
+    def test_a_registered_one_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(folding, "_FOLDING_METHODS", dict(folding._FOLDING_METHODS))
+
+        class Block(ConvBN):
+            def to_inference_form(self) -> None:
+                self.fuse()
+
+        before = ccp.patch(nn.Sequential(Block(3, 4, 3)), "all")
+        assert "to_inference_form" not in vars(before[0])  # type: ignore[index]
+        ccp.register_folding_method("to_inference_form")
+        model = trained(ccp.patch(nn.Sequential(Block(3, 4, 3)), "all"))
+        folded: Any = copy.deepcopy(model)
+        folded[0].to_inference_form()
+        assert_same_outputs(model, folded, torch.randn(1, 3, 9, 9))
+        plain = ccp.unpatch(model, discard=True)
+        assert "to_inference_form" not in vars(plain[0])  # type: ignore[index]
+
+    @pytest.mark.parametrize("name", ["", "a.b", "class", "forward", "eval", "__call__", 3, None])
+    def test_what_is_not_a_folding_methods_name_is_refused(self, name: Any) -> None:
+        with pytest.raises(ArgumentError, match="name="):
+            ccp.register_folding_method(name)
+
+
+class TestNewWeights:
+    """What a tool is told that gives a layer with trained coordinates another weight."""
+
+    def layer(self) -> Any:
+        return trained(ccp.patch(nn.Sequential(nn.Conv2d(3, 4, 3)), "all"))[0]  # type: ignore[index]
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        {
+            "folding": (lambda w: w * torch.rand(4, 1, 1, 1), r"fold_with"),
+            "pruning channels": (lambda w: w[:2], r"from \(4, 3, 3, 3\) to \(2, .* prunes"),
+            "an LRP rule": (lambda w: w + 0.25 * w.clamp(min=0), r"concatenated_weight\(\)"),
+        }.values(),
+        ids=["folding", "channels", "relevance"],
+    )
+    def test_each_its_own(self, change: Callable[[Tensor], Tensor], says: str) -> None:
+        layer = self.layer()
+        before = layer.weight
+        with pytest.raises(PatchError, match=says) as raised:
+            layer.weight = nn.Parameter(change(before.detach()))
+        assert str(raised.value).startswith("the weight of 0 is about to be replaced")
+        assert ("folds" in str(raised.value)) is ("fold_with" in says)
+        assert layer.weight is before
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda w: w[:, [0, 2]], lambda w: w * (w > 0), lambda w: w.double()],
+        ids=["fewer input channels", "a mask", "another dtype"],
+    )
+    def test_coordinates_stay_beside(self, change: Callable[[Tensor], Tensor]) -> None:
+        layer = self.layer()
+        layer.weight = nn.Parameter(change(layer.weight.detach()))
 
 
 class TestRefusals:

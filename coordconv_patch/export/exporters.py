@@ -19,6 +19,7 @@ from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.export.opset import check_exporter, require_opset
 from coordconv_patch.export.verify import tensors_in
 from coordconv_patch.inputs import split_inputs
+from coordconv_patch.left_behind import release_watches_
 from coordconv_patch.modes import LOOK
 from coordconv_patch.silence import output_silenced, warnings_ignored
 from coordconv_patch.tracing_gate import tracing_alone
@@ -48,6 +49,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         raise ExportError(
             f"the model cannot be deep-copied, which an export needs: {error}"
         ) from error
+    release_watches_(copied)  # the export rewrites it, coordinates included
     for module in copied.modules():  # not eval(): models of torch.export refuse it
         module.training = False
     # With gradients, attention whose mask is trained (Swin, BEiT) takes another path through torch

@@ -55,6 +55,7 @@ from coordconv_patch.export.scales import fold_scales_
 from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
 from coordconv_patch.inputs import check_is_module, in_signature_order
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import check_left_behind
 from coordconv_patch.passes.fold import fold_batch_norms_
 from coordconv_patch.passes.lower import (
     Lowered,
@@ -128,6 +129,7 @@ def export_onnx(
         ArgumentError: If an argument is impossible, or arguments exclude each other.
         ExportError: If the export fails, an axis that was asked to be dynamic is not,
             the file and torch disagree, or the file cannot be written; nothing is left behind.
+        PatchError: If other code has left coordinates behind.
     """
     path = check_path("path", path)
     _check_path(path)
@@ -141,6 +143,7 @@ def export_onnx(
     check_opset(opset, exporter)
     check_number("tolerance", tolerance)
     check_names("disabled_optimizers", disabled_optimizers)
+    check_left_behind(model)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     example_inputs = in_signature_order(model, example_inputs)

@@ -27,6 +27,7 @@ from coordconv_patch.functional import join_names
 from coordconv_patch.geometry import TORCH_CONVS
 from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind import check_left_behind, release_watches_, watch_
 from coordconv_patch.norms import is_batch_norm, norm_affine
 from coordconv_patch.padding_probe import ConvSpy
 from coordconv_patch.patching import copied
@@ -65,16 +66,20 @@ def fold(model: nn.Module) -> nn.Module:
         The copy, in evaluation mode, with gradients off.
 
     Raises:
-        PatchError: If the model is no module, or cannot be deep-copied.
+        PatchError: If the model is no module, or cannot be deep-copied, or if other code has
+            left coordinates behind.
     """
     check_is_module(model)
+    check_left_behind(model)
     folded = copied(model)
+    release_watches_(folded)
     folded.eval()
     fold_batch_norms_(folded)
     release_folding_(folded)
     for layer in coord_layers(folded).values():
         if isinstance(layer, CoordConvNd):
             layer.keep_maps_constant_()
+    watch_(folded)
     return folded.requires_grad_(False)
 
 
