@@ -138,6 +138,12 @@ def _conditioned(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return *_image_and_step(*shape), image(shape[0], 5, 16, seed=1)()
 
 
+def _span() -> nn.Module:
+    from spandrel.architectures.SPAN.__arch.span import SPAN
+
+    return SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2)
+
+
 _DIFFUSERS = [
     Entry(
         "diffusers/UNet2DModel",
@@ -283,4 +289,11 @@ ENTRIES = [
         }.items()
     ),
     *_DIFFUSERS,
+    Entry(
+        "spandrel/SPAN",
+        _span,
+        image(2, 3, 32, 48),
+        # Its training branches are merged by convolving kernels with kernels.
+        refused="its input does not depend on the model's input",
+    ),
 ]

@@ -147,12 +147,23 @@ def _summary(rows: Rows) -> str:
         f"\n{len(other)} patched models needed another exporter than the plain model; {dynamic} of "
         "them were asked for a dynamic batch, which the plain model was not."
     )
+    owners = {n: row["torch"]["call_owners"] for n, row in rows.items() if _owners(row)}
+    if owners:
+        lines.append(
+            "\nModels in which plain modules call convolution functions themselves, and see "
+            "coordinates there; such a module keeps its own code:\n"
+        )
+        lines += [f"- {name}: {len(found)} modules" for name, found in owners.items()]
     refused = {name: row["torch"]["refused"] for name, row in rows.items() if _refused(row)}
     if refused:
         lines.append("\nConvolutions that are refused, with the reason:\n")
         for name, sites in refused.items():
             lines.append(f"- {name}: {len(sites)}, {next(iter(sites.values()))}")
     return "\n".join(lines) + "\n"
+
+
+def _owners(row: dict[str, dict[str, Any]]) -> bool:
+    return bool(row.get("torch", {}).get("call_owners"))
 
 
 def _refused(row: dict[str, dict[str, Any]]) -> bool:

@@ -45,7 +45,7 @@ EXPECTED_FAILURES = Path(__file__).parent / "expected_failures.json"
 
 _PACKAGES = (
     *("torch", "torchvision", "timm", "transformers", "ultralytics", "onnxscript"),
-    *("segmentation_models_pytorch", "effdet", "stable_baselines3", "diffusers"),
+    *("segmentation_models_pytorch", "effdet", "stable_baselines3", "diffusers", "spandrel"),
 )
 
 Rows = dict[str, dict[str, dict[str, Any]]]
