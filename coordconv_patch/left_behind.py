@@ -46,36 +46,44 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import itertools
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _disable_current_modes
 
-from coordconv_patch.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.branch import CoordBranch
 from coordconv_patch.coords import is_transforming
-from coordconv_patch.errors import PatchError, listing
-from coordconv_patch.heirs import (
-    Kernel,
-    absorption,
-    holds_part_of,
-    inheritance,
-    is_published_form,
-    values_like,
-)
+from coordconv_patch.errors import PatchError
+from coordconv_patch.glances import Glance
+from coordconv_patch.heir_modules import Heir, inheritance_of, tensors_of, weights_being_exported
+from coordconv_patch.heirs import holds_part_of, is_published_form
 from coordconv_patch.inputs import check_is_module
+from coordconv_patch.last_weights import (
+    is_coord_layer,
+    is_trained,
+    kernel_of,
+    layout_of,
+    mark_of,
+    site_of,
+    weight_of,
+)
 from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.left_behind_messages import (
+    on_doubles,
+    on_heirs,
+    on_parts,
+    on_scales,
+    on_silent_scales,
+)
 from coordconv_patch.norms import is_batch_norm
-from coordconv_patch.weight_marks import WeightMark, glance_at, is_plain, rows_of, sample_of
+from coordconv_patch.weight_marks import is_plain, rows_of, sample_of
 
 __all__ = [
     "check_left_behind",
@@ -193,112 +201,6 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-class _Glance(NamedTuple):
-    """What a look at a module compares, prepared: sequences that C code runs through."""
-
-    module: weakref.ref[nn.Module]
-    holders: Sequence[dict[str, nn.Module | None]]
-    names: Sequence[str]
-    children: Sequence[nn.Module | None]
-    """``holder[name] is child`` in every module around a convolution or a batch norm."""
-    ways: Sequence[dict[str, nn.Module | None]]
-    lengths: Sequence[int]
-    """How many children those modules have: none is new."""
-    convs: Sequence[CoordConvNd]
-    """The coordinate convolutions on the CPU, whose values are looked at."""
-    owners: Sequence[dict[str, nn.Parameter | None]]
-    weights: Sequence[Tensor]
-    """``owner["weight"] is weight`` of each of them."""
-    pointers: Sequence[int]
-    views: Sequence[Tensor]
-    """A few numbers of each weight; the weights of one dtype stand together."""
-    values: Sequence[Tensor]
-    """What they were: one tensor for all the views of a dtype."""
-    versions: Sequence[int]
-    """Version counters of the coordinate weights."""
-
-    @classmethod
-    def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> _Glance:
-        """A glance at a module as it is now."""
-        wanted = set(layers.values())
-        on_the_way = [m._modules for m in module.modules() if not wanted.isdisjoint(m.modules())]
-        edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
-        found: list[tuple[CoordConvNd, Tensor]] = []
-        for layer in layers.values():
-            # Not layer.weight, which is a Proxy while somebody traces symbolically.
-            weight = layer._parameters.get("weight")
-            if isinstance(layer, CoordConvNd) and weight is not None and is_plain(weight):
-                found += [(layer, weight)] if weight.is_cpu else []
-        found.sort(key=lambda pair: str(pair[1].dtype))
-        convs, weights = [conv for conv, _ in found], [weight for _, weight in found]
-        glance = cls(
-            module=weakref.ref(module),
-            holders=[holder for holder, _, _ in edges],
-            names=[name for _, name, _ in edges],
-            children=[child for _, _, child in edges],
-            ways=on_the_way,
-            lengths=list(map(len, on_the_way)),
-            convs=convs,
-            owners=[conv._parameters for conv in convs],
-            weights=weights,
-            pointers=[weight.data_ptr() for weight in weights],
-            views=[glance_at(weight) for weight in weights],
-            values=[],
-            versions=[],
-        )
-        return glance.renewed()
-
-    def shows_other_structure(self) -> bool:
-        """Whether a module is not where it was, or is new."""
-        there = map(dict.get, self.holders, self.names)
-        is_same = all(map(operator.is_, there, self.children))
-        return not is_same or list(map(len, self.ways)) != self.lengths
-
-    def shows_other_weights(self) -> bool:
-        """Whether weights were replaced, or have other memory."""
-        there = [owner.get("weight") for owner in self.owners]
-        if all(map(operator.is_, there, self.weights)):
-            return list(map(Tensor.data_ptr, self.weights)) != self.pointers
-        return True
-
-    def shows_other_values(self) -> bool:
-        """Whether weights have other values."""
-        return not all(map(torch.equal, self._values(), self.values))
-
-    def shows_silent_change(self) -> bool:
-        """Whether values have changed that autograd was not told of."""
-        before = itertools.chain.from_iterable(
-            torch.split(values, [len(view) for view in views])
-            for values, views in zip(self.values, self._by_dtype(), strict=True)
-        )
-        marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
-        return any(
-            mark is not None and weight._version == mark.version and not torch.equal(view, kept)
-            for mark, weight, view, kept in zip(
-                marks, self.weights, self.views, before, strict=True
-            )
-        )
-
-    def shows_other_coords(self) -> bool:
-        """Whether coordinate weights have changed, and autograd was told."""
-        return self._versions() != self.versions
-
-    def renewed(self) -> _Glance:
-        """The same with the values of now."""
-        return self._replace(values=self._values(), versions=self._versions())
-
-    def _versions(self) -> list[int]:
-        coords = [owner.get("coord_weight") for owner in self.owners]
-        return [-1 if weight is None else weight._version for weight in coords]
-
-    def _values(self) -> list[Tensor]:
-        return [torch.cat(views) for views in self._by_dtype()]
-
-    def _by_dtype(self) -> Iterator[list[Tensor]]:
-        for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):
-            yield list(views)
-
-
 _WATCHES: weakref.WeakValueDictionary[str, _Watch] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
@@ -324,7 +226,7 @@ class _Watch:
     """The watches of modules inside, which need not look again when this one has."""
     is_seen: bool = False
     """Whether one further out has looked, before the module's forward that comes next."""
-    _glance: _Glance | None
+    _glance: Glance | None
     _module: Callable[[], nn.Module | None]
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
@@ -375,7 +277,7 @@ class _Watch:
             with _unseen() if torch._C._is_tracing() else contextlib.nullcontext():
                 self._look_at_values(module, glance)
 
-    def _look_at_values(self, module: nn.Module, glance: _Glance) -> None:
+    def _look_at_values(self, module: nn.Module, glance: Glance) -> None:
         """Look at the weights' values, and keep up with a training."""
         if glance.shows_other_weights():  # first: the memory of those that were may be freed (FSDP)
             if all(is_plain(owner.get("weight")) for owner in glance.owners):
@@ -393,7 +295,7 @@ class _Watch:
                 if mark is None or coords is None:
                     continue
                 if (weight._version, coords._version) != (mark.version, mark.coord_version):
-                    conv.weight_mark = _mark_of(conv, weight)
+                    conv.weight_mark = mark_of(conv, weight)
             self._glance = glance.renewed()
 
     @torch.no_grad()
@@ -422,7 +324,7 @@ class _Watch:
             return
         if doubles:
             sites = self._sites({name: str(heir) for name, heir in doubles.items()})
-            warnings.warn(_on_doubles(sites), stacklevel=2)
+            warnings.warn(on_doubles(sites), stacklevel=2)
         self.accept(module)
 
     def accept(self, module: nn.Module) -> None:
@@ -450,7 +352,7 @@ class _Watch:
             self.coords: dict[str, Tensor] = {}
             self.samples: dict[str, Tensor] = {}
             for name, layer in self.layers.items():
-                weight = _weight_of(module, name, layer)
+                weight = weight_of(module, name, layer)
                 if weight is None:
                     continue
                 self.weights[name] = weight
@@ -458,23 +360,23 @@ class _Watch:
                 if coords is not None:
                     self.coords[name] = coords
                 if isinstance(layer, (CoordConvNd, CoordBranch)):
-                    layer.__dict__["site_name"] = _join(self.prefix, _site(name))
-                    layer.__dict__["weight_mark"] = _mark_of(layer, weight)
+                    layer.__dict__["site_name"] = _join(self.prefix, site_of(name))
+                    layer.__dict__["weight_mark"] = mark_of(layer, weight)
                 elif isinstance(layer, _ConvNd):
                     rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
                     self.samples[name] = sample_of(rows)
-            self._glance = _Glance.at(module, self.layers)
+            self._glance = Glance.at(module, self.layers)
 
     def _judge_gone(self, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
         last = self._last_weights_of(gone)
         lost = [
             name
             for name, (_, coords) in last.items()
-            if coords is not None and _is_coord_layer(gone[name]) and _is_trained(coords)
+            if coords is not None and is_coord_layer(gone[name]) and is_trained(coords)
         ]
         if not lost:
             return
-        kernels = {name: _kernel_of(gone[name], *weights) for name, weights in last.items()}
+        kernels = {name: kernel_of(gone[name], *weights) for name, weights in last.items()}
         heirs = list(self._heirs(module))
         surely: dict[str, str] = {}
         perhaps: dict[str, str] = {}
@@ -485,7 +387,7 @@ class _Watch:
                 kernel = heir.kernel_like(gone[name], *last[name])
                 if kernel is None:
                     continue
-                whole, carried = _inheritance(heir, kernel, name, kernels)
+                whole, carried = inheritance_of(heir, kernel, name, kernels)
                 if whole:
                     if not carried:
                         surely[name] = str(heir)
@@ -495,11 +397,11 @@ class _Watch:
                 if holds_part_of(kernel.rows, kernels[name].rows):
                     perhaps[name] = str(heir)
         if surely:
-            raise PatchError(_on_heirs(self._sites(surely)))
+            raise PatchError(on_heirs(self._sites(surely)))
         if perhaps:
-            warnings.warn(_on_parts(self._sites(perhaps)), stacklevel=2)
+            warnings.warn(on_parts(self._sites(perhaps)), stacklevel=2)
 
-    def _doubles(self, module: nn.Module, present: set[nn.Module]) -> dict[str, _Heir]:
+    def _doubles(self, module: nn.Module, present: set[nn.Module]) -> dict[str, Heir]:
         """New modules with the weight of layers that are still there, and may not run any more."""
         heirs = [heir for heir in self._heirs(module) if heir.before is None]
         if not heirs:
@@ -507,11 +409,11 @@ class _Watch:
         last = self._last_weights_of(
             {name: layer for name, layer in self.layers.items() if layer in present}
         )
-        kernels = {name: _kernel_of(self.layers[name], *last[name]) for name in last}
-        found: dict[str, _Heir] = {}
+        kernels = {name: kernel_of(self.layers[name], *last[name]) for name in last}
+        found: dict[str, Heir] = {}
         for name, (weight, coords) in last.items():
             layer = self.layers[name]
-            if not isinstance(layer, CoordConvNd) or not weight.is_cpu or not _is_trained(coords):
+            if not isinstance(layer, CoordConvNd) or not weight.is_cpu or not is_trained(coords):
                 continue
             for heir in heirs:
                 # A wrapper holds the layer, or shares its Parameter.
@@ -520,7 +422,7 @@ class _Watch:
                 kernel = heir.kernel_like(layer, weight, coords)
                 if kernel is None:
                     continue
-                whole, carried = _inheritance(heir, kernel, name, kernels)
+                whole, carried = inheritance_of(heir, kernel, name, kernels)
                 if whole and not carried:
                     found[name] = heir
                     break
@@ -538,15 +440,15 @@ class _Watch:
                 found[name] = (last, self.coords.get(name) if coords is None else coords)
         return found
 
-    def _heirs(self, module: nn.Module) -> Iterator[_Heir]:
+    def _heirs(self, module: nn.Module) -> Iterator[Heir]:
         """What may have inherited weights: new tensors, and weights that have changed.
 
         Convolutions with coordinates come first: they may have inherited both.
         """
         named = dict(module.named_modules())
         known = {layer: name for name, layer in self.layers.items()}
-        exported = _weights_being_exported()
-        kept: list[_Heir] = []
+        exported = weights_being_exported()
+        kept: list[Heir] = []
         for name, inner in sorted(
             named.items(), key=lambda item: not isinstance(item[1], CoordConvNd)
         ):
@@ -554,8 +456,8 @@ class _Watch:
                 continue
             if inner not in known:
                 owner = name.split(".parametrizations.")[0]  # whose weight is computed of it
-                for tensor in _tensors_of(inner, exported):
-                    yield _Heir(owner, named[owner], tensor)
+                for tensor in tensors_of(inner, exported):
+                    yield Heir(owner, named[owner], tensor)
             elif isinstance(inner, _ConvNd) and is_plain(inner._parameters.get("weight")):
                 mark = inner.__dict__.get("weight_mark")
                 before = self.samples.get(known[inner]) if mark is None else mark.weight
@@ -564,7 +466,7 @@ class _Watch:
                 rows = rows_of(weight, transposed=inner.transposed, groups=inner.groups)
                 if before is not None and not _is_same(before, sample_of(rows)):
                     coords = None if mark is None else mark.coords
-                    kept.append(_Heir(name, inner, weight, before, coords))
+                    kept.append(Heir(name, inner, weight, before, coords))
         yield from kept
 
     def _judge_scales(self, *, norm_gone: bool, can_wait: bool) -> None:
@@ -575,13 +477,13 @@ class _Watch:
             module = self._module()
             if mark is None or module is None or not isinstance(layer, (CoordConvNd, CoordBranch)):
                 continue
-            weight = _weight_of(module, name, layer)
+            weight = weight_of(module, name, layer)
             if weight is None or not (weight.is_cpu or can_wait):
                 continue
-            if not _is_trained(layer._parameters.get("coord_weight")):
+            if not is_trained(layer._parameters.get("coord_weight")):
                 continue
-            now = _mark_of(layer, weight)
-            transposed, groups = _layout(layer)
+            now = mark_of(layer, weight)
+            transposed, groups = layout_of(layer)
             rows = rows_of(weight, transposed=transposed, groups=groups)
             scaling = None if now is None else mark.scaling_until(now, rows)
             if scaling is None:
@@ -591,12 +493,12 @@ class _Watch:
             elif scaling.silent:
                 perhaps[name] = f"{scaling.least:.3g} to {scaling.largest:.3g}"
         if surely:
-            raise PatchError(_on_scales(self._sites(surely)))
+            raise PatchError(on_scales(self._sites(surely)))
         if perhaps:
-            warnings.warn(_on_silent_scales(self._sites(perhaps)), stacklevel=2)
+            warnings.warn(on_silent_scales(self._sites(perhaps)), stacklevel=2)
 
     def _sites(self, found: Mapping[str, str]) -> dict[str, str]:
-        return {_join(self.prefix, _site(name)): what for name, what in found.items()}
+        return {_join(self.prefix, site_of(name)): what for name, what in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a model is being saved, so this is the time to look at it."""
@@ -635,7 +537,7 @@ class _Race:
         PatchError: After the forward, if a new module ran, and not the layer that it doubles.
     """
 
-    def __init__(self, watch: _Watch, module: nn.Module, doubles: Mapping[str, _Heir]) -> None:
+    def __init__(self, watch: _Watch, module: nn.Module, doubles: Mapping[str, Heir]) -> None:
         self.watch, self.doubles = watch, doubles
         self.ran: set[nn.Module] = set()
         runners = [watch.layers[name] for name in doubles] + [h.module for h in doubles.values()]
@@ -655,7 +557,7 @@ class _Race:
             if heir.module in self.ran and layers[name] not in self.ran
         }
         if lost:
-            raise PatchError(_on_heirs(self.watch._sites(lost)))
+            raise PatchError(on_heirs(self.watch._sites(lost)))
         if self.ran:
             self.watch.accept(module)
 
@@ -710,192 +612,6 @@ def _look_while_compiling(key: str) -> bool:
 _look_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Heir:
-    """A tensor that may have inherited a weight.
-
-    Attributes:
-        name: Qualified name of the module that it is in.
-        module: That module.
-        tensor: The tensor.
-        before: If the module was there before, a sample of the weight that it had.
-        coords_before: Likewise of its coordinate weight.
-    """
-
-    name: str
-    module: nn.Module
-    tensor: Tensor
-    before: Tensor | None = None
-    coords_before: Tensor | None = None
-
-    def hides(self, layer: nn.Module) -> bool:
-        """Whether the module holds a layer unregistered, and so may run it."""
-        return any(value is layer for value in vars(self.module).values())
-
-    def kernel_like(
-        self, layer: nn.Module, weight: Tensor, coord_weight: Tensor | None
-    ) -> Kernel | None:
-        """The tensor as a convolution of the kind that a layer is; ``None`` if it is none."""
-        transposed, groups = _layout(layer)
-        conv = self.module
-        if isinstance(conv, _ConvNd) and (conv.transposed, conv.groups) != (transposed, groups):
-            return None
-        values = values_like(self.tensor, weight)
-        if values is None:
-            return None
-        coords = self._coords_like(coord_weight)
-        return Kernel.of(values, coords, transposed=transposed, groups=groups)
-
-    def _coords_like(self, coord_weight: Tensor | None) -> Tensor | None:
-        """The module's coordinate weight; another class's is known by its shape."""
-        if isinstance(self.module, CoordConvNd):
-            return self.module._parameters.get("coord_weight")
-        return next(
-            (
-                tensor
-                for inner in self.module.modules()
-                for tensor in _tensors_of(inner, {})
-                if coord_weight is not None
-                and tensor is not self.tensor
-                and tensor.shape == coord_weight.shape
-            ),
-            None,
-        )
-
-    def __str__(self) -> str:
-        return f"{self.name or 'the model'} ({type(self.module).__name__})"
-
-
-def _inheritance(
-    heir: _Heir, kernel: Kernel, name: str, gone: Mapping[str, Kernel]
-) -> tuple[bool, bool]:
-    """Whether an heir has the weight of a layer that is gone, and its coordinates alike."""
-    if heir.before is not None:
-        found = absorption(kernel, heir.before, heir.coords_before, gone[name])
-        if found[0]:
-            return found
-    found = inheritance(kernel, [gone[name]], with_identity=False)
-    if found[0]:
-        return found
-    block = _common_block(heir.name, name)
-    beside = [each for other, each in gone.items() if other != name and _is_inside(other, block)]
-    return inheritance(kernel, [gone[name], *beside], with_identity=True)
-
-
-def _common_block(name: str, other: str) -> str:
-    """Qualified name of the innermost module that holds both."""
-    pairs = itertools.takewhile(
-        lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False)
-    )
-    return ".".join(part for part, _ in pairs)
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return not outer or name == outer or name.startswith(f"{outer}.")
-
-
-def _tensors_of(
-    module: nn.Module, exported: Mapping[tuple[nn.Module, str], Tensor]
-) -> Iterator[Tensor]:
-    """Tensors that a module holds itself; a quantized module of torch's tells them by a method."""
-    for values in (module._parameters, module._buffers, vars(module)):
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() > 1:
-                yield exported.get((module, key), value)
-    method = getattr(type(module), "weight", None)
-    if type(module).__module__.startswith("torch.ao.nn.") and callable(method):
-        yield method(module)
-
-
-def _weights_being_exported() -> Mapping[tuple[nn.Module, str], Tensor]:
-    """The real tensors of a model that torch.export runs with fake ones, by module and key.
-
-    It holds them in a variable of its own until it is done.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name in ("_export", "_export_for_training"):
-            model, state = map(frame.f_locals.get, ("mod", "original_state_dict"))
-            if isinstance(model, nn.Module) and isinstance(state, dict):
-                places = ((*name.rpartition("."), tensor) for name, tensor in state.items())
-                return {
-                    (model.get_submodule(owner), key): tensor for owner, _, key, tensor in places
-                }
-        frame = frame.f_back
-    return {}
-
-
-def _weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
-    """The weight of a convolution, or of the convolution that a coordinate branch is added to.
-
-    ``None`` if it has none of its own: computed, sharded or fake ones.
-    """
-    weight: Tensor | None = None
-    if isinstance(layer, _ConvNd):
-        weight = layer._parameters.get("weight")
-    elif isinstance(layer, CoordBranch):
-        holder, _, own = _site(name).rpartition(".")
-        try:
-            inner = module.get_submodule(holder)
-        except AttributeError:
-            return None
-        found = inner._parameters.get(own) if own not in inner._modules else inner._modules[own]
-        weight = found._parameters.get("weight") if isinstance(found, nn.Module) else found
-    if weight is None or not is_plain(weight):
-        return None
-    return weight if isinstance(layer, _ConvNd) or _has_geometry(weight, layer) else None
-
-
-def _has_geometry(weight: Tensor, layer: nn.Module) -> bool:
-    """Whether a weight is that of the convolution which a coordinate branch was made for."""
-    assert isinstance(layer, CoordBranch)
-    geometry = layer.geometry
-    channels = (geometry.out_channels, geometry.in_channels // geometry.groups)
-    if geometry.transposed:
-        channels = (geometry.in_channels, geometry.out_channels // geometry.groups)
-    return tuple(weight.shape) == (*channels, *geometry.kernel_size)
-
-
-def _site(name: str) -> str:
-    """The site of a coordinate layer, by the layer's qualified name."""
-    return name.removesuffix(BRANCH_NAME)[:-1] if name.endswith(BRANCH_NAME) else name
-
-
-def _layout(layer: nn.Module) -> tuple[bool, int]:
-    """Whether a convolution is transposed, and its groups."""
-    conv: Any = layer.geometry if isinstance(layer, CoordBranch) else layer
-    return conv.transposed, conv.groups
-
-
-def _kernel_of(layer: nn.Module, weight: Tensor, coord_weight: Tensor | None) -> Kernel:
-    transposed, groups = _layout(layer)
-    return Kernel.of(weight, coord_weight, transposed=transposed, groups=groups)
-
-
-def _mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | None:
-    coords = layer._parameters.get("coord_weight")
-    if coords is None or not is_plain(coords):
-        return None
-    transposed, groups = _layout(layer)
-    has_bias = layer._parameters.get("bias") is not None
-    return WeightMark.of(weight, coords, transposed=transposed, groups=groups, has_bias=has_bias)
-
-
-def _is_coord_layer(layer: nn.Module) -> bool:
-    """Whether a layer has coordinates, which nobody has taken off."""
-    is_layer = isinstance(layer, (CoordConvNd, CoordBranch))
-    return is_layer and not layer.__dict__.get("is_dismissed")
-
-
-def _is_trained(coord_weight: Tensor | None) -> bool:
-    """Whether coordinates would be missed."""
-    return is_plain(coord_weight) and coord_weight is not None and bool(coord_weight.any())
-
-
-def _is_same(before: Tensor, now: Tensor) -> bool:
-    return before.shape == now.shape and torch.equal(before.to(now), now)
-
-
 @contextmanager
 def _unseen() -> Iterator[None]:
     """Without gradients, and without anybody who traces or dispatches what is computed."""
@@ -909,56 +625,5 @@ def _unseen() -> Iterator[None]:
         tracing._set_tracing_state(state)
 
 
-_ACCEPT = "If they are meant to go: coordconv_patch.forget_left_behind_(model)"
-
-
-def _on_heirs(found: Mapping[str, str]) -> str:
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
-    return (
-        f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
-        "or does not run any more, and its weight lives on without its coordinate weight. Begin "
-        "with the model as it was. A function that folds batch norms or sums branches: "
-        "coordconv_patch.fold_with(model, function). A library that puts convolutions of its own "
-        "in place (quantization, say): exclude these, or use it on what export_onnx or "
-        f"torch.export makes of the model. {_ACCEPT}"
-    )
-
-
-def _on_doubles(found: Mapping[str, str]) -> str:
-    places = listing(f"{site} (also in {heir})" for site, heir in found.items())
-    return (
-        f"the weight of a coordinate convolution is in a new module too at {places}, without its "
-        "trained coordinates. If that one runs in its stead, the coordinates are lost: begin with "
-        "the model as it was, and let coordconv_patch.fold_with(model, function) call the code "
-        "that did this"
-    )
-
-
-def _on_parts(found: Mapping[str, str]) -> str:
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
-    return (
-        f"a coordinate convolution is gone at {places}, and channels of its weight are in a "
-        "convolution with other numbers of channels, without its trained coordinates. If that "
-        "is meant, nothing is wrong; else patch the new convolution and copy the rows of "
-        "coord_weight over"
-    )
-
-
-def _on_scales(found: Mapping[str, str]) -> str:
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
-    return (
-        f"trained coordinates were left behind at {places}: the output channels of the weight "
-        "were scaled, as by a batch norm that is folded in, and the coordinate weight was not. "
-        "Begin with the model as it was, and let coordconv_patch.fold_with(model, function) call "
-        f"the code that did this. {_ACCEPT}"
-    )
-
-
-def _on_silent_scales(found: Mapping[str, str]) -> str:
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
-    return (
-        f"the output channels of a weight were scaled through .data at {places}, and the trained "
-        "coordinate weight was not. If that is the scale of the input, nothing is wrong; if "
-        "something that comes after the convolution was folded in, begin with the model as it "
-        "was, and let coordconv_patch.fold_with(model, function) call the code that did this"
-    )
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and torch.equal(before.to(now), now)
