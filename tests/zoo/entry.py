@@ -23,6 +23,8 @@ class Entry:
         train_inputs: Inputs for the training mode (targets, say); ``None``: ``inputs``.
         refused: Why some convolutions of the model are refused, a pattern of the
             message; empty: none may be.
+        kills_exporter: Why the process ends when torch exports the plain model, so that no
+            export is tried; empty where it does not.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Entry:
     inputs: Callable[[], Any]
     train_inputs: Callable[[], Any] | None = None
     refused: str = ""
+    kills_exporter: str = ""
 
     @property
     def library(self) -> str:
