@@ -17,8 +17,9 @@ original. And while a thread is in :func:`tracing_alone`, the gate is closed:
 Two traces of *other* code still put back each other's replacements. torch.export itself changes
 more of the process for as long as it runs, whoever calls it: other threads' convolutions are
 computed without oneDNN (the last bits differ), and a model that torch.compile has compiled may
-raise a KeyError there. And in torch versions that keep the flag "is tracing" for the whole process, not for each thread
-(2.14 no longer does), a compiled model that another thread calls at that moment raises.
+raise a KeyError there. And in torch versions that keep the flag "is tracing" for the whole
+process, not for each thread (2.14 no longer does), a compiled model that another thread calls at
+that moment raises.
 """
 
 from __future__ import annotations
