@@ -539,10 +539,10 @@ def _at_least_one(last: Any) -> Any:
 
 def is_capturing() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is looking on, in this thread."""
-    # The first flag is one for the whole process; what it means here tell the others.
+    # The first flag is one for the whole process; whether this thread captures, the others tell.
     return (
         torch.compiler.is_compiling()
-        and (torch.compiler.is_dynamo_compiling() or is_in_torch_dispatch_mode())
+        and (torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
     ) or torch._C._is_tracing()
 
 

@@ -6,19 +6,20 @@ does not know it, and two tracers that overlap put back each other's replacement
 ``nn.Module.__call__`` stays broken for good. torch.export traces in the same way.
 
 So :func:`tracing_alone` puts a gate before the function with which torch.fx begins its
-replacements (``torch.fx._symbolic_trace._new_patcher``), the first time that it is entered. The
-gate is open, and does nothing, unless a thread is in :func:`tracing_alone`. Then
+replacements (``torch.fx._symbolic_trace._new_patcher``), the first time that it is entered. From
+then on each replacement asks for the thread: all threads but the one that traces run the
+original. And while a thread is in :func:`tracing_alone`, the gate is closed:
 
-- each replacement that this thread makes asks for the thread: all others run the original;
 - other threads that begin a trace of their own, by torch.export perhaps, wait at the gate. If
   one traces already, it is this thread that waits;
 - no other thread compiles: torch.compile would read the replacements, and note them down.
 
-Two traces of *other* code overlap as ever. torch.export itself changes more of the process for
-as long as it runs, whoever calls it: other threads' convolutions are computed without oneDNN
-(the last bits differ), and a model that torch.compile has compiled may raise a KeyError there.
-And in torch versions that keep the flag "is tracing" for the whole process, not for each thread
-(2.14 no longer does), a compiled model that another thread calls at that moment raises.
+Two traces of *other* code still put back each other's replacements. torch.export itself changes
+more of the process for as long as it runs, whoever calls it: other threads' convolutions are
+computed without oneDNN (the last bits differ), and a model that torch.compile has compiled may
+raise a KeyError there. And in torch versions that keep the flag "is tracing" for the whole
+process, not for each thread (2.14 no longer does), a compiled model that another thread calls at
+that moment raises.
 """
 
 from __future__ import annotations
@@ -153,15 +154,14 @@ class _Gate:
         this = threading.get_ident()
         if self.tracer == this:
             with self._new_patcher() as patcher:
-                _keep_to_thread(patcher, this)
-                yield patcher
+                yield _kept_to_thread(patcher, this)
             return
         with self._opened:
             self._tracing.append(this)
             self._opened.wait_for(lambda: self.tracer is None)
         try:
             with self._new_patcher() as patcher:
-                yield patcher
+                yield _kept_to_thread(patcher, this)
         finally:
             with self._opened:
                 self._tracing.remove(this)
@@ -183,8 +183,8 @@ def _is_tracing_here() -> bool:
     return frame is not None
 
 
-def _keep_to_thread(patcher: Any, thread: int) -> None:
-    """Make the object that replaces things for torch.fx do so for one thread only."""
+def _kept_to_thread(patcher: Any, thread: int) -> Any:
+    """The object that replaces things for torch.fx, made to do so for one thread only."""
     patch, patch_method = patcher.patch, patcher.patch_method
 
     def patch_here(names: dict[str, Any], name: str, new: Any, deduplicate: bool = True) -> None:
@@ -195,6 +195,7 @@ def _keep_to_thread(patcher: Any, thread: int) -> None:
         patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
 
     patcher.patch, patcher.patch_method = patch_here, patch_method_here
+    return patcher
 
 
 def _for_thread(
@@ -207,7 +208,7 @@ def _for_thread(
         function = replacement if threading.get_ident() == thread else original
         return function(*args, **kwargs)
 
-    # Another thread may have begun this call when it may compile again: it is to compile what
-    # is called here, not this.
-    skip = getattr(sys.modules.get("torch._dynamo"), "skip", None)
+    # Another thread may have begun this call, or taken it for the model's, when it may compile
+    # again: torch.compile is to compile what is called here, not this.
+    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
     return chosen if skip is None else skip(chosen)

@@ -15,6 +15,7 @@ import pytest
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export import providers as providers_module
 from coordconv_patch.export.providers import CPU, make_session, working_providers
+from coordconv_patch.silence import descriptors_silenced
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_a_session_on_what_works_is_quiet(capfd: pytest.CaptureFixture[str]) -> 
 
 
 def _speak_while_silenced() -> None:
-    with providers_module._silenced():
+    with descriptors_silenced():
         print("hidden")
         os.write(1, b"hidden")
         os.write(2, b"hidden")
