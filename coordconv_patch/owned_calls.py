@@ -42,6 +42,7 @@ from coordconv_patch.fields import choice, mapping, text, whole, wholes
 from coordconv_patch.functional import CONV_SIGNATURES, call_geometry
 from coordconv_patch.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.own_padding import OwnPadding, pad_arguments, unpadded
+from coordconv_patch.unsupported import refuse_script
 
 __all__ = [
     "CallOwner",
@@ -142,6 +143,14 @@ class CallOwner(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not passed on: a library that registers its subclasses would take this for one."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first.
+
+        Raises:
+            PatchError: If any calls have coordinates, with what to do instead.
+        """
+        return refuse_script(self) if self._owned else self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so it is put back on what the plain class gives.
@@ -317,6 +326,8 @@ class _BranchMode(TorchFunctionMode):
                 f"now calls one that is {found}. Unpatch the model, and patch it anew with "
                 "example inputs that run this way"
             )
+        if output.layout is not torch.strided:  # MKLDNN tensors know no sum with a map
+            return (output.to_dense() + branch(given.to_dense())).to_mkldnn()
         added = branch(given)
         if added.dtype is not output.dtype:
             added = added.to(output.dtype)

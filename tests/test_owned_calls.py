@@ -382,6 +382,36 @@ def test_autocast(x: Tensor) -> None:
     torch.testing.assert_close(found.float(), patched(x), rtol=5e-2, atol=5e-2)
 
 
+def test_mkldnn_images(x: Tensor) -> None:
+    patched = fill_(ccp.patch(nn.Sequential(Owner()), "all")).requires_grad_(False)
+    torch.testing.assert_close(patched(x.to_mkldnn()).to_dense(), patched(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_torchscript_is_refused_by_name() -> None:
+    patched = ccp.patch(nn.Sequential(Owner()), "all")
+    with pytest.raises(PatchError, match=r"torch\.jit\.script cannot compile '0'"):
+        torch.jit.script(patched)
+
+
+def test_coordinates_of_functions_do_not_vanish_silently(x: Tensor) -> None:
+    def trained() -> nn.Module:
+        return fill_(ccp.patch(nn.Sequential(Owner(), nn.BatchNorm2d(3)).eval(), "all"))
+
+    replaced = trained()
+    conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    conv.weight.data.copy_(replaced[0].w.data)
+    replaced[0] = conv
+    folded = trained()
+    folded(x)
+    folded[0].w.data.mul_(torch.tensor([2.0, 3.0, 4.0]).view(-1, 1, 1, 1))
+    folded[1] = nn.Identity()
+    for model in (replaced, folded):
+        with pytest.raises(PatchError, match=r"trained coordinates were left behind at 0\.w"):
+            model(x)
+    trained()(x)
+
+
 def test_unbatched_images(x: Tensor) -> None:
     patched = fill_(ccp.patch(Owner(), "all"))
     torch.testing.assert_close(patched(x[0]), patched(x)[0])
