@@ -138,7 +138,7 @@ class CallOwner(nn.Module):
 
     _plain_class: type[nn.Module]
     """The class that the module has without coordinates."""
-    _owned: tuple[_Site, ...] = ()
+    _coord_sites: tuple[_Site, ...] = ()
     """Empty in what somebody makes by ``type(module)(...)``: it computes as a plain module."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -150,7 +150,7 @@ class CallOwner(nn.Module):
         Raises:
             PatchError: If any calls have coordinates, with what to do instead.
         """
-        return refuse_script(self) if self._owned else self
+        return refuse_script(self) if self._coord_sites else self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so it is put back on what the plain class gives.
@@ -182,7 +182,8 @@ def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
 
     It has the plain class's name: code looks at the names of classes.
     """
-    if plain not in _OWNER_CLASSES:
+    made: Any = _OWNER_CLASSES.get(plain)
+    if made is None:
         methods = {name: _under_mode(plain, name) for name in _own_methods(plain)}
         own: dict[str, Any] = {
             "_plain_class": plain,
@@ -192,8 +193,7 @@ def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
         }
         metaclass: Any = type(plain)
         made = metaclass(plain.__name__, (CallOwner, plain), own | methods)
-        _OWNER_CLASSES[plain] = cast("type[CallOwner]", made)
-    return _OWNER_CLASSES[plain]
+    return _OWNER_CLASSES.setdefault(plain, made)  # another thread may have made one meanwhile
 
 
 def _own_methods(plain: type[nn.Module]) -> list[str]:
@@ -202,14 +202,14 @@ def _own_methods(plain: type[nn.Module]) -> list[str]:
     Not the forward alone: callers may begin at another method (``vae.encode(x)``), and gradient
     checkpointing calls a method again when its forward is long over.
     """
-    names = {"forward"}
-    for base in plain.__mro__[: plain.__mro__.index(nn.Module)]:
-        names |= {name for name, value in vars(base).items() if _is_plain_method(name, value)}
-    return sorted(names)
+    bases = plain.__mro__[: plain.__mro__.index(nn.Module)]
+    names = {name for base in bases for name in vars(base) if not name.startswith("__")}
+    methods = {name for name in names if _is_plain_method(inspect.getattr_static(plain, name))}
+    return sorted(methods | {"forward"})
 
 
-def _is_plain_method(name: str, value: Any) -> bool:
-    if name.startswith("__") or not isinstance(value, FunctionType):
+def _is_plain_method(value: Any) -> bool:
+    if not isinstance(value, FunctionType):
         return False
     late = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
     return not any(runs_late(value) for runs_late in late)
@@ -248,7 +248,7 @@ def _modes_for(owner: CallOwner, is_forward: bool) -> list[_BranchMode]:
     Calls are counted in the forward alone. A method that runs inside of another one of the
     same owner finds its modes there already.
     """
-    owned = owner._owned
+    owned = owner._coord_sites
     kinds = {site.counts for site in owned if is_forward or not site.counts}
     for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         if type(mode) is _BranchMode and mode.owner is owner:
@@ -526,8 +526,8 @@ def add_to_owner_(
             owner.__class__ = _owner_class(before)
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
-    owned = cast(CallOwner, owner)._owned
-    owner.__dict__["_owned"] = (*owned, _Site(site, calls, geometry, name))
+    owned = cast(CallOwner, owner)._coord_sites
+    owner.__dict__["_coord_sites"] = (*owned, _Site(site, calls, geometry, name))
 
 
 def _branch_name(owner: nn.Module, holder: str) -> str:
@@ -552,7 +552,7 @@ def geometry_of_calls(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | Non
         owner: The module that makes the calls.
         calls: The calls; of computed weights, positions may be unknown.
     """
-    for site in owner._owned if isinstance(owner, CallOwner) else ():
+    for site in owner._coord_sites if isinstance(owner, CallOwner) else ():
         known = site.calls
         if (known.function, known.weight) == (calls.function, calls.weight) and (
             calls.weight is not None
@@ -569,16 +569,16 @@ def owned_calls(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
         owner.get_submodule(site.branch): replace(site.calls, owner=name)
         for name, owner in model.named_modules()
         if isinstance(owner, CallOwner)
-        for site in owner._owned
+        for site in owner._coord_sites
     }
 
 
 def remove_from_owner_(owner: CallOwner) -> None:
     """Inverse of :func:`add_to_owner_`, for all of an owner's sites."""
-    for site in owner._owned:
+    for site in owner._coord_sites:
         holder, _, last = site.branch.rpartition(".")
         delattr(owner.get_submodule(holder), last)
-    del owner.__dict__["_owned"]
+    del owner.__dict__["_coord_sites"]
     before = type(owner)
     plain: type = owner._plain_class
     if parametrize.is_parametrized(owner):

@@ -486,6 +486,42 @@ class Reducing(Owner):
         return Reducing, (), self.__dict__
 
 
+def test_methods_of_every_kind_stay_what_they_are(x: Tensor) -> None:
+    class Base(Owner):
+        def convolve(self, x: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def scale_of(self) -> float:
+            return 0.0
+
+        @property
+        def doubled(self) -> float:
+            return 2 * self.scale
+
+    class Mixed(Base):
+        @staticmethod
+        def convolve(x: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]
+            return F.conv2d(x, w, padding=1)
+
+        @classmethod
+        def scale_of(cls) -> float:  # type: ignore[override]
+            return 0.25
+
+        def parts(self, x: Tensor) -> Any:
+            yield self.convolve(x, self.w) * self.doubled
+            yield x * self.scale_of()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack(list(self.parts(x))).sum(0)
+
+    model = Mixed()
+    patched = ccp.patch(model, "all", example_inputs=x)
+    assert torch.equal(patched(x), model(x))
+    (coord_weight,) = ccp.coord_parameters(fill_(patched))
+    expected = concatenated(x, model.w, coord_weight) + x / 4
+    torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [Concrete, Parametric, InRegistry, Reducing])
 def test_classes_of_every_kind_may_own_calls(kind: type[nn.Module], x: Tensor) -> None:
     model = kind()
