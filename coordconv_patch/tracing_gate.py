@@ -7,7 +7,7 @@ does not know it, and two tracers that overlap put back each other's replacement
 
 So :func:`tracing_alone` puts a gate before the function with which torch.fx begins its
 replacements (``torch.fx._symbolic_trace._new_patcher``), the first time that it is entered. From
-then on each replacement asks for the thread: all threads but the one that traces run the
+then on each replaced method asks for the thread: all threads but the one that traces run the
 original. And while a thread is in :func:`tracing_alone`, the gate is closed:
 
 - other threads that begin a trace of their own, by torch.export perhaps, wait at the gate. If
@@ -24,7 +24,6 @@ that moment raises.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import sys
@@ -185,16 +184,13 @@ def _is_tracing_here() -> bool:
 
 def _kept_to_thread(patcher: Any, thread: int) -> Any:
     """The object that replaces things for torch.fx, made to do so for one thread only."""
-    patch, patch_method = patcher.patch, patcher.patch_method
-
-    def patch_here(names: dict[str, Any], name: str, new: Any, deduplicate: bool = True) -> None:
-        original = names[name] if name in names else getattr(builtins, name)
-        patch(names, name, _for_thread(thread, new, original), deduplicate)
+    patch_method = patcher.patch_method
 
     def patch_method_here(cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
         patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
 
-    patcher.patch, patcher.patch_method = patch_here, patch_method_here
+    # Functions that it replaces in modules need none of this: they ask their arguments.
+    patcher.patch_method = patch_method_here
     return patcher
 
 

@@ -157,6 +157,17 @@ def test_the_model_that_is_patched_is_served_meanwhile() -> None:
     assert_right(operations, served)
 
 
+def test_calls_of_other_threads_are_not_recorded() -> None:
+    class Busy(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            with ThreadPoolExecutor(1) as pool:  # another thread, at this moment
+                pool.submit(self.conv, torch.zeros(1, 3, 8, 8)).result()
+            return super().forward(x)
+
+    (row,) = ccp.plan(Busy().eval(), "all", example_inputs=pictures(16)[0]).rows
+    assert [call.input_size for call in row.site.calls or ()] == [(16, 17)] * 2
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_other_threads_compile_while_models_are_patched(backend: str) -> None:
     x = torch.randn(2, 3, 12, 12)
@@ -492,20 +503,29 @@ def test_folding_does_not_change_the_default_dtype_of_other_threads() -> None:
 
 
 def test_a_folding_that_makes_tensors_in_the_old_way_keeps_its_digits() -> None:
-    def old_fuse(plain: nn.Sequential) -> nn.Module:
-        conv, norm = plain[0], plain[1]
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        fused = nn.Conv2d(3, 4, 3, padding=1)
-        fused.weight = nn.Parameter(torch.Tensor(conv.weight.shape))
-        fused.weight.data.copy_(conv.weight * scale.view(-1, 1, 1, 1))
-        fused.bias.data.copy_((conv.bias - norm.running_mean) * scale + norm.bias)
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + x
+
+    def old_fuse(plain: Residual) -> nn.Module:
+        kernel = plain.conv.weight.detach().clone()
+        for channel in range(3):
+            kernel[channel, channel, 1, 1] += 1
+        fused = nn.Conv2d(3, 3, 3, padding=1)
+        fused.weight = nn.Parameter(torch.Tensor(kernel.shape))
+        fused.weight.data.copy_(kernel)
+        fused.bias.data.copy_(plain.conv.bias)
         return fused
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
-    net[1].running_var.uniform_(0.5, 2)
-    model, (x,) = trained(ccp.patch(net, "all")), pictures(16)
-    assert torch.allclose(ccp.fold_with(model, old_fuse)(x), model(x), atol=1e-5)
+    model, (x,) = trained(ccp.patch(Residual().eval(), "all")), pictures(16)
+    folded = ccp.fold_with(model, old_fuse)
+    assert torch.equal(folded.coord_weight, model.conv.coord_weight)
+    assert torch.allclose(folded(x), model(x), atol=1e-5)
 
 
 # What is printed, logged and warned of
