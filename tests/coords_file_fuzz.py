@@ -39,6 +39,7 @@ import coordconv_patch as ccp
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.errors import CoordConvPatchError
 from coordconv_patch.layers import coord_layers
+from coordconv_patch.owned_calls import owned_calls
 
 KEY, CHECKSUM = "coordconv_patch", "coordconv_patch.checksum"
 MOST_SECONDS = 2.0
@@ -102,6 +103,18 @@ def chosen_calls_patched(model: nn.Module) -> nn.Module:
     return ccp.patch(model, ["conv@0,2", "tail"], example_inputs=torch.zeros(1, 3, 8, 8))
 
 
+class Scaled(Functional):
+    """Calls functions by a weight that it stores, and by one that it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(F.pad(self.conv(x), (1, 0, 1, 1), mode="reflect"), self.kernel)
+        return F.conv2d(x, self.kernel[:, :2] * 2, dilation=2)
+
+
+def functions_patched(model: nn.Module) -> nn.Module:
+    return ccp.patch(model, "all", example_inputs=torch.zeros(1, 3, 9, 9))
+
+
 def odd_layers() -> nn.Module:
     first = nn.ConvTranspose1d(2, 4, 3, stride=2, output_padding=1, groups=2)
     second = nn.Conv1d(4, 4, 3, padding="same", padding_mode="circular")
@@ -133,6 +146,7 @@ def subjects(folder: Path) -> list[Subject]:
         Subject("chosen calls", Shared, chosen_calls_patched),
         Subject("odd layers", odd_layers, lambda model: ccp.patch(model, "all")),
         Subject("graph", lambda: fx.symbolic_trace(Functional()), lambda m: ccp.patch(m, "all")),
+        Subject("functions", Scaled, functions_patched),
     ]
     for subject in made:
         model = subject.patched()
@@ -439,6 +453,7 @@ def meaning(model: nn.Module) -> list[Any]:
     return [
         [(name, repr(dataclasses.astuple(layer.coords))) for name, layer in layers.items()],
         [(name, chosen_calls(layer)) for name, layer in layers.items()],
+        [(name, owned_calls(model).get(layer)) for name, layer in layers.items()],
         {name: tensor.tolist() for name, tensor in model.state_dict().items()},
     ]
 
@@ -461,6 +476,11 @@ def what_is_wrong_with(model: nn.Module, raw: bytes) -> str:
         found = None if calls is None else json.loads(json.dumps(calls.to_dict()))
         if found != record.get("calls"):
             return f"{name}: other calls"
+        owned = owned_calls(model).get(layer)
+        found = None if owned is None else json.loads(json.dumps(owned.to_dict()))
+        # A trace of the model may know better than the file, where it needs none.
+        if found != record.get("function") and owned is not None and owned.weight is None:
+            return f"{name}: other calls of functions"
         if calls and not all(0 <= index < calls.total for index in calls.indices):
             return f"{name}: calls that are never applied"
     values = dict(model.state_dict())
