@@ -20,6 +20,7 @@ import pytest
 import torch
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounter
 
 import coordconv_patch as ccp
 from coordconv_patch import modes, silence, tracing_gate
@@ -325,10 +326,15 @@ def test_chosen_calls_are_counted_in_every_thread_when_compiled(fullgraph: bool)
     torch.manual_seed(0)
     model = trained(ccp.patch(Broken().eval(), "conv@1", example_inputs=inputs[0]))
     wanted = [model(x) for x in inputs]
-    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=fullgraph)
+    for x in inputs * 2:  # threads that find nothing compiled would each compile, any model
+        compiled(x)
+    graphs = counter.frame_count
     outcome = run(lambda n: torch.equal(compiled(inputs[n % 2]), wanted[n % 2]), 200)
     torch._dynamo.reset()
     assert_right(outcome)
+    assert counter.frame_count == graphs
 
 
 def test_a_chosen_call_in_a_thread_of_the_callers_own_is_refused() -> None:
