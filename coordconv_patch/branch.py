@@ -310,7 +310,11 @@ class CoordBranch(CoordLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.coord_weight
         # The convolution's output, whose dtype tells whether autocast is on, is not known here.
-        if torch.is_autocast_enabled(weight.device.type):
+        if (
+            weight.is_meta
+            or input.layout is not torch.strided
+            or torch.is_autocast_enabled(weight.device.type)
+        ):
             return self.compute_map(input, input, weight)
         return self.map_for(input, input, weight)
 

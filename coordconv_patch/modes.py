@@ -33,7 +33,8 @@ LOOK = threading.RLock()
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Every submodule in training or evaluation mode; each one's own flag is put back."""
     with LOOK:
-        modes = [(module, module.training) for module in model.modules()]
+        # TorchScript's frozen modules have no mode.
+        modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
         try:
             for module, _ in modes:
                 _set_mode(module, training)

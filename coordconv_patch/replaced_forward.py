@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
@@ -61,9 +62,16 @@ class ReplacedForward:
 
 
 def _uses(layer: _ConvNd, name: str, weights: list[Tensor]) -> bool:
-    """Whether a parameter of a layer is among some weights; its shape tells if it is computed."""
+    """Whether a parameter of a layer is among some weights; its shape tells if it is computed.
+
+    Maps are made from a copy of the coordinate weight.
+    """
     own = layer._parameters.get(name)
     if own is None:
         own = getattr(layer, name)
         return any(weight.shape == own.shape for weight in weights)
-    return any(weight is own for weight in weights)
+    return any(weight is own or _is_copy(weight, own) for weight in weights)
+
+
+def _is_copy(weight: Tensor, own: Tensor) -> bool:
+    return weight.shape == own.shape and weight.dtype is own.dtype and torch.equal(weight, own)

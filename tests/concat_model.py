@@ -76,4 +76,5 @@ def concatenating(patched: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if hasattr(child, "coord_weight"):
                 setattr(parent, name, ConcatConv2d(child))
-    return model
+    # Its weights, standardised ones for example, are not those of the published form.
+    return ccp.forget_left_behind_(model)

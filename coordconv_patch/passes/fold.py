@@ -77,8 +77,7 @@ def fold(model: nn.Module) -> nn.Module:
     fold_batch_norms_(folded)
     release_folding_(folded)
     for layer in coord_layers(folded).values():
-        if isinstance(layer, CoordConvNd):
-            layer.keep_maps_constant_()
+        layer.keep_maps_constant_()
     watch_(folded)
     return folded.requires_grad_(False)
 
