@@ -3,7 +3,7 @@
 A module site is rewritten by giving the convolution module its coordinate class
 in place, in the module tree that every graph refers to; the model keeps its
 class, methods, hooks, aliases, flags and state_dict names. So does a module that calls a
-convolution function itself: see :mod:`coordconv_patch.owned_calls`. Only in a GraphModule, which
+convolution function itself: see :mod:`coordconv_patch.call_owners`. Only in a GraphModule, which
 has no other code, is the graph rewritten: conv(x, W) becomes conv(x, W) + branch(x).
 
 Everything that can fail is done before the first change.
@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.arguments import check_flag
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
+from coordconv_patch.call_owners import CallOwner, add_to_owner_, remove_from_owner_
 from coordconv_patch.chosen_calls import add_to_calls_, chosen_calls_of, remove_from_calls_
 from coordconv_patch.conversion import check_not_wrapped, convert_, revert_
 from coordconv_patch.coords import Coordinates, Window
@@ -45,7 +46,7 @@ from coordconv_patch.left_behind import (
     watch_,
 )
 from coordconv_patch.modes import LOOK
-from coordconv_patch.owned_calls import CallOwner, OwnedCalls, add_to_owner_, remove_from_owner_
+from coordconv_patch.owned_calls import OwnedCalls
 from coordconv_patch.plan import Plan, PlanRow, plan
 from coordconv_patch.programs import from_exported, why_not_patched
 from coordconv_patch.rollback import ModuleStates, unchanged_on_failure

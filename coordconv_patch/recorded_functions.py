@@ -12,10 +12,11 @@ import operator
 import torch
 from torch import nn
 
+from coordconv_patch.call_owners import geometry_of_calls, owned_calls, owner_obstacle
 from coordconv_patch.coords_file import CoordsFile
 from coordconv_patch.coords_header import SiteRecord
 from coordconv_patch.errors import WeightsError, excerpt
-from coordconv_patch.owned_calls import OwnedCalls, geometry_of_calls, owned_calls, owner_obstacle
+from coordconv_patch.owned_calls import OwnedCalls
 from coordconv_patch.sites import Site, SiteMap
 from coordconv_patch.wrappers import clean_name
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.branch import CoordBranch
+from coordconv_patch.call_owners import geometry_of_calls, owner_obstacle
 from coordconv_patch.chosen_calls import chosen_calls_of
 from coordconv_patch.conversion import check_convertible
 from coordconv_patch.errors import PatchError, first_line
@@ -43,7 +44,7 @@ from coordconv_patch.inputs import check_is_module
 from coordconv_patch.layers import CoordConvNd
 from coordconv_patch.modes import evaluating
 from coordconv_patch.own_padding import NOT_PADDED
-from coordconv_patch.owned_calls import OwnedCalls, geometry_of_calls, owner_obstacle
+from coordconv_patch.owned_calls import OwnedCalls
 from coordconv_patch.recording import (
     GraphFunctions,
     Recording,

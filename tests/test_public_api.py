@@ -50,6 +50,8 @@ FLOORS: list[set[str]] = [
     {"programs"},
     {"folding"},
     {"owned_calls"},
+    {"branch_mode"},
+    {"call_owners"},
     {"coords_header", "function_log", "stand_ins"},
     {"coords_file"},
     {"tracing", "recording"},
