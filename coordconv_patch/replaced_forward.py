@@ -74,4 +74,6 @@ def _uses(layer: _ConvNd, name: str, weights: list[Tensor]) -> bool:
 
 
 def _is_copy(weight: Tensor, own: Tensor) -> bool:
+    if weight.is_meta or own.is_meta:  # moved away by hooks
+        return False
     return weight.shape == own.shape and weight.dtype is own.dtype and torch.equal(weight, own)
