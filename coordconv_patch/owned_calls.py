@@ -56,9 +56,10 @@ class OwnedCalls:
         names = ("owner", "function", "weight", "padding", "indices", "total")
         values = mapping(fields, "function", names)
         weight, indices = values["weight"], values["indices"]
-        total = whole(values["total"], "total", high=_MOST_CALLS)
-        if indices is not None:
-            indices = wholes(indices, "indices", range(1, total + 1), high=max(total - 1, 0))
+        counted = indices is not None
+        total = whole(values["total"], "total", low=int(counted), high=_MOST_CALLS)
+        if counted:
+            indices = wholes(indices, "indices", range(1, total + 1), high=total - 1)
             if list(indices) != sorted(set(indices)):
                 raise ArgumentError(f"indices must be in order, each once, not {excerpt(indices)}")
         elif total or weight is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import io
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -20,7 +21,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import coordconv_patch as ccp
-from coordconv_patch.errors import PatchError, SelectionError, WeightsError
+from coordconv_patch.errors import ArgumentError, PatchError, SelectionError, WeightsError
+from coordconv_patch.owned_calls import OwnedCalls
 from coordconv_patch.sites import find_sites
 
 Reference = Callable[[nn.Module, list[Tensor], Tensor], Tensor]
@@ -274,6 +276,29 @@ def test_saved_coordinates_come_back(name: str, x: Tensor, tmp_path: Any) -> Non
     path = ccp.save_coords(outer, tmp_path / "outer.safetensors")
     assert torch.equal(ccp.load_coords(nn.Sequential(nn.Identity(), model), path)(x), expected)
     assert all(site.patched for site in find_sites(outer, x).sites)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("total", 0),
+        ("total", True),
+        ("indices", [1, 0]),
+        ("indices", [5]),
+        ("indices", None),
+        ("function", "relu"),
+        ("weight", 3),
+        ("padding", {}),
+    ],
+)
+def test_records_of_calls_have_strict_types(field: str, value: Any) -> None:
+    good = OwnedCalls("a", "conv2d", None, indices=(0, 1), total=2).to_dict()
+    good = json.loads(json.dumps(good))
+    assert OwnedCalls.from_dict(good).to_dict() == {**good, "indices": (0, 1)} | {
+        "padding": OwnedCalls.from_dict(good).to_dict()["padding"]
+    }
+    with pytest.raises(ArgumentError):
+        OwnedCalls.from_dict(good | {field: value})
 
 
 def test_a_record_that_does_not_fit_is_refused(x: Tensor, tmp_path: Any) -> None:
