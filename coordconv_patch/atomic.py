@@ -164,15 +164,8 @@ def _take_over_permissions(written: list[Path], folder: Path, target: Path) -> N
         return
     for path in written:
         now = path.stat()
-        if sys.platform != "win32" and (now.st_uid, now.st_gid) != (
-            existing.st_uid,
-            existing.st_gid,
-        ):
-            # Who is not privileged may give files to a group, but not to another user.
-            for uid in (existing.st_uid, -1):
-                with contextlib.suppress(PermissionError):
-                    os.chown(path, uid, existing.st_gid)
-                    break
+        if (now.st_uid, now.st_gid) != (existing.st_uid, existing.st_gid):
+            _give(path, existing.st_uid, existing.st_gid)
         path.chmod(stat.S_IMODE(existing.st_mode))
 
 

@@ -30,6 +30,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from coordconv_patch.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.branch_mode import ENTERED_CODE, BranchMode, OwnedSite
+from coordconv_patch.conversion import on_other_base
 from coordconv_patch.coords import Coordinates
 from coordconv_patch.geometry import ConvGeometry
 from coordconv_patch.owned_calls import OwnedCalls
@@ -223,7 +224,7 @@ def add_to_owner_(
             # torch takes a parametrized module back to its first base class when the last
             # parametrization is removed, so the owner's class goes beneath.
             base = _owner_class(cast("type[nn.Module]", before.__bases__[0]))
-            owner.__class__ = _on_other_base(before, base)
+            owner.__class__ = on_other_base(before, base)
         else:
             owner.__class__ = _owner_class(before)
     holder, _, last = name.rpartition(".")
@@ -238,13 +239,6 @@ def _branch_name(owner: nn.Module, holder: str) -> str:
         return BRANCH_NAME
     is_module = holder in dict(owner.named_modules())
     return f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
-
-
-def _on_other_base(parametrized: type, base: type) -> type:
-    """The class that torch made for a parametrized module, on another base class."""
-    hidden = ("__dict__", "__weakref__")
-    namespace = {name: value for name, value in vars(parametrized).items() if name not in hidden}
-    return type(parametrized)(parametrized.__name__, (base,), namespace)
 
 
 def geometry_of_calls(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | None:
@@ -284,5 +278,5 @@ def remove_from_owner_(owner: CallOwner) -> None:
     before = type(owner)
     plain: type = owner._plain_class
     if parametrize.is_parametrized(owner):
-        plain = _on_other_base(before, plain)
+        plain = on_other_base(before, plain)
     owner.__class__ = plain  # it is a CallOwner no longer

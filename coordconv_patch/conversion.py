@@ -20,6 +20,7 @@ __all__ = [
     "check_convertible",
     "check_not_wrapped",
     "convert_",
+    "on_other_base",
     "revert_",
 ]
 
@@ -93,7 +94,7 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
         # torch takes a parametrized module back to its first base class when the last
         # parametrization is removed, so the coordinate class goes beneath.
         plain = cast("type[_ConvNd]", before.__bases__[0])
-        module.__class__ = _on_other_base(before, patched_class(plain))
+        module.__class__ = on_other_base(before, patched_class(plain))
     else:
         module.__class__ = patched_class(before)
     try:
@@ -103,12 +104,12 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
         raise
 
 
-def _on_other_base(parametrized: type, base: type) -> type:
+def on_other_base(parametrized: type, base: type) -> type:
     """The class that torch made for a parametrized module, on another base class."""
     namespace = {
         k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")
     }
-    return type(parametrized.__name__, (base,), namespace)
+    return type(parametrized)(parametrized.__name__, (base,), namespace)
 
 
 def revert_(module: CoordConvNd) -> None:
@@ -116,5 +117,5 @@ def revert_(module: CoordConvNd) -> None:
     module._detach()
     before, plain = type(module), module._plain_class
     if parametrize.is_parametrized(module):
-        plain = _on_other_base(before, plain)
+        plain = on_other_base(before, plain)
     module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer

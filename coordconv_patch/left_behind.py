@@ -61,6 +61,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from coordconv_patch.branch import CoordBranch
 from coordconv_patch.coords import is_transforming
 from coordconv_patch.errors import PatchError
+from coordconv_patch.functional import join_names
 from coordconv_patch.glances import Glance
 from coordconv_patch.heir_modules import Heir, inheritance_of, tensors_of, weights_being_exported
 from coordconv_patch.heirs import holds_part_of, is_published_form
@@ -105,7 +106,7 @@ def watch_(model: nn.Module, prefix: str = "") -> None:
     """
     release_watches_(model)
     for name, part in reversed(list(_parts(model))):  # each finds those further in
-        _Watch(_join(prefix, name), part).attach(part)
+        _Watch(join_names(prefix, name), part).attach(part)
 
 
 def release_watches_(model: nn.Module) -> None:
@@ -181,7 +182,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     name, inner = "", model
     while True:
         parts = [
-            (_join(name, child_name), child)
+            (join_names(name, child_name), child)
             for child_name, child in inner.named_children()
             if not isinstance(child, (_ConvNd, CoordBranch)) and coord_layers(child)
         ]
@@ -195,10 +196,6 @@ def _watches_on(module: nn.Module) -> list[_Watch]:
     if isinstance(module, torch.jit.ScriptModule):
         return []
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Watch)]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 _WATCHES: weakref.WeakValueDictionary[str, _Watch] = weakref.WeakValueDictionary()
@@ -360,7 +357,7 @@ class _Watch:
                 if coords is not None:
                     self.coords[name] = coords
                 if isinstance(layer, (CoordConvNd, CoordBranch)):
-                    layer.__dict__["site_name"] = _join(self.prefix, site_of(name))
+                    layer.__dict__["site_name"] = join_names(self.prefix, site_of(name))
                     layer.__dict__["weight_mark"] = mark_of(layer, weight)
                 elif isinstance(layer, _ConvNd):
                     rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
@@ -498,7 +495,7 @@ class _Watch:
             warnings.warn(on_silent_scales(self._sites(perhaps)), stacklevel=2)
 
     def _sites(self, found: Mapping[str, str]) -> dict[str, str]:
-        return {_join(self.prefix, site_of(name)): what for name, what in found.items()}
+        return {join_names(self.prefix, site_of(name)): what for name, what in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a model is being saved, so this is the time to look at it."""

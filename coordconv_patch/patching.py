@@ -137,10 +137,10 @@ def _patch_and_check_(
 ) -> nn.Module:
     """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
-    before = ModuleStates(target)
+    before = None if promise is None else ModuleStates(target)
     apply_plan_(target, decided)
     broken = None if promise is None else promise.broken()
-    if promise is not None and broken is not None:
+    if promise is not None and before is not None and broken is not None:
         before.restore()
         promise.explain(broken)
         warnings.warn(
