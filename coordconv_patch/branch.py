@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.traceback import annotate, preserve_node_meta
 
+from coordconv_patch.compiled_map import map_by_lines, suits_lines
 from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import ArgumentError, excerpt
 from coordconv_patch.fields import mapping, text, whole, wholes
@@ -33,6 +34,7 @@ from coordconv_patch.geometry import (
     Padding,
     pad_amounts,
     pad_by_axis,
+    pad_modes,
 )
 from coordconv_patch.map_cache import MapCache
 from coordconv_patch.unsupported import refuse_mkldnn, refuse_script
@@ -107,8 +109,7 @@ def pad_grid(
     Returns:
         The grid and the padding that is left for the convolution function to do.
     """
-    declared = rule.rule == "declared"
-    if declared and padding_mode == "zeros":
+    if rule.rule == "declared" and padding_mode == "zeros":
         return grid, padding
     amounts = pad_amounts(
         rule,
@@ -118,9 +119,8 @@ def pad_grid(
         dilation=dilation,
         declared=padding,
     )
-    ndim = len(kernel_size)
-    modes = (padding_mode,) * ndim if declared else rule.modes or ("zeros",) * ndim
-    return pad_by_axis(grid, amounts, modes), (0,) * ndim
+    modes = pad_modes(rule, padding_mode, len(kernel_size))
+    return pad_by_axis(grid, amounts, modes), (0,) * len(kernel_size)
 
 
 def coordinate_map(
@@ -322,7 +322,10 @@ class CoordBranch(CoordLayer):
         """As :meth:`CoordLayer.compute_map`; the output is not looked at."""
         geometry = self.geometry
         input_size = input.shape[-geometry.ndim :]
-        branch = self.compute_branch(input_size, geometry.output_padding, weight)
+        if suits_lines(input, weight, self.coords, geometry, self.coord_padding):
+            branch = map_by_lines(input_size, weight, self.coords, geometry, self.coord_padding)
+        else:
+            branch = self.compute_branch(input_size, geometry.output_padding, weight)
         branch = branch.squeeze(0) if input.dim() == geometry.ndim + 1 else branch
         if input.layout is not torch.strided:  # MKLDNN tensors add only to their like
             return branch.expand(len(input), *branch.shape[1:]).contiguous().to_mkldnn()

@@ -129,7 +129,9 @@ class BranchMode(TorchFunctionMode):
             added = added.to(output.dtype)
         # In place, for nobody holds the output yet: it saves a copy of the activations.
         is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
-        return output.add_(added) if is_own and not is_transforming() else output + added
+        if not is_own or torch.compiler.is_compiling() or is_transforming():
+            return output + added
+        return output.add_(added)
 
     def _input(self, site: OwnedSite, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
         """The convolution's input, before the code padded it where the site says that it does."""

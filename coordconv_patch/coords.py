@@ -374,32 +374,55 @@ class Coordinates:
         dtype: torch.dtype,
     ) -> Tensor:
         """The grid ``(K, *size)`` by plain torch operations in ``dtype``."""
+        lines = self.lines(size, device, dtype)
+        expanded = cast("tuple[int, ...]", size)
+        channels = [_along(line, dim, len(size)).expand(expanded) for dim, line in lines]
+        if self.radius:
+            axes = channels[: len(size)]
+            low, high = self.value_range
+            center = (low + high) / 2 if self.radius_center is None else self.radius_center
+            squares = [(values - center).square() for values in axes]
+            channels.insert(len(size), functools.reduce(torch.add, squares).sqrt())
+        return torch.stack(channels)
+
+    def lines(
+        self,
+        size: tuple[int | torch.SymInt | Tensor, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        indices: Sequence[Tensor] | None = None,
+    ) -> list[tuple[int, Tensor]]:
+        """Each channel but the radius, in order: the dimension it depends on, and its values there.
+
+        By plain torch operations in ``dtype``.
+
+        Args:
+            size: Spatial size, in pixels.
+            device: Device of the values.
+            dtype: Their dtype.
+            indices: For each dimension the pixels to tell of, any shape, beyond the image too;
+                ``None``: all of the image.
+        """
         ndim = len(size)
         low, high = self.value_range
-        expanded = cast("tuple[int, ...]", size)
-        positions: dict[str, Tensor] = {}
-        values: dict[str, Tensor] = {}
-        for dim in range(ndim):
-            axis = _AXIS_NAMES[ndim - 1 - dim]
-            position = self._axis_positions(dim, size, device, dtype)
-            value = position
-            if (low, high) != (-1.0, 1.0):
-                value = (low + high) / 2 + position * ((high - low) / 2)
-            along_axis = [1] * ndim
-            along_axis[dim] = -1
-            positions[axis] = position.reshape(along_axis).expand(expanded)
-            values[axis] = value.reshape(along_axis).expand(expanded)
-        axes = self._axes(ndim)
-        channels = [values[axis] for axis in axes]
-        if self.radius:
-            center = (low + high) / 2 if self.radius_center is None else self.radius_center
-            squares = [(values[axis] - center).square() for axis in axes]
-            channels.append(functools.reduce(torch.add, squares).sqrt())
+        dims = {axis: ndim - 1 - _AXIS_NAMES.index(axis) for axis in self._axes(ndim)}
+        if indices is None:
+            lengths = cast("tuple[int, ...]", size)
+            indices = [torch.arange(length, device=device, dtype=dtype) for length in lengths]
+        positions = {
+            dim: self._axis_positions(dim, size, indices[dim].to(device, dtype))
+            for dim in dims.values()
+        }
+        if (low, high) == (-1.0, 1.0):
+            lines = list(positions.items())
+        else:
+            half, middle = (high - low) / 2, (low + high) / 2
+            lines = [(dim, middle + position * half) for dim, position in positions.items()]
         for octave in range(self.fourier):
-            for axis in axes:
-                angle = positions[axis] * (2**octave * math.pi)
-                channels += [angle.sin(), angle.cos()]
-        return torch.stack(channels)
+            for dim, position in positions.items():
+                angle = position * (2**octave * math.pi)
+                lines += [(dim, angle.sin()), (dim, angle.cos())]
+        return lines
 
     def _computed(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The grid as the cache keeps it."""
@@ -414,12 +437,10 @@ class Coordinates:
         self,
         dim: int,
         size: tuple[int | torch.SymInt | Tensor, ...],
-        device: torch.device,
-        dtype: torch.dtype,
+        index: Tensor,
     ) -> Tensor:
-        """The position u of every index along one axis, shape ``(size[dim],)``."""
+        """The position u of pixels along one axis, in the shape of ``index``."""
         length: Any = size[dim]
-        index = torch.arange(length, device=device, dtype=dtype)
         if self.window is None:
             full: Any = length
         else:
@@ -436,6 +457,11 @@ class Coordinates:
 
 _cached_grid = GridCache(max_bytes=64 * 2**20)
 """Grids by convention, size, device and dtype: eight of 2 x 1024 x 1024 in float32."""
+
+
+def _along(line: Tensor, dim: int, ndim: int) -> Tensor:
+    """A line as a tensor of ``ndim`` dimensions that all but one have length 1."""
+    return line.reshape([-1 if at == dim else 1 for at in range(ndim)])
 
 
 def _refuse_subclass(value: object, base: type) -> None:

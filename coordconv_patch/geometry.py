@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ __all__ = [
     "TORCH_CONVS",
     "Call",
     "ConvGeometry",
+    "Convolution",
     "Padding",
     "PaddingRule",
     "pad_amounts",
     "pad_by_axis",
+    "pad_modes",
 ]
 
 CONV_FUNCTIONS: dict[tuple[int, bool], Callable[..., Tensor]] = {
@@ -54,6 +56,23 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 """What torch.nn's convolutions take as ``padding_mode``."""
 
 PaddingRule = Literal["declared", "same", "fixed"]
+
+
+class Convolution(Protocol):
+    """What torch.nn's convolutions and :class:`ConvGeometry` both tell of themselves."""
+
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def kernel_size(self) -> tuple[int, ...]: ...
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> str | tuple[int, ...]: ...
+    @property
+    def dilation(self) -> tuple[int, ...]: ...
+    @property
+    def padding_mode(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -259,6 +278,13 @@ def pad_amounts(
         totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(int(amount), int(amount)) for amount in declared]
+
+
+def pad_modes(padding: Padding, padding_mode: str, ndim: int) -> tuple[str, ...]:
+    """The padding mode of each spatial dimension, in torch.nn's words."""
+    if padding.rule == "declared":
+        return (padding_mode,) * ndim
+    return padding.modes or ("zeros",) * ndim
 
 
 def _tensorflow_same(length: Any, kernel: int, stride: int, dilation: int) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from coordconv_patch.branch import (
     grid_for,
     zero_if_missing,
 )
+from coordconv_patch.compiled_map import map_by_lines, suits_lines
 from coordconv_patch.coords import Coordinates, is_capturing, is_transforming
 from coordconv_patch.errors import PatchError
 from coordconv_patch.geometry import (
@@ -158,8 +159,12 @@ class CoordConvNd(CoordLayer, _ConvNd):
             self._follow_padding()
         ndim = len(self.kernel_size)
         input_size = input.shape[-ndim:]
-        output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
-        branch = self.compute_branch(input_size, output_padding, weight).to(output.dtype)
+        if suits_lines(input, weight, self.coords, self, self.coord_padding):
+            branch = map_by_lines(input_size, weight, self.coords, self, self.coord_padding)
+        else:
+            output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
+            branch = self.compute_branch(input_size, output_padding, weight)
+        branch = branch.to(output.dtype)
         return branch if output.dim() == ndim + 2 else branch.squeeze(0)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"own_padding", "padding_probe"},
     {"replaced_forward"},
     {"unsupported"},
-    {"map_cache"},
+    {"compiled_map", "map_cache"},
     {"branch"},
     {"weight_marks", "heirs", "new_weights"},
     {"layers"},
