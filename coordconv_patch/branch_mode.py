@@ -11,7 +11,7 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, cast
 
@@ -37,16 +37,28 @@ ENTERED_CODE: set[Any] = set()
 
 @dataclass(frozen=True)
 class OwnedSite:
-    """What an owner's mode looks for: the calls of one site, and the branch to add to them."""
+    """What an owner's mode looks for: the calls of one site, and the branch to add to them.
+
+    Attributes:
+        name: The site's name.
+        calls: Which calls.
+        geometry: Their geometry.
+        branch: Name of the branch relative to the owner.
+        counts: Whether the calls are told by their position.
+        terms: The geometry in the terms of a call, see :func:`_terms_of`. One tuple, since code
+            that torch.compile made looks at every value again before it runs.
+    """
 
     name: str
     calls: OwnedCalls
     geometry: ConvGeometry
     branch: str
+    counts: bool = field(init=False)
+    terms: tuple[Any, ...] = field(init=False)
 
-    @property
-    def counts(self) -> bool:
-        return self.calls.indices is not None
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", self.calls.indices is not None)
+        object.__setattr__(self, "terms", _terms_of(self.geometry, self.calls.padding))
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -93,7 +105,7 @@ class BranchMode(TorchFunctionMode):
         weight = arguments["weight"]
         is_stray = not _is_stored(weight)
         for index, (site, stored) in enumerate(self.owned):
-            if func is not site.function:
+            if func is not CONV_FUNCTIONS[site.terms[:2]]:
                 continue
             if weight is not stored if stored is not None else _is_stored(weight):
                 continue
@@ -112,10 +124,10 @@ class BranchMode(TorchFunctionMode):
     ) -> Any:
         self._check_not_in_a_checkpoint(site)
         given, own = self._input(site, arguments)
-        branch = cast(CoordBranch, self.owner.get_submodule(site.branch))
+        branch = self._branch(site)
         if isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
-        if not _is_call_of(site.geometry, arguments, own):
+        if not _is_call_of(site.terms, arguments):
             found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
             raise PatchError(
                 f"{site.name} has coordinates for a convolution {site.geometry}, but its code "
@@ -132,6 +144,11 @@ class BranchMode(TorchFunctionMode):
         if not is_own or torch.compiler.is_compiling() or is_transforming():
             return output + added
         return output.add_(added)
+
+    def _branch(self, site: OwnedSite) -> CoordBranch:
+        if "." in site.branch:
+            return cast(CoordBranch, self.owner.get_submodule(site.branch))
+        return cast(CoordBranch, self.owner._modules[site.branch])  # quicker, compiled too
 
     def _input(self, site: OwnedSite, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
         """The convolution's input, before the code padded it where the site says that it does."""
@@ -209,23 +226,35 @@ _MOST_PADS = 8
 """Pads that are remembered until their convolution comes; each keeps its output alive."""
 
 
-def _is_call_of(geometry: ConvGeometry, arguments: Mapping[str, Any], own: OwnPadding) -> bool:
-    """Whether a call has a geometry; in terms that torch.compile can follow, and quick."""
+def _terms_of(geometry: ConvGeometry, own: OwnPadding) -> tuple[Any, ...]:
+    """What calls of a geometry have in common, for :func:`_is_call_of`."""
     ndim = geometry.ndim
-    groups, weight = arguments.get("groups", 1), arguments["weight"]
     in_channels, out_channels = geometry.in_channels, geometry.out_channels
-    channels = (out_channels, in_channels // groups)
+    channels = (out_channels, in_channels // geometry.groups)
     if geometry.transposed:
-        channels = (in_channels, out_channels // groups)
-    padding = geometry.padding if own.declared is None else (0,) * ndim
-    output_padding = geometry.output_padding if geometry.transposed else (0,) * ndim
+        channels = (in_channels, out_channels // geometry.groups)
     return (
-        groups == geometry.groups
-        and tuple(weight.shape) == (*channels, *geometry.kernel_size)
-        and _spread(arguments.get("stride", 1), ndim) == geometry.stride
-        and _spread(arguments.get("dilation", 1), ndim) == geometry.dilation
-        and _spread(arguments.get("output_padding", 0), ndim) == output_padding
-        and _padding_of(arguments.get("padding", 0), ndim) == padding
+        ndim,
+        geometry.transposed,
+        geometry.groups,
+        (*channels, *geometry.kernel_size),
+        geometry.stride,
+        geometry.dilation,
+        geometry.output_padding if geometry.transposed else (0,) * ndim,
+        geometry.padding if own.declared is None else (0,) * ndim,
+    )
+
+
+def _is_call_of(terms: tuple[Any, ...], arguments: Mapping[str, Any]) -> bool:
+    """Whether a call has a geometry; in terms that torch.compile can follow, and quick."""
+    ndim = terms[0]
+    return terms[2:] == (
+        arguments.get("groups", 1),
+        tuple(arguments["weight"].shape),
+        _spread(arguments.get("stride", 1), ndim),
+        _spread(arguments.get("dilation", 1), ndim),
+        _spread(arguments.get("output_padding", 0), ndim),
+        _padding_of(arguments.get("padding", 0), ndim),
     )
 
 
