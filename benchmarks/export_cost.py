@@ -22,9 +22,9 @@ from shared.record import make_parser, open_record, ratios_of
 from shared.show import draw_ratios, print_ratios
 from shared.variants import SELECTIONS, patched, seeded
 
-from coordconv_patch.export.bench_report import markdown_table
-from coordconv_patch.export.providers import CPU, make_session
-from coordconv_patch.export.timing import alternate, median, ratio_of_medians
+from coordconv_patch.bench.report import markdown_table
+from coordconv_patch.runtime.providers import CPU, make_session
+from coordconv_patch.runtime.timing import alternate, median, ratio_of_medians
 
 NAME = "export_cost"
 PLAIN = "plain, torch.onnx.export and one load"

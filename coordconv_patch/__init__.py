@@ -5,10 +5,12 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
-from coordconv_patch.coords import Coordinates, Window
-from coordconv_patch.export import Check, ExportReport, export_onnx, verify_onnx
-from coordconv_patch.folding import fold_with, register_folding_method
-from coordconv_patch.layers import (
+from coordconv_patch.export.onnx import export_onnx
+from coordconv_patch.export.report import ExportReport
+from coordconv_patch.folding.batch_norms import fold
+from coordconv_patch.folding.other_libraries import fold_with, register_folding_method
+from coordconv_patch.graphs.programs import from_exported
+from coordconv_patch.layers.coordconv import (
     CoordConv1d,
     CoordConv2d,
     CoordConv3d,
@@ -16,19 +18,20 @@ from coordconv_patch.layers import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
 )
-from coordconv_patch.left_behind import forget_left_behind_
-from coordconv_patch.passes import CoordConvPass, fold
-from coordconv_patch.patching import patch, patch_, set_window_, unpatch, unpatch_
-from coordconv_patch.plan import Plan, plan
-from coordconv_patch.programs import from_exported
+from coordconv_patch.layers.coordinates import Coordinates, Window
+from coordconv_patch.left_behind.watch import forget_left_behind_
+from coordconv_patch.patching.fx_pass import CoordConvPass
+from coordconv_patch.patching.patch import patch, patch_, set_window_, unpatch, unpatch_
+from coordconv_patch.patching.plan import Plan, plan
 from coordconv_patch.training import (
     add_to_optimizer_,
     coord_parameters,
     param_groups,
     train_only_coords_,
 )
+from coordconv_patch.verification.verify import Check, verify_onnx
 from coordconv_patch.version import __version__
-from coordconv_patch.weights import load_coords, load_coords_, save_coords
+from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 
 __all__ = [
     "Check",

@@ -10,8 +10,8 @@ from torch import nn
 
 from coordconv_patch.arguments import check_number, given
 from coordconv_patch.errors import ArgumentError, PatchError
-from coordconv_patch.layers import coord_layers
-from coordconv_patch.programs import why_not_patched
+from coordconv_patch.graphs.programs import why_not_patched
+from coordconv_patch.layers.coordconv import coord_layers
 
 __all__ = [
     "add_to_optimizer_",

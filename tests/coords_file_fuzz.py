@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.branch import CoordBranch
-from coordconv_patch.call_owners import owned_calls
 from coordconv_patch.errors import CoordConvPatchError
-from coordconv_patch.layers import coord_layers
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.owners.call_owners import owned_calls
 
 KEY, CHECKSUM = "coordconv_patch", "coordconv_patch.checksum"
 MOST_SECONDS = 2.0

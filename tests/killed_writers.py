@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 import coordconv_patch as ccp
-from coordconv_patch.atomic import part_name, replacing
 from coordconv_patch.errors import ExportError
+from coordconv_patch.files.atomic import part_name, replacing
 
 MOST_SECONDS_BEFORE_THE_KILL = 0.1
 """Some writes' time: one takes a few milliseconds, or tens of them on a busy machine."""

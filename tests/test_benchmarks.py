@@ -17,7 +17,7 @@ from concat_model import concatenating
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.export.providers import CPU, make_session
+from coordconv_patch.runtime.providers import CPU, make_session
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ("onnx_runtime", "scaling", "export_cost", "training_and_eager")

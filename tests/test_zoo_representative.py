@@ -21,7 +21,7 @@ from zoo.results import RESULTS, STAGES, expected_failures, judge
 from zoo.torch_stage import FINDINGS, check_in_torch
 
 import coordconv_patch as ccp
-from coordconv_patch.layers import CoordConvNd
+from coordconv_patch.layers.coordconv import CoordConvNd
 
 REPRESENTATIVE = [
     "timm/test_nfnet",  # ScaledStdConv2d

@@ -230,7 +230,7 @@ def exports() -> Trial:
 
 
 def providers() -> Trial:
-    from coordconv_patch.export import providers as module
+    from coordconv_patch.runtime import providers as module
 
     works = module._works.__wrapped__
     return lambda n: works("CPUExecutionProvider")

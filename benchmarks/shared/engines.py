@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from coordconv_patch.export.binding import BoundRun
-from coordconv_patch.export.providers import CPU, make_session
+from coordconv_patch.runtime.binding import BoundRun
+from coordconv_patch.runtime.providers import CPU, make_session
 
 __all__ = ["ENGINES", "LOWERINGS", "Lowering", "onnxruntime_run", "openvino_run"]
 

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from coordconv_patch.export.providers import CPU, make_session
+from coordconv_patch.runtime.providers import CPU, make_session
 
 __all__ = ["write_floor"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.exporters import write_graph
-from coordconv_patch.export.providers import CPU
+from coordconv_patch.runtime.providers import CPU
 from shared.engines import Lowering
 
 __all__ = ["write_plainly", "write_verified"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from coordconv_patch.export.machine import describe_machine
-from coordconv_patch.export.timing import Ratio, alternate, median, ratio_of_medians
+from coordconv_patch.bench.machine import describe_machine
+from coordconv_patch.runtime.timing import Ratio, alternate, median, ratio_of_medians
 
 __all__ = [
     "RESULTS",

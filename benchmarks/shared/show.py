@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordconv_patch.export.bench_report import markdown_table
-from coordconv_patch.export.timing import Ratio
+from coordconv_patch.bench.report import markdown_table
+from coordconv_patch.runtime.timing import Ratio
 
 __all__ = ["Line", "draw_lines", "draw_ratios", "print_ratios"]
 

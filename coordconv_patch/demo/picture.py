@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
-from coordconv_patch.atomic import replacing
 from coordconv_patch.demo.backbone import to_input
 from coordconv_patch.demo.influence import coordinate_maps
 from coordconv_patch.demo.report import DemoReport
 from coordconv_patch.demo.task import Pictures, photograph
 from coordconv_patch.errors import ExportError
+from coordconv_patch.files.atomic import replacing
 
 __all__ = ["draw"]
 

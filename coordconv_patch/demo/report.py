@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordconv_patch.atomic import replacing
 from coordconv_patch.demo.backbone import Prediction
 from coordconv_patch.demo.finetune import Curve, Errors, Settings
 from coordconv_patch.errors import ExportError
+from coordconv_patch.files.atomic import replacing
 
 __all__ = ["DemoReport", "ExportCheck", "PhotographResult"]
 

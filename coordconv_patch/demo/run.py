@@ -19,7 +19,6 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from coordconv_patch.atomic import replacing, reporting_os_errors
 from coordconv_patch.demo import backbone, finetune
 from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
 from coordconv_patch.demo.influence import shares, switched_off
@@ -34,13 +33,14 @@ from coordconv_patch.demo.task import (
     to_pixels,
 )
 from coordconv_patch.errors import ExportError
-from coordconv_patch.export import export_onnx
-from coordconv_patch.export.providers import make_session
-from coordconv_patch.layers import coord_layers
-from coordconv_patch.patching import patch
+from coordconv_patch.export.onnx import export_onnx
+from coordconv_patch.files.atomic import replacing, reporting_os_errors
+from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.patching.patch import patch
+from coordconv_patch.runtime.providers import make_session
 from coordconv_patch.training import coord_parameters
 from coordconv_patch.version import __version__
-from coordconv_patch.weights import save_coords
+from coordconv_patch.weights.save_load import save_coords
 
 __all__ = ["run_demo"]
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from coordconv_patch.branch import CoordBranch
 from coordconv_patch.errors import ExportError
-from coordconv_patch.export.timing import Ratio, alternate, median, ratio_of_medians
-from coordconv_patch.passes.lower import Lowering, LoweringSite
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.lowering.lower import Lowering, LoweringSite
+from coordconv_patch.runtime.timing import Ratio, alternate, median, ratio_of_medians
 
 __all__ = ["Trial", "Tuning", "autotune", "group_of"]
 

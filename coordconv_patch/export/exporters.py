@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from coordconv_patch.errors import ExportError, first_line
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.export.opset import check_exporter, require_opset
-from coordconv_patch.export.verify import tensors_in
-from coordconv_patch.inputs import split_inputs
-from coordconv_patch.left_behind import release_watches_
-from coordconv_patch.modes import LOOK
-from coordconv_patch.silence import output_silenced, warnings_ignored
-from coordconv_patch.tracing_gate import tracing_alone
+from coordconv_patch.left_behind.watch import release_watches_
+from coordconv_patch.running.inputs import split_inputs
+from coordconv_patch.running.silence import output_silenced, warnings_ignored
+from coordconv_patch.running.tracing_gate import tracing_alone
+from coordconv_patch.running.untouched import LOOK
+from coordconv_patch.verification.verify import tensors_in
 
 __all__ = [
     "evaluation_copy",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir
 
-from coordconv_patch.atomic import part_name
+from coordconv_patch.files.atomic import part_name
 
 __all__ = ["gather_weights"]
 

@@ -24,9 +24,8 @@ from coordconv_patch.arguments import (
     check_number,
     check_path,
 )
-from coordconv_patch.atomic import obstacle_to_writing, replacing
-from coordconv_patch.coords import Window
 from coordconv_patch.errors import ArgumentError, ExportError
+from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser, check_lowering
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import (
     ExportRequest,
@@ -34,36 +33,43 @@ from coordconv_patch.export.axes import (
     check_axes,
     inputs_to_check,
 )
-from coordconv_patch.export.binding import BoundRun
-from coordconv_patch.export.carrying import carry_coordinates_
-from coordconv_patch.export.choosing import MAX_GROWTH, Chooser, check_lowering
-from coordconv_patch.export.clips import fuse_clips_
-from coordconv_patch.export.constants import compact_constants_
-from coordconv_patch.export.constants import constant_bytes as count_constant_bytes
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
 from coordconv_patch.export.external_weights import gather_weights
+from coordconv_patch.export.graph_passes.carry_coordinates import carry_coordinates_
+from coordconv_patch.export.graph_passes.compact_constants import compact_constants_
+from coordconv_patch.export.graph_passes.compact_constants import (
+    constant_bytes as count_constant_bytes,
+)
+from coordconv_patch.export.graph_passes.fold_scales import fold_scales_
+from coordconv_patch.export.graph_passes.fuse_clips import fuse_clips_
+from coordconv_patch.export.graph_passes.order_additions import (
+    coordinate_nodes,
+    is_read_once,
+    order_additions_,
+)
 from coordconv_patch.export.opset import (
     check_exporter,
     check_opset,
     opset_of,
     require_opset,
 )
-from coordconv_patch.export.ordering import coordinate_nodes, is_read_once, order_additions_
-from coordconv_patch.export.providers import CPU, make_session, working_providers
 from coordconv_patch.export.report import ExportReport
-from coordconv_patch.export.scales import fold_scales_
-from coordconv_patch.export.verify import Check, Verifier, tensors_in, to_array
-from coordconv_patch.inputs import check_is_module, in_signature_order
-from coordconv_patch.layers import CoordConvNd, coord_layers
-from coordconv_patch.left_behind import check_left_behind
-from coordconv_patch.passes.fold import fold_batch_norms_
-from coordconv_patch.passes.lower import (
+from coordconv_patch.files.atomic import obstacle_to_writing, replacing
+from coordconv_patch.folding.batch_norms import fold_batch_norms_
+from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coordinates import Window
+from coordconv_patch.left_behind.watch import check_left_behind
+from coordconv_patch.lowering.lower import (
     Lowered,
     Lowering,
     LoweringSite,
     lower_,
     lowering_sites,
 )
+from coordconv_patch.running.inputs import check_is_module, in_signature_order
+from coordconv_patch.runtime.binding import BoundRun
+from coordconv_patch.runtime.providers import CPU, make_session, working_providers
+from coordconv_patch.verification.verify import Check, Verifier, tensors_in, to_array
 
 __all__ = [
     "export_onnx",
@@ -107,8 +113,8 @@ def export_onnx(
             computed in the graph. Otherwise they are constants.
         lowering: The form of the coordinate branch: ``"channels"``, ``"map"``,
             ``"branch"``, ``"separable"``, ``"computed"``, see
-            :mod:`coordconv_patch.passes.lower`; ``"auto"`` takes what suits the provider and
-            the axes, see :mod:`coordconv_patch.export.choosing`; ``"autotune"`` times the
+            :mod:`coordconv_patch.lowering.lower`; ``"auto"`` takes what suits the provider and
+            the axes, see :mod:`coordconv_patch.export.auto_lowering`; ``"autotune"`` times the
             candidates for each group of sites on the provider, with the example's batch
             size, and takes the fastest.
         opset: ONNX operator set, from 7 on; ``None``: the exporter's choice. Below 18, torch's

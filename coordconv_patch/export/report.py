@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from coordconv_patch.coords import Window
 from coordconv_patch.errors import listing
 from coordconv_patch.export.autotune import Trial
-from coordconv_patch.export.verify import Check
+from coordconv_patch.layers.coordinates import Window
+from coordconv_patch.verification.verify import Check
 
 __all__ = [
     "ExportReport",

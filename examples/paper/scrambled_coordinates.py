@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.branch import coordinate_map
-from coordconv_patch.layers import CoordConvNd, coord_layers
+from coordconv_patch.layers.branch import coordinate_map
+from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 

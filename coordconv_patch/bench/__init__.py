@@ -1,0 +1,1 @@
+"""What coordinates cost at inference."""

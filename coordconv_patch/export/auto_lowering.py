@@ -1,0 +1,84 @@
+"""Which lowering ``lowering="auto"`` takes for a site, and why.
+
+What counts is measured, see ``benchmarks/``. On the CPU, ONNX Runtime keeps activations in
+blocks of 16 channels, and fuses the sum of two convolutions; a stored map would leave that
+layout. What the branch costs there is a pass over the output and its multiplications, so the
+form with fewer of them wins. On GPUs the addition of a stored map is fused with the
+convolution or runs by itself at the speed of memory, and needs no multiplications at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from coordconv_patch.errors import ArgumentError
+from coordconv_patch.lowering.lower import LOWERINGS, Lowering, LoweringSite
+from coordconv_patch.runtime.providers import CPU
+
+__all__ = ["Chooser", "check_lowering"]
+
+MAX_GROWTH = 0.01
+"""Of the bytes of the model's weights: more is never added in stored maps by ``"auto"``."""
+
+
+@dataclass
+class Chooser:
+    """Chooses lowerings by the rule of ``"auto"``; called once for each site, in order.
+
+    Attributes:
+        provider: The execution provider that the graph is meant for.
+        dynamic_batch: Whether the batch axis is dynamic.
+        dynamic_size: Whether the spatial axes are.
+        map_budget: Bytes of maps that may be stored whole.
+    """
+
+    provider: str
+    dynamic_batch: bool
+    dynamic_size: bool
+    map_budget: float = math.inf
+
+    def __call__(self, site: LoweringSite) -> Lowering:
+        if self.dynamic_size:
+            return "computed"
+        if self.provider == CPU and self.dynamic_batch:
+            return _cheaper_branch(site)
+        # With a fixed batch a runtime folds every form into the map, whatever the graph says.
+        if site.num_images is not None:  # stored as vectors and a weight; the runtime makes the map
+            return "map"
+        if site.map_bytes <= self.map_budget:
+            self.map_budget -= site.map_bytes
+            return "map"
+        return "branch"
+
+
+def _cheaper_branch(site: LoweringSite) -> Lowering:
+    """The form of the branch with fewer multiplications an output value.
+
+    With as many images as taps, as in 1x1 convolutions, the strip is faster by itself (0.8 of
+    the time), but not in a network: ResNet-50 with every convolution took 1.05 of the plain
+    model's time instead of 1.02 (one thread), 1.06 to 1.12 instead of 1.02 to 1.05 (two).
+    """
+    images = site.num_images
+    return "separable" if images is not None and images < site.num_taps else "branch"
+
+
+def check_lowering(lowering: str, dynamic_size: bool) -> None:
+    """Check that a lowering exists and can have the axes asked for.
+
+    Raises:
+        ArgumentError: If not.
+    """
+    choices = ("auto", "autotune", *LOWERINGS)
+    if lowering not in choices:
+        raise ArgumentError(f"lowering={lowering!r}: write {', '.join(map(repr, choices))}")
+    if dynamic_size and lowering not in ("computed", "auto"):
+        raise ArgumentError(
+            f"lowering={lowering!r} stores coordinates of one size, but dynamic_size=True: write "
+            "lowering='computed' or 'auto'"
+        )
+    if lowering == "computed" and not dynamic_size:
+        raise ArgumentError(
+            "lowering='computed' derives coordinates from the size at run time, but the size is "
+            "fixed: write dynamic_size=True, or another lowering"
+        )

@@ -1,0 +1,1 @@
+"""Batch norms, and what other libraries fold."""

@@ -1,0 +1,1 @@
+"""What torch.fx and torch.export tell of a model."""

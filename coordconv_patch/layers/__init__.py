@@ -1,0 +1,1 @@
+"""What a coordinate convolution is: coordinates, geometry, branch, the layers."""

@@ -1,0 +1,121 @@
+"""Turn a convolution module into a coordinate convolution and back, in place."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.coordconv import CoordConvNd, new_coord_weight, patched_class
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.geometry import TORCH_CONVS, Padding
+from coordconv_patch.layers.padding_probe import padding_of
+from coordconv_patch.running.untouched import in_mode
+
+__all__ = [
+    "check_convertible",
+    "check_not_wrapped",
+    "convert_",
+    "on_other_base",
+    "revert_",
+]
+
+
+def check_convertible(module: _ConvNd) -> Padding:
+    """Whether :func:`convert_` would succeed; returns how the module pads.
+
+    Raises:
+        PatchError: With the reason why it would not.
+    """
+    if isinstance(module, CoordConvNd):
+        raise PatchError(f"it already is a CoordConv with coordinates {module.coords}")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise PatchError("it is lazy: run the model once, so that its shape is known")
+    if not isinstance(module, TORCH_CONVS):
+        raise PatchError(f"{type(module).__name__} is no torch.nn convolution of 1 to 3 dimensions")
+    if "forward" in vars(module):
+        raise PatchError(
+            "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
+            "bypass the coordinates: patch the model before"
+        )
+    with in_mode(module, training=False):  # a spectral norm in training iterates at every look
+        return _padding_if_plain(module)
+
+
+def _padding_if_plain(module: _ConvNd) -> Padding:
+    if hasattr(module.weight, "device_mesh"):  # a DTensor
+        raise PatchError(
+            "its weight is sharded over processes (FSDP, tensor parallel): patch the model before "
+            "sharding it"
+        )
+    if not module.weight.dtype.is_floating_point:
+        raise PatchError(f"its weight has dtype {module.weight.dtype}; coordinates need floats")
+    return padding_of(module)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Check that no wrapper around or in a model has made a list of its parameters already.
+
+    Raises:
+        PatchError: If one has: it would not synchronise the coordinate weights between
+            processes, which then drift apart without a word.
+    """
+    wrappers = _parallel_wrappers()
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
+            raise PatchError(
+                f"{name or 'the model'} is wrapped for several processes or devices (as "
+                f"{type(module).__name__}), and what wraps it knows the parameters that it had "
+                "then: patch or unpatch the model before wrapping it"
+            )
+
+
+def _parallel_wrappers() -> tuple[type, ...]:
+    # Not imported for this: only a program that has imported it can have wrapped a model with it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
+    return (nn.parallel.DistributedDataParallel, *sharded)
+
+
+def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
+    """Turn a convolution module into its coordinate class, in place.
+
+    The object keeps its identity, and with it its hooks, parameters, flags and
+    aliases; only its class changes. Call :func:`check_convertible` before.
+    """
+    with in_mode(module, training=False):  # a spectral norm in training iterates at every look
+        coord_weight = new_coord_weight(module, coords)  # first: it may not fit into memory
+    before = type(module)
+    if parametrize.is_parametrized(module):
+        # torch takes a parametrized module back to its first base class when the last
+        # parametrization is removed, so the coordinate class goes beneath.
+        plain = cast("type[_ConvNd]", before.__bases__[0])
+        module.__class__ = on_other_base(before, patched_class(plain))
+    else:
+        module.__class__ = patched_class(before)
+    try:
+        cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
+    except BaseException:
+        module.__class__ = before
+        raise
+
+
+def on_other_base(parametrized: type, base: type) -> type:
+    """The class that torch made for a parametrized module, on another base class."""
+    namespace = {
+        k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")
+    }
+    return type(parametrized)(parametrized.__name__, (base,), namespace)
+
+
+def revert_(module: CoordConvNd) -> None:
+    """Turn a coordinate convolution back into the class it was made from, in place."""
+    module._detach()
+    before, plain = type(module), module._plain_class
+    if parametrize.is_parametrized(module):
+        plain = on_other_base(before, plain)
+    module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer

@@ -1,0 +1,1 @@
+"""Coordinates that other code has left behind."""

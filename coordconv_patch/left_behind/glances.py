@@ -1,0 +1,126 @@
+"""What a quick look at a model compares: where modules are, and a few numbers of their weights.
+
+It runs before every forward, so it is made of sequences that C code runs through.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.weight_marks import glance_at, is_plain
+
+__all__ = ["Glance"]
+
+
+class Glance(NamedTuple):
+    """What a look at a module compares, prepared: sequences that C code runs through."""
+
+    module: weakref.ref[nn.Module]
+    holders: Sequence[dict[str, nn.Module | None]]
+    names: Sequence[str]
+    children: Sequence[nn.Module | None]
+    """``holder[name] is child`` in every module around a convolution or a batch norm."""
+    ways: Sequence[dict[str, nn.Module | None]]
+    lengths: Sequence[int]
+    """How many children those modules have: none is new."""
+    convs: Sequence[CoordConvNd]
+    """The coordinate convolutions on the CPU, whose values are looked at."""
+    owners: Sequence[dict[str, nn.Parameter | None]]
+    weights: Sequence[Tensor]
+    """``owner["weight"] is weight`` of each of them."""
+    pointers: Sequence[int]
+    views: Sequence[Tensor]
+    """A few numbers of each weight; the weights of one dtype stand together."""
+    values: Sequence[Tensor]
+    """What they were: one tensor for all the views of a dtype."""
+    versions: Sequence[int]
+    """Version counters of the coordinate weights."""
+
+    @classmethod
+    def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> Glance:
+        """A glance at a module as it is now."""
+        wanted = set(layers.values())
+        on_the_way = [m._modules for m in module.modules() if not wanted.isdisjoint(m.modules())]
+        edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
+        found: list[tuple[CoordConvNd, Tensor]] = []
+        for layer in layers.values():
+            # Not layer.weight, which is a Proxy while somebody traces symbolically.
+            weight = layer._parameters.get("weight")
+            if isinstance(layer, CoordConvNd) and weight is not None and is_plain(weight):
+                found += [(layer, weight)] if weight.is_cpu else []
+        found.sort(key=lambda pair: str(pair[1].dtype))
+        convs, weights = [conv for conv, _ in found], [weight for _, weight in found]
+        glance = cls(
+            module=weakref.ref(module),
+            holders=[holder for holder, _, _ in edges],
+            names=[name for _, name, _ in edges],
+            children=[child for _, _, child in edges],
+            ways=on_the_way,
+            lengths=list(map(len, on_the_way)),
+            convs=convs,
+            owners=[conv._parameters for conv in convs],
+            weights=weights,
+            pointers=[weight.data_ptr() for weight in weights],
+            views=[glance_at(weight) for weight in weights],
+            values=[],
+            versions=[],
+        )
+        return glance.renewed()
+
+    def shows_other_structure(self) -> bool:
+        """Whether a module is not where it was, or is new."""
+        there = map(dict.get, self.holders, self.names)
+        is_same = all(map(operator.is_, there, self.children))
+        return not is_same or list(map(len, self.ways)) != self.lengths
+
+    def shows_other_weights(self) -> bool:
+        """Whether weights were replaced, or have other memory."""
+        there = [owner.get("weight") for owner in self.owners]
+        if all(map(operator.is_, there, self.weights)):
+            return list(map(Tensor.data_ptr, self.weights)) != self.pointers
+        return True
+
+    def shows_other_values(self) -> bool:
+        """Whether weights have other values."""
+        return not all(map(torch.equal, self._values(), self.values))
+
+    def shows_silent_change(self) -> bool:
+        """Whether values have changed that autograd was not told of."""
+        before = itertools.chain.from_iterable(
+            torch.split(values, [len(view) for view in views])
+            for values, views in zip(self.values, self._by_dtype(), strict=True)
+        )
+        marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
+        return any(
+            mark is not None and weight._version == mark.version and not torch.equal(view, kept)
+            for mark, weight, view, kept in zip(
+                marks, self.weights, self.views, before, strict=True
+            )
+        )
+
+    def shows_other_coords(self) -> bool:
+        """Whether coordinate weights have changed, and autograd was told."""
+        return self._versions() != self.versions
+
+    def renewed(self) -> Glance:
+        """The same with the values of now."""
+        return self._replace(values=self._values(), versions=self._versions())
+
+    def _versions(self) -> list[int]:
+        coords = [owner.get("coord_weight") for owner in self.owners]
+        return [-1 if weight is None else weight._version for weight in coords]
+
+    def _values(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self._by_dtype()]
+
+    def _by_dtype(self) -> Iterator[list[Tensor]]:
+        for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):
+            yield list(views)

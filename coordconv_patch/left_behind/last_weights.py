@@ -1,0 +1,96 @@
+"""The weights of a model's convolutions and coordinate layers, where they can be read.
+
+By ``_parameters`` and never by attribute: while somebody traces a model symbolically, an
+attribute is a Proxy, and reading it adds a node to the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.weight_marks import WeightMark, is_plain
+from coordconv_patch.left_behind.heirs import Kernel
+
+__all__ = [
+    "is_coord_layer",
+    "is_trained",
+    "kernel_of",
+    "layout_of",
+    "mark_of",
+    "site_of",
+    "weight_of",
+]
+
+
+def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
+    """The weight of a convolution, or of the convolution that a coordinate branch is added to.
+
+    ``None`` if it has none of its own: computed, sharded or fake ones.
+    """
+    weight: Tensor | None = None
+    if isinstance(layer, _ConvNd):
+        weight = layer._parameters.get("weight")
+    elif isinstance(layer, CoordBranch):
+        holder, _, own = site_of(name).rpartition(".")
+        try:
+            inner = module.get_submodule(holder)
+        except AttributeError:
+            return None
+        found = inner._parameters.get(own) if own not in inner._modules else inner._modules[own]
+        weight = found._parameters.get("weight") if isinstance(found, nn.Module) else found
+    if weight is None or not is_plain(weight):
+        return None
+    return weight if isinstance(layer, _ConvNd) or _has_geometry(weight, layer) else None
+
+
+def _has_geometry(weight: Tensor, layer: nn.Module) -> bool:
+    """Whether a weight is that of the convolution which a coordinate branch was made for."""
+    assert isinstance(layer, CoordBranch)
+    geometry = layer.geometry
+    channels = (geometry.out_channels, geometry.in_channels // geometry.groups)
+    if geometry.transposed:
+        channels = (geometry.in_channels, geometry.out_channels // geometry.groups)
+    return tuple(weight.shape) == (*channels, *geometry.kernel_size)
+
+
+def site_of(name: str) -> str:
+    """The site of a coordinate layer, by the layer's qualified name."""
+    return name.removesuffix(BRANCH_NAME)[:-1] if name.endswith(BRANCH_NAME) else name
+
+
+def layout_of(layer: nn.Module) -> tuple[bool, int]:
+    """Whether a convolution is transposed, and its groups."""
+    conv: Any = layer.geometry if isinstance(layer, CoordBranch) else layer
+    return conv.transposed, conv.groups
+
+
+def kernel_of(layer: nn.Module, weight: Tensor, coord_weight: Tensor | None) -> Kernel:
+    """A layer's weights by output channel."""
+    transposed, groups = layout_of(layer)
+    return Kernel.of(weight, coord_weight, transposed=transposed, groups=groups)
+
+
+def mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | None:
+    """A mark of a layer's weights as they are now; ``None`` if its own is computed."""
+    coords = layer._parameters.get("coord_weight")
+    if coords is None or not is_plain(coords):
+        return None
+    transposed, groups = layout_of(layer)
+    has_bias = layer._parameters.get("bias") is not None
+    return WeightMark.of(weight, coords, transposed=transposed, groups=groups, has_bias=has_bias)
+
+
+def is_coord_layer(layer: nn.Module) -> bool:
+    """Whether a layer has coordinates, which nobody has taken off."""
+    is_layer = isinstance(layer, (CoordConvNd, CoordBranch))
+    return is_layer and not layer.__dict__.get("is_dismissed")
+
+
+def is_trained(coord_weight: Tensor | None) -> bool:
+    """Whether coordinates would be missed."""
+    return is_plain(coord_weight) and coord_weight is not None and bool(coord_weight.any())

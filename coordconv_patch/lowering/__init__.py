@@ -1,0 +1,1 @@
+"""The forms that a coordinate branch takes in a file."""

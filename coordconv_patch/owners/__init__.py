@@ -1,0 +1,1 @@
+"""Convolution functions that plain modules call in their own code."""

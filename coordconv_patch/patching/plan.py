@@ -1,0 +1,278 @@
+"""The dry run: which sites would be patched, what that costs, and why.
+
+A plan changes nothing. It prints as a table, and its rows are values that a
+program can read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.export import ExportedProgram
+
+from coordconv_patch.graphs.programs import from_exported
+from coordconv_patch.layers.branch import ChosenCalls
+from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.geometry import Call
+from coordconv_patch.sites.find import Site, SiteMap, find_sites
+from coordconv_patch.sites.select import Choice, Where, not_chosen, select
+
+__all__ = ["Plan", "PlanRow", "plan", "plan_sites", "survey"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One site of a plan.
+
+    Attributes:
+        site: The site.
+        chosen: Whether it would be patched.
+        reason: Why, or why not.
+        note: What else to know about it; often empty.
+        parameters: Coordinate weights that it would get; 0 if not chosen.
+        multiply_adds: Multiply-adds that its branch adds to one forward pass, whatever
+            the batch size, over all chosen calls; ``None`` if the sizes are unknown.
+        calls: Which of its calls would get coordinates; ``None``: every one.
+        skipped: Whether a selector describes it, but it cannot be patched.
+    """
+
+    site: Site
+    chosen: bool
+    reason: str
+    note: str
+    parameters: int
+    multiply_adds: int | None
+    calls: ChosenCalls | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`coordconv_patch.patch` would do. ``print(plan)`` shows a table.
+
+    Attributes:
+        coords: The convention of the coordinate channels.
+        rows: One row per site, in order of execution where it is known.
+        site_map: The sites and the regions that they were found in.
+    """
+
+    coords: Coordinates
+    rows: tuple[PlanRow, ...]
+    site_map: SiteMap
+
+    @property
+    def chosen(self) -> tuple[Site, ...]:
+        """The sites that would be patched."""
+        return tuple(row.site for row in self.rows if row.chosen)
+
+    @property
+    def parameters(self) -> int:
+        """Coordinate weights added in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds added to one forward pass; ``None`` if sizes are unknown."""
+        counts = [row.multiply_adds for row in self.rows if row.chosen]
+        if any(count is None for count in counts):
+            return None
+        return sum(count for count in counts if count is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {
+            "coords": self.coords.to_dict(),
+            "order_known": self.site_map.order_known,
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "sites": [
+                {
+                    "name": row.site.name,
+                    "kind": row.site.kind,
+                    "class": row.site.class_name,
+                    "geometry": row.site.geometry and row.site.geometry.to_dict(),
+                    "calls": row.site.calls
+                    and [[call.input_size, call.output_size] for call in row.site.calls],
+                    "chosen": row.chosen,
+                    "chosen_calls": row.calls and list(row.calls.indices),
+                    "reason": row.reason,
+                    "note": row.note,
+                    "parameters": row.parameters,
+                    "multiply_adds": row.multiply_adds,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def table(self, *, chosen_only: bool = False) -> Table:
+        """The plan as a rich table; with all sites, or the chosen ones alone."""
+        table = Table(title=f"coordinates {self.coords}", title_justify="left")
+        for heading in ("", "site", "class", "geometry", "input", "output"):
+            table.add_column(heading, overflow="fold", no_wrap=heading != "site")
+        for heading in ("calls", "params", "MAdds"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("why")
+        for row in self.rows:
+            if chosen_only and not row.chosen:
+                continue
+            calls = row.site.calls
+            table.add_row(
+                "+" if row.chosen else "",
+                row.site.name,
+                row.site.class_name,
+                "?" if row.site.geometry is None else str(row.site.geometry),
+                _sizes(calls, "input_size"),
+                _sizes(calls, "output_size"),
+                "?" if calls is None else str(len(calls)),
+                f"{row.parameters:,}" if row.chosen else "",
+                ("?" if row.multiply_adds is None else _scaled(row.multiply_adds))
+                if row.chosen
+                else "",
+                f"{row.reason}; {row.note}" if row.note else row.reason,
+                style=None if row.chosen else "dim",
+            )
+        table.caption = self.summary()
+        table.caption_justify = "left"
+        return table
+
+    def summary(self) -> str:
+        """One line: sites chosen, weights and multiply-adds added."""
+        madds = self.multiply_adds
+        cost = "" if madds is None else f", {_scaled(madds)} multiply-adds a forward pass"
+        regions = self.site_map.regions
+        whole = "traced whole" if not self.site_map.untraced else f"{len(regions)} traced regions"
+        return (
+            f"{len(self.chosen)} of {len(self.rows)} sites chosen, "
+            f"{self.parameters:,} coordinate weights{cost} ({whole})"
+        )
+
+    def __str__(self) -> str:
+        # As wide as it needs: a folded name could not be copied into where=.
+        console = Console(width=10_000, color_system=None, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def plan(
+    model: nn.Module | ExportedProgram,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """The dry run of :func:`coordconv_patch.patch`; the model is not changed.
+
+    Args:
+        model: Any module, a GraphModule, or a torch.export ExportedProgram.
+        where: Which sites; see :func:`coordconv_patch.sites.select.select`.
+        coords: The convention, or the name of a preset; ``None``: the paper's.
+        example_inputs: A tensor, or a tuple of positional arguments (a dict last is
+            keyword arguments). Adds sizes, calls and multiply-adds, and the order of
+            execution where the model cannot be traced.
+
+    Raises:
+        SelectionError: If a selector matches nothing that can be patched.
+        PatchError: If the forward pass fails on the example inputs.
+    """
+    module = from_exported(model) if isinstance(model, ExportedProgram) else model
+    site_map, convention = find_sites(module, example_inputs), Coordinates.of(coords)
+    return _with_windows(plan_sites(site_map, where, convention), module)
+
+
+def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
+    """The plan for sites that were found already."""
+    rows = tuple(_row(choice, coords) for choice in select(site_map, where))
+    return Plan(coords, rows, site_map)
+
+
+def survey(model: nn.Module, coords: Coordinates, example_inputs: Any = None) -> Plan:
+    """A plan that chooses nothing: the sites of a model, and which of them are patched."""
+    site_map = find_sites(model, example_inputs)
+    choices = [not_chosen(site) for site in site_map.sites]
+    rows = tuple(_row(choice, coords) for choice in choices)
+    return _with_windows(Plan(coords, rows, site_map), model)
+
+
+def _with_windows(decided: Plan, model: nn.Module) -> Plan:
+    """A plan whose notes tell the windows that a model's coordinate layers have."""
+    layers = coord_layers(model)
+    windows = {name: layer.coords.window for name, layer in layers.items() if layer.coords.window}
+    rows = tuple(
+        replace(row, note=_joined(row.note, f"its coordinates are those of {window}"))
+        if (window := windows.get(row.site.name)) and row.site.patched
+        else row
+        for row in decided.rows
+    )
+    return replace(decided, rows=rows)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _row(choice: Choice, coords: Coordinates) -> PlanRow:
+    site = choice.site
+    parameters, multiply_adds, chosen_calls = 0, None, None
+    if choice.calls is not None and site.calls is not None:
+        chosen_calls = ChosenCalls(choice.calls, len(site.calls), site.caller or "")
+    if choice.chosen and site.geometry is not None:
+        names = coords.channel_names(site.geometry.ndim)  # checks that the window fits, too
+        parameters = math.prod(site.geometry.coord_weight_shape(len(names)))
+        if site.calls is not None:
+            indices = range(len(site.calls)) if choice.calls is None else choice.calls
+            calls = [site.calls[index] for index in indices]
+            multiply_adds = sum(_multiply_adds(parameters, site, call) for call in calls)
+    note = _note(site)
+    if chosen_calls is not None:
+        note = _joined(str(chosen_calls), note)
+    return PlanRow(
+        site=site,
+        chosen=choice.chosen,
+        reason=choice.reason,
+        note=note,
+        parameters=parameters,
+        multiply_adds=multiply_adds,
+        calls=chosen_calls,
+        skipped=choice.skipped,
+    )
+
+
+def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
+    """Each weight is used once per output pixel; of a transposed convolution per input pixel."""
+    transposed = site.geometry is not None and site.geometry.transposed
+    return parameters * math.prod(call.input_size if transposed else call.output_size)
+
+
+def _note(site: Site) -> str:
+    notes = []
+    if site.calls is not None:
+        if not site.calls:
+            notes.append("never called on the example inputs")
+        elif all(math.prod(call.input_size) == 1 for call in site.calls):
+            notes.append("its input is one pixel, whose coordinates are 0")
+    return "; ".join(notes)
+
+
+def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:
+    if calls is None:
+        return "?"
+    unique = dict.fromkeys(getattr(call, field) for call in calls)
+    shown = ["\u00d7".join(map(str, size)) for size in unique]
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+
+
+def _scaled(count: int) -> str:
+    """A count with a decimal prefix: 1.2 M."""
+    value = float(count)
+    for prefix in ("", " k", " M", " G"):
+        if value < 1000:
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    return f"{value:.3g} T"

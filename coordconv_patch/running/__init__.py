@@ -1,0 +1,1 @@
+"""A user's model: run it, look at it, and leave it as it was."""

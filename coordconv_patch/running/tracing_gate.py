@@ -1,0 +1,210 @@
+"""Let one thread at a time trace with torch.fx, and keep its tracing away from the others.
+
+While torch.fx traces, it replaces ``nn.Module.__call__`` and ``nn.Module.__getattr__`` for the
+whole process. A forward pass of any model in any other thread then runs into a tracer that
+does not know it, and two tracers that overlap put back each other's replacements, so that
+``nn.Module.__call__`` stays broken for good. torch.export traces in the same way.
+
+So :func:`tracing_alone` puts a gate before the function with which torch.fx begins its
+replacements (``torch.fx._symbolic_trace._new_patcher``), the first time that it is entered. From
+then on each replaced method asks for the thread: all threads but the one that traces run the
+original. And while a thread is in :func:`tracing_alone`, the gate is closed:
+
+- other threads that begin a trace of their own, by torch.export perhaps, wait at the gate. If
+  one traces already, it is this thread that waits;
+- no other thread compiles: torch.compile would read the replacements, and note them down.
+
+Two traces of *other* code still put back each other's replacements. torch.export itself changes
+more of the process for as long as it runs, whoever calls it: other threads' convolutions are
+computed without oneDNN (the last bits differ), and a model that torch.compile has compiled may
+raise a KeyError there. And in torch versions that keep the flag "is tracing" for the whole
+process, not for each thread (2.14 no longer does), a compiled model that another thread calls at
+that moment raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx
+from torch.fx import _symbolic_trace
+
+from coordconv_patch.errors import PatchError
+from coordconv_patch.running.untouched import LOOK
+
+__all__ = ["TracingBusyError", "tracing_alone"]
+
+PATIENCE = 600.0
+"""Seconds for which a trace or a compilation of another thread is waited for."""
+
+_fx: Any = _symbolic_trace
+
+
+class TracingBusyError(PatchError):
+    """Another thread has been tracing for so long that it was not waited for any more."""
+
+
+@contextlib.contextmanager
+def tracing_alone() -> Iterator[None]:
+    """No other thread traces or compiles meanwhile, and none notices that this one does.
+
+    May be entered again by the thread that is in.
+
+    Raises:
+        TracingBusyError: If another thread, by code that is not ours, traces or compiles for
+            longer than :data:`PATIENCE` seconds.
+    """
+    with LOOK:  # first: who has it may wait for the compiler's lock, not the other way round
+        if _gate.tracer == threading.get_ident():
+            yield
+            return
+        with _closed_gate():
+            yield
+
+
+@contextlib.contextmanager
+def _closed_gate() -> Iterator[None]:
+    """Wait until no other thread traces or compiles, and keep it so."""
+    _gate.install()
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        # Each time anew: the trace that is waited for may need the compiler's lock to end.
+        with _no_compilation(deadline):
+            if _gate.close():
+                try:
+                    yield
+                finally:
+                    _gate.open()
+                return
+        if time.monotonic() > deadline:
+            raise _busy()
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def _no_compilation(deadline: float) -> Iterator[None]:
+    """Hold the lock under which torch.compile compiles."""
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    lock = getattr(convert_frame, "compile_lock", None)
+    if lock is None:  # the compiler has not been imported, which is slow: nobody compiles
+        yield
+        return
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise _busy()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _busy() -> TracingBusyError:
+    return TracingBusyError(
+        f"another thread has been tracing or compiling a model for {PATIENCE:g} seconds, and two "
+        "threads cannot do so at a time: try again when it has finished"
+    )
+
+
+class _Gate:
+    """Stands before torch.fx's ``_new_patcher``, and may be closed for all threads but one.
+
+    torch.fx calls that function to get the object that replaces things, and puts them back
+    when its context is left.
+    """
+
+    def __init__(self) -> None:
+        self.tracer: int | None = None
+        """The thread that the gate is closed for: the one in :func:`tracing_alone`."""
+        self._opened = threading.Condition()
+        self._new_patcher: Any = None
+        self._tracing: list[int] = []
+        """The threads that trace by other code, or wait at the gate to do so."""
+
+    def install(self) -> None:
+        """Put the gate where it belongs, once; the thread that holds LOOK does so."""
+        if self._new_patcher is None:
+            self._new_patcher = getattr(_fx, "_new_patcher", None)
+            if self._new_patcher is not None:  # else this torch leaves us the lock alone
+                _fx._new_patcher = self._pass
+
+    def close(self) -> bool:
+        """Close the gate for the running thread, unless other threads trace or wait to do so."""
+        this = threading.get_ident()
+        with self._opened:
+            if any(thread != this for thread in self._tracing) or _was_traced_before():
+                return False
+            self.tracer = this
+            return True
+
+    def open(self) -> None:
+        """Let the others through."""
+        with self._opened:
+            self.tracer = None
+            self._opened.notify_all()
+
+    @contextlib.contextmanager
+    def _pass(self) -> Iterator[Any]:
+        """What torch.fx calls instead of ``_new_patcher``."""
+        this = threading.get_ident()
+        if self.tracer == this:
+            with self._new_patcher() as patcher:
+                yield _kept_to_thread(patcher, this)
+            return
+        with self._opened:
+            self._tracing.append(this)
+            self._opened.wait_for(lambda: self.tracer is None)
+        try:
+            with self._new_patcher() as patcher:
+                yield _kept_to_thread(patcher, this)
+        finally:
+            with self._opened:
+                self._tracing.remove(this)
+
+
+_gate = _Gate()
+
+
+def _was_traced_before() -> bool:
+    """Whether another thread is in a trace that it began when there was no gate yet."""
+    return getattr(_fx, "CURRENT_PATCHER", None) is not None and not _is_tracing_here()
+
+
+def _is_tracing_here() -> bool:
+    """Whether the running thread is in a trace of torch.fx, begun by whomever."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+        frame = frame.f_back  # type: ignore[assignment]  # the loop ends at None
+    return frame is not None
+
+
+def _kept_to_thread(patcher: Any, thread: int) -> Any:
+    """The object that replaces things for torch.fx, made to do so for one thread only."""
+    patch_method = patcher.patch_method
+
+    def patch_method_here(cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
+        patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
+
+    # Functions that it replaces in modules need none of this: they ask their arguments.
+    patcher.patch_method = patch_method_here
+    return patcher
+
+
+def _for_thread(
+    thread: int, replacement: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function that is ``replacement`` in one thread, and ``original`` in every other."""
+
+    @functools.wraps(original)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        function = replacement if threading.get_ident() == thread else original
+        return function(*args, **kwargs)
+
+    # Another thread may have begun this call, or taken it for the model's, when it may compile
+    # again: torch.compile is to compile what is called here, not this.
+    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
+    return chosen if skip is None else skip(chosen)

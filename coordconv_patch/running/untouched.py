@@ -1,0 +1,184 @@
+"""Run a model for a look at it, and leave it as it was.
+
+A look sets flags and attributes of the model, and puts them back. Two looks at a time would
+each put back what the other had set, so there is one lock, :data:`LOOK`, that every look at
+any model holds: looks are rare, and one lock cannot be taken in the wrong order. Forward
+passes of other threads take no lock. They run as ever in a model that is in evaluation mode,
+because the flags that are right already are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from coordconv_patch.errors import PatchError
+
+__all__ = [
+    "LOOK",
+    "copied",
+    "evaluating",
+    "in_mode",
+    "state_restored",
+]
+
+LOOK = threading.RLock()
+"""Held by the thread that looks at a model, copies one or changes one."""
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every submodule in training or evaluation mode; each one's own flag is put back."""
+    with LOOK:
+        # TorchScript's frozen modules have no mode.
+        modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+        try:
+            for module, _ in modes:
+                _set_mode(module, training)
+            yield
+        finally:
+            for module, mode in modes:
+                _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if module.training != training:
+        module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are put back."""
+    devices = _cuda_devices(model)
+    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass leaves behind: attributes, buffers and random state.
+
+    A traced one would leave proxies, and counts one more batch in every batch norm
+    whose own code does the counting.
+    """
+    with LOOK:
+        state = _State(model)
+        try:
+            with torch.random.fork_rng(_cuda_devices(model)):
+                yield
+        finally:
+            state.restore()
+
+
+class _State:
+    """What a forward pass may change of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self.attributes = [held for module in modules for held in _attributes_of(module)]
+        self.containers = _Containers()
+        for module in modules:
+            attributes = dict(vars(module))
+            self.containers.note(v for k, v in attributes.items() if k not in _RESTORED_ABOVE)
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for holder, contents in self.attributes:
+            _restore(holder, contents)
+        self.containers.restore()
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                if not buffer.is_meta and not _identical(buffer, value):
+                    buffer.resize_(value.shape).copy_(value)  # observers grow theirs in place
+
+
+def _attributes_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dicts that hold a module's attributes, each with a copy of its contents."""
+    holders = (vars(module), module._buffers, module._parameters, module._modules)
+    return [(holder, dict(holder)) for holder in cast("tuple[dict[str, Any], ...]", holders)]
+
+
+def _restore(holder: dict[str, Any], contents: dict[str, Any]) -> None:
+    for name in [name for name in list(holder) if name not in contents]:
+        holder.pop(name, None)
+    for name, value in contents.items():
+        if name not in holder or holder[name] is not value:
+            holder[name] = value
+
+
+_RESTORED_ABOVE = frozenset({"_parameters", "_buffers", "_modules"})
+"""Containers that :func:`_attributes_of` has in its care. Hooks are not: transformers hangs some on
+a model in its first forward pass, and notes in an attribute that it has."""
+
+
+class _Containers:
+    """Lists, dicts and the like that modules hold: a forward pass may keep things in them.
+
+    LeViT's attention, for one, keeps its biases in a dict by device, and so would keep a
+    tracer's proxies.
+    """
+
+    def __init__(self) -> None:
+        self.noted: dict[int, tuple[Any, Any]] = {}
+
+    def note(self, values: Iterable[Any]) -> None:
+        """Remember the contents of every container among some values, and of those in it."""
+        for value in values:
+            if isinstance(value, (dict, list, set, deque)) and id(value) not in self.noted:
+                # Not copy.copy: a subclass may copy in its own way.
+                contents = list(value.items()) if isinstance(value, dict) else list(value)
+                self.noted[id(value)] = (value, contents)
+                self.note(value.values() if isinstance(value, dict) else contents)
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for container, contents in self.noted.values():
+            now = list(container.items()) if isinstance(container, dict) else list(container)
+            if len(now) == len(contents) and all(map(_is_same, now, contents)):
+                continue
+            container.clear()
+            if isinstance(container, (dict, set)):
+                container.update(contents)
+            else:
+                container.extend(contents)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Identity, of both parts for a dict's item; comparing tensors or proxies would compute."""
+    if isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right) == 2:
+        return left[0] is right[0] and left[1] is right[1]
+    return left is right
+
+
+def _identical(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values, NaN included."""
+    if left.shape != right.shape:
+        return False
+    return torch.equal(left, right) or torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        PatchError: If it cannot be copied.
+    """
+    try:
+        with LOOK:  # while another thread looks at it, its flags and hooks are not its own
+            return copy.deepcopy(model)
+    except Exception as error:
+        raise PatchError(
+            f"the model cannot be deep-copied ({error}): use the in-place form, patch_ or unpatch_"
+        ) from error

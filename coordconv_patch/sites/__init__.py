@@ -1,0 +1,1 @@
+"""Where convolutions are, and from ``where=`` to sites."""

@@ -1,0 +1,136 @@
+"""Whether a file of coordinate weights fits a model; nothing of the model is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from coordconv_patch.errors import WeightsError, excerpt, listing
+from coordconv_patch.layers.branch import ChosenCalls, CoordBranch
+from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.running.wrappers import clean_name
+from coordconv_patch.sites.find import Site
+from coordconv_patch.weights.coords_file import CoordsFile
+
+__all__ = ["calls_of_layer", "check_norms", "check_sites"]
+
+
+def check_sites(file: CoordsFile, sites: Mapping[str, Site], model: nn.Module) -> None:
+    """Check that a model has every convolution of a file, and may be patched as it says.
+
+    Args:
+        file: The file.
+        sites: The model's sites, by their names without wrappers' components.
+        model: The model, not wrapped.
+
+    Raises:
+        WeightsError: With the reason.
+    """
+    missing = [name for name in file.sites if name not in sites]
+    if missing:
+        raise WeightsError(
+            f"{file.path} has coordinate weights for {listing(missing)}, which this model does "
+            f"not have; its sites are {listing(sites)}"
+        )
+    patched = {clean_name(name): layer for name, layer in coord_layers(model).items()}
+    extra = [name for name in patched if name not in file.sites]
+    if extra:
+        raise WeightsError(
+            f"the model is patched at {listing(extra)}, for which {file.path} has no weights: "
+            "load onto the unpatched model"
+        )
+    for name, record in file.sites.items():
+        site, layer = sites[name], patched.get(name)
+        if site.geometry != record.geometry:
+            raise WeightsError(
+                f"{name}: the file was saved for a convolution {record.geometry}, this model "
+                f"has {site.geometry} there"
+            )
+        if layer is not None and "coord_weight" not in layer._parameters:
+            raise WeightsError(
+                f"the coordinate weight of {name} is computed from other parameters (it is pruned "
+                "or parametrized): load the file first, then prune or parametrize"
+            )
+        if layer is not None and tuple(layer.coord_weight.shape) != record.weight_shape:
+            raise WeightsError(
+                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} in "
+                f"the model, not {record.weight_shape}: has a wrapper flattened it?"
+            )
+        if layer is not None and layer.coords != record.coords:
+            raise WeightsError(
+                f"{name}: the file uses coordinates {record.coords}, the model is patched with "
+                f"{layer.coords}"
+            )
+        _check_chosen_calls(file, name, site, layer, model)
+        if layer is None and site.obstacle:
+            raise WeightsError(f"{name} cannot be patched: {site.obstacle}")
+
+
+def _check_chosen_calls(
+    file: CoordsFile,
+    name: str,
+    site: Site,
+    layer: CoordConvNd | CoordBranch | None,
+    model: nn.Module,
+) -> None:
+    wanted = file.sites[name].chosen_calls
+    found = None if layer is None else calls_of_layer(layer)
+    if layer is not None and (wanted and wanted.indices) != (found and found.indices):
+        raise WeightsError(
+            f"{name}: the file has coordinates at {wanted or 'all calls'}, the model is patched at "
+            f"{found or 'all calls'}: load onto the unpatched model"
+        )
+    if wanted is None:
+        return
+    calls = _calls_in_graph(site)
+    if calls is not None and calls != wanted.total:
+        raise WeightsError(
+            f"{name}: the file has coordinates at {wanted}, this model's graph has {calls} calls"
+        )
+    if layer is None and wanted.caller not in dict(model.named_modules()):
+        raise WeightsError(
+            f"{name}: its calls are counted while {excerpt(wanted.caller)} runs, which this model "
+            "does not have"
+        )
+
+
+def _calls_in_graph(site: Site) -> int | None:
+    """How often a site is called, as far as its graph tells."""
+    if site.nodes:
+        return len(site.nodes)
+    if site.region is None or site.module is None:
+        return None
+    modules = dict(site.region.module.named_modules(remove_duplicate=False))
+    nodes = site.region.graph.find_nodes(op="call_module", sort=False)
+    return sum(modules.get(str(node.target)) is site.module for node in nodes) or None
+
+
+def check_norms(file: CoordsFile, buffers: Mapping[str, Tensor]) -> None:
+    """Check that a model has every statistic of norm layers that a file holds.
+
+    Args:
+        file: The file.
+        buffers: The model's statistics, by name.
+
+    Raises:
+        WeightsError: With the reason.
+    """
+    for name, tensor in file.batch_norm.items():
+        if name not in buffers:
+            raise WeightsError(f"{file.path} has {name}, which this model does not have")
+        buffer = buffers[name]
+        if buffer.shape != tensor.shape:
+            raise WeightsError(
+                f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(buffer.shape)} in the "
+                "model"
+            )
+        if buffer.is_floating_point() != tensor.is_floating_point():
+            raise WeightsError(
+                f"{name}: dtype {tensor.dtype} in the file, {buffer.dtype} in the model"
+            )
+
+
+def calls_of_layer(layer: CoordConvNd | CoordBranch) -> ChosenCalls | None:
+    """Which calls of a convolution its layer adds coordinates to; ``None``: every one."""
+    return layer.chosen_calls if isinstance(layer, CoordBranch) else None

@@ -1,0 +1,201 @@
+"""patch compares the model with its patched copy on the example inputs, in both modes."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import coordconv_patch as ccp
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.conversion import convert_
+from coordconv_patch.layers.coordconv import coord_layers
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Counts its parameters in one of the modes, which patching changes."""
+
+    def __init__(self, counts_in: str = "neither") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.counts_in = counts_in
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norm, self.dropout = nn.BatchNorm2d(3), nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        x = self.dropout(self.norm(self.a(x)))
+        if self.counts_in == ("training" if self.training else "evaluation"):
+            x = x * len(list(self.parameters()))
+        return {"maps": [self.c(self.b(x))], "size": tuple(x.shape)}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
+def test_other_outputs_are_refused_and_nothing_is_changed(
+    mode: str, in_place: bool, x: Tensor
+) -> None:
+    model = Net(mode)
+    before = copy.deepcopy(model)
+    with pytest.raises(PatchError) as refusal:
+        (ccp.patch_ if in_place else ccp.patch)(model, "all", example_inputs=x)
+    message = str(refusal.value)
+    assert f"in {mode} mode output['maps'][0] is not the same bit for bit" in message
+    assert "the first convolution whose input differs is b." in message
+    assert "Nothing was changed" in message
+    assert [type(module) for module in model.modules()] == [type(m) for m in before.modules()]
+    assert model.state_dict().keys() == before.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[key])
+    patched = ccp.patch(model, "all", example_inputs=x, check=False)
+    assert list(coord_layers(patched)) == ["a", "b", "c"]
+
+
+def test_a_graph_is_put_back_too(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3, 1, 1))
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(self.conv(x), self.w)
+
+    def wrong(module: nn.Conv2d, *arguments: Any) -> None:
+        convert_(module, *arguments)
+        with torch.no_grad():
+            module.coord_weight.fill_(0.5)
+
+    monkeypatch.setattr("coordconv_patch.patching.patch.convert_", wrong)
+    model = fx.symbolic_trace(Functional())
+    code, names = model.code, [name for name, _ in model.named_modules()]
+    with pytest.raises(PatchError, match="the first convolution whose input differs is w"):
+        ccp.patch_(model, "all", example_inputs=x)
+    assert model.code == code
+    assert [name for name, _ in model.named_modules()] == names
+    assert type(model.conv) is nn.Conv2d
+
+
+def test_the_model_is_left_as_it_was(x: Tensor) -> None:
+    model = Net().train()
+    model.norm.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    image = x.clone()
+    patched = ccp.patch(model, "all", example_inputs=image)
+    assert torch.equal(image, x)
+    assert (model.training, model.norm.training) == (True, False)
+    assert (patched.training, patched.norm.training) == (True, False)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    for each in (model, patched):
+        assert all(torch.equal(each.state_dict()[key], value) for key, value in before.items())
+        assert all(parameter.grad is None for parameter in each.parameters())
+
+
+def test_it_takes_two_forward_passes_of_each(x: Tensor) -> None:
+    class Counting(Net):
+        passes: list[tuple[bool, bool]] = []  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            if type(x) is Tensor:  # not while it is traced
+                self.passes.append((self.training, type(self.a) is nn.Conv2d))
+            return super().forward(x)
+
+    model = Counting()
+    ccp.patch(model, "a", example_inputs=x, check=False)
+    without = len(Counting.passes)
+    Counting.passes.clear()
+    ccp.patch(model, "a", example_inputs=x)
+    assert sorted(Counting.passes[without:]) == [
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    ]
+    Counting.passes.clear()
+    ccp.patch(model, "a")
+    assert [plain for _, plain in Counting.passes] == []
+
+
+def test_a_mode_in_which_the_model_itself_fails_is_left_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+    image = torch.randn(1, 3, 8, 8)  # batch norm wants more values than one in training
+    patched = ccp.patch(model, "all", example_inputs=image)
+    assert torch.equal(patched.eval()(image), model.eval()(image))
+
+
+def test_a_model_that_never_gives_the_same_is_patched_all_the_same(x: Tensor) -> None:
+    calls: list[int] = []
+
+    class Drifting(Net):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            calls.append(1)
+            return super().forward(x + len(calls))
+
+    for patch in (ccp.patch, ccp.patch_):
+        with pytest.warns(UserWarning, match="the model gives other outputs each time"):
+            patched = patch(Drifting(), "all", example_inputs=x)
+        assert list(coord_layers(patched)) == ["a", "b", "c"]
+
+
+def test_values_that_are_not_numbers_are_the_same(x: Tensor) -> None:
+    class Dividing(Net):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            zero = self.a(x)[:, :1] * 0
+            return {"maps": zero / zero, "none": None, "nan": float("nan"), "text": "t"}
+
+    ccp.patch(Dividing(), "a", example_inputs=x)
+
+
+# --- sites that are not reached -------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.trained, self.deployed, self.never = (
+            nn.Conv2d(3, 3, 1) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.always(x)
+        return self.trained(x) if self.training else self.deployed(x)
+
+
+def warning_of(where: Any, x: Tensor, **keywords: Any) -> str:
+    with pytest.warns(UserWarning, match="chosen convolutions") as caught:
+        ccp.patch(Branches(), where, example_inputs=x, **keywords)
+    (only,) = caught
+    assert only.filename == __file__
+    return str(only.message)
+
+
+def test_sites_that_do_not_run_or_in_one_mode_only_are_warned_of(x: Tensor) -> None:
+    message = warning_of("all", x)
+    assert "never run on the example inputs: never" in message
+    assert "run in training only, so that evaluation knows nothing of their coord" in message
+    assert message.count("always") == 0
+    assert "run in evaluation only, so that training knows nothing of their coord" in message
+    assert "training only" in warning_of("trained", x)
+    assert "never run on the example inputs: never, trained" in warning_of(
+        ["never", "trained"], x, check=False
+    ).replace("trained, never", "never, trained")
+
+
+def test_sites_that_run_are_not_warned_of(x: Tensor, recwarn: pytest.WarningsRecorder) -> None:
+    ccp.patch(Branches(), "always", example_inputs=x)
+    ccp.patch_(Branches(), "always", example_inputs=x)
+    ccp.patch(Branches(), "always", example_inputs=x, check=False)
+    ccp.patch(Branches(), "all")  # nothing is known without inputs
+    assert not recwarn.list

@@ -1,0 +1,35 @@
+"""Example inputs: how they are taken apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from coordconv_patch.running.inputs import split_inputs, takes_image_list
+
+IMAGE = torch.zeros(3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (([IMAGE],), True),
+        ([IMAGE], True),
+        (((IMAGE, IMAGE), {"flag": True}), True),
+        (IMAGE, False),
+        ((IMAGE, IMAGE), False),
+        ((), False),
+        (({"images": [IMAGE]},), False),
+    ],
+    ids=["tuple", "bare", "keywords", "tensor", "two", "nothing", "keywords alone"],
+)
+def test_a_list_of_images_is_told_from_a_batch(example: Any, expected: bool) -> None:
+    assert takes_image_list(example) is expected
+
+
+def test_a_dict_at_the_end_is_keyword_arguments() -> None:
+    args, kwargs = split_inputs((IMAGE, {"scale": 2}))
+    assert args == (IMAGE,)
+    assert kwargs == {"scale": 2}
