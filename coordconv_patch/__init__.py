@@ -5,6 +5,16 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.errors import (
+    ArgumentError,
+    CoordConvPatchError,
+    CoordinatesError,
+    ExportError,
+    ModelSourceError,
+    PatchError,
+    SelectionError,
+    WeightsError,
+)
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.folding.batch_norms import fold
@@ -22,7 +32,8 @@ from coordconv_patch.layers.coordinates import Coordinates, Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.patching.fx_pass import CoordConvPass
 from coordconv_patch.patching.patch import patch, patch_, set_window_, unpatch, unpatch_
-from coordconv_patch.patching.plan import Plan, plan
+from coordconv_patch.patching.plan import Plan, plan, survey
+from coordconv_patch.status import LayerStatus, layer_status
 from coordconv_patch.training import (
     add_to_optimizer_,
     coord_parameters,
@@ -34,17 +45,26 @@ from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 
 __all__ = [
+    "ArgumentError",
     "Check",
     "CoordConv1d",
     "CoordConv2d",
     "CoordConv3d",
     "CoordConvPass",
+    "CoordConvPatchError",
     "CoordConvTranspose1d",
     "CoordConvTranspose2d",
     "CoordConvTranspose3d",
     "Coordinates",
+    "CoordinatesError",
+    "ExportError",
     "ExportReport",
+    "LayerStatus",
+    "ModelSourceError",
+    "PatchError",
     "Plan",
+    "SelectionError",
+    "WeightsError",
     "Window",
     "__version__",
     "add_to_optimizer_",
@@ -54,6 +74,7 @@ __all__ = [
     "fold_with",
     "forget_left_behind_",
     "from_exported",
+    "layer_status",
     "load_coords",
     "load_coords_",
     "param_groups",
@@ -63,6 +84,7 @@ __all__ = [
     "register_folding_method",
     "save_coords",
     "set_window_",
+    "survey",
     "train_only_coords_",
     "unpatch",
     "unpatch_",

@@ -28,6 +28,8 @@ PUBLIC = {
     "from_exported",
     *("fold", "fold_with", "register_folding_method", "forget_left_behind_"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
+    *("LayerStatus", "layer_status", "survey"),
+    *(name for name in errors.__all__ if name.endswith("Error")),
     "__version__",
 }
 
@@ -45,6 +47,7 @@ FLOORS = [
     "folding",
     "patching",
     "training",
+    "status",
     "weights",
     "lowering",
     "runtime",

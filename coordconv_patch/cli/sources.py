@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +23,23 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from coordconv_patch.errors import ModelSourceError, first_line
+from coordconv_patch.errors import ArgumentError, ModelSourceError, first_line
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.running.inputs import takes_image_list
 
-__all__ = ["LoadedModel", "load_checkpoint_", "load_model", "parse_shape"]
+__all__ = [
+    "ENTRY_POINTS",
+    "MODEL_SOURCES",
+    "LoadedModel",
+    "load_checkpoint_",
+    "load_model",
+    "parse_shape",
+    "register_model_source",
+]
 
-_FORMS = "write timm:NAME, torchvision:NAME, path/to/file.py:FUNCTION or model.pt2"
+ENTRY_POINTS = "coordconv_patch.model_sources"
+"""Installed packages add sources by entry points of this group, named as their prefixes."""
+
 _INSTALL_TIMM = 'install it with: pip install "coordconv-patch[timm]"'
 
 
@@ -62,9 +73,10 @@ def load_model(
     """Load the model that a command-line name means.
 
     Args:
-        source: ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:FUNCTION`` (the
-            function takes no arguments and returns a module, or a module and its example
-            inputs) or ``model.pt2`` (a torch.export program).
+        source: ``timm:NAME``, ``torchvision:NAME`` or another prefix of
+            :data:`MODEL_SOURCES`, ``path/to/file.py:FUNCTION`` (the function takes no
+            arguments and returns a module, or a module and its example inputs) or
+            ``model.pt2`` (a torch.export program).
         pretrained: Download the zoo's pretrained weights.
         input_shape: Shape of a random example input; ``None``: what the model suggests.
         trusted: Load a ``.pt2`` file, which runs any code that its maker put into it.
@@ -72,16 +84,18 @@ def load_model(
     Raises:
         ModelSourceError: If there is no such model, or it cannot be loaded; says why.
     """
+    prefix, _, name = source.partition(":")
     if source.endswith(".pt2"):
         loaded = _from_program(Path(source), trusted)
-    elif source.startswith("timm:"):
-        loaded = _from_timm(source.removeprefix("timm:"), pretrained)
-    elif source.startswith("torchvision:"):
-        loaded = _from_torchvision(source.removeprefix("torchvision:"), pretrained)
     elif ".py:" in source:
         loaded = _from_file(source)
+    elif name and (load := _model_source(prefix)) is not None:
+        loaded = load(name, pretrained)
     else:
-        raise ModelSourceError(f"model {source!r}: {_FORMS}")
+        known = ", ".join(f"{known}:NAME" for known in MODEL_SOURCES)
+        raise ModelSourceError(
+            f"model {source!r}: write {known}, path/to/file.py:FUNCTION or model.pt2"
+        )
     if input_shape is None:
         return loaded
     example: Any = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
@@ -129,6 +143,42 @@ def _from_torchvision(name: str, pretrained: bool) -> LoadedModel:
         return LoadedModel(model.eval(), pair, pretrained)
     side = 299 if name == "inception_v3" else 224
     return LoadedModel(model.eval(), _random_image((1, 3, side, side)), pretrained)
+
+
+ModelSource: TypeAlias = Callable[[str, bool], LoadedModel]
+"""Loads the model of a name, with its pretrained weights or without."""
+
+MODEL_SOURCES: dict[str, ModelSource] = {"timm": _from_timm, "torchvision": _from_torchvision}
+"""Where the command line finds models, by the prefix that is written before their names."""
+
+
+def register_model_source(prefix: str, load: ModelSource) -> None:
+    """Let the command line load ``PREFIX:NAME``.
+
+    An installed package can do so without being imported first, by an entry point of the
+    group :data:`ENTRY_POINTS` that is named as the prefix and refers to ``load``.
+
+    Args:
+        prefix: What is written before the colon, such as ``"timm"``.
+        load: Takes the name and whether pretrained weights are wanted. It should raise
+            :class:`coordconv_patch.ModelSourceError` for a model that cannot be loaded.
+
+    Raises:
+        ArgumentError: If the prefix is taken, or is not a plain word.
+    """
+    if not prefix.isidentifier():
+        raise ArgumentError(f"prefix={prefix!r}: write a word of letters, digits and _")
+    if prefix in MODEL_SOURCES:
+        raise ArgumentError(f"prefix={prefix!r}: there is a source of models with this prefix")
+    MODEL_SOURCES[prefix] = load
+
+
+def _model_source(prefix: str) -> ModelSource | None:
+    if prefix in MODEL_SOURCES:
+        return MODEL_SOURCES[prefix]
+    for point in entry_points(group=ENTRY_POINTS, name=prefix):
+        return cast("ModelSource", point.load())
+    return None
 
 
 def _imported(package: str) -> Any:

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
+from coordconv_patch.cli import sources
 from coordconv_patch.cli.sources import load_checkpoint_, load_model, parse_shape
-from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.errors import ArgumentError, ModelSourceError
 
 CODE = """
 import torch
@@ -473,3 +474,38 @@ def test_shapes_are_read(text: str, shape: tuple[int, ...]) -> None:
 def test_what_is_no_shape_says_what_to_write(text: str) -> None:
     with pytest.raises(ModelSourceError, match=r"write numbers like 1,3,224,224"):
         parse_shape(text)
+
+
+def test_a_source_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MODEL_SOURCES", dict(sources.MODEL_SOURCES))
+
+    def load(name: str, pretrained: bool) -> sources.LoadedModel:
+        return sources.LoadedModel(nn.Conv2d(3, int(name), 1), torch.ones(1, 3, 4, 4), pretrained)
+
+    sources.register_model_source("mine", load)
+    loaded = sources.load_model("mine:7", pretrained=True)
+    assert loaded.model.out_channels == 7
+    assert loaded.trained
+    with pytest.raises(ArgumentError, match="there is a source of models with this prefix"):
+        sources.register_model_source("mine", load)
+    with pytest.raises(ArgumentError, match="write a word"):
+        sources.register_model_source("a:b", load)
+    with pytest.raises(ModelSourceError, match=r"write timm:NAME, torchvision:NAME, mine:NAME, "):
+        sources.load_model("other:7")
+
+
+def test_an_installed_package_adds_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_zoo.py").write_text(
+        "import torch\n"
+        "from coordconv_patch.cli.sources import LoadedModel\n"
+        "def load(name, pretrained):\n"
+        "    return LoadedModel(torch.nn.Conv2d(3, int(name), 1), torch.ones(1, 3, 4, 4), False)\n"
+    )
+    info = tmp_path / "a_zoo-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-zoo\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{sources.ENTRY_POINTS}]\nzoo = a_zoo:load\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sources.load_model("zoo:5").model.out_channels == 5
