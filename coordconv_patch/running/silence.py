@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -162,6 +163,9 @@ class _AudibleStream:
 
 _threads_inside = 0
 
+_KEPT_ALIVE: deque[_AudibleStream] = deque(maxlen=16)
+"""Streams of late: ``print`` in another thread may be writing to one, and holds no reference."""
+
 
 def _install_streams() -> None:
     global _threads_inside
@@ -171,7 +175,9 @@ def _install_streams() -> None:
             stream = getattr(sys, name)
             # Where another thread is silenced it is there already, unless somebody replaced it.
             if stream is not None and not isinstance(stream, _AudibleStream):
-                setattr(sys, name, _AudibleStream(stream))
+                audible = _AudibleStream(stream)
+                _KEPT_ALIVE.append(audible)
+                setattr(sys, name, audible)
 
 
 def _remove_streams() -> None:

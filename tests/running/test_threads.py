@@ -655,6 +655,32 @@ def test_descriptors_come_back_when_eight_threads_silence_them(
     assert err == "still there"
 
 
+def test_a_stream_outlives_the_print_that_writes_to_it() -> None:
+    """CPython's print borrows ``sys.stdout``, and crashed where it was replaced meanwhile."""
+    code = (
+        "import gc, threading\n"
+        "from coordconv_patch.running import silence\n"
+        "inside, leave = threading.Event(), threading.Event()\n"
+        "def silent():\n"
+        "    with silence.output_silenced():\n"
+        "        inside.set()\n"
+        "        leave.wait(60)\n"
+        "class Late:\n"
+        "    def __str__(self):\n"
+        "        leave.set()\n"
+        "        thread.join()\n"
+        "        gc.collect()\n"
+        "        fill = [bytearray(n) for n in range(40, 80) for _ in range(200)]\n"
+        "        return 'late'\n"
+        "thread = threading.Thread(target=silent)\n"
+        "thread.start()\n"
+        "inside.wait(60)\n"
+        "print(Late(), 'heard')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "late heard\n"), ran.stderr
+
+
 def test_silence_works_without_streams_and_with_closed_descriptors() -> None:
     code = (
         "import os, sys\n"
