@@ -109,6 +109,6 @@ class Lowering(ABC):
         """What the layer's forward is replaced by; ``None``: it stays.
 
         Takes and returns what the forward does: the sum, or of a
-        :class:`~coordconv_patch.layers.branch.CoordBranch` the branch alone. Runs without
-        coordinates are ``layer._plain_class.forward(layer, input, ...)``.
+        :class:`~coordconv_patch.layers.branch.CoordBranch` the branch alone. A patched
+        convolution's forward without coordinates is ``layer._plain_class.forward(layer, ...)``.
         """

@@ -43,6 +43,20 @@ def register_lowering(lowering: Lowering) -> None:
 
     Raises:
         ArgumentError: If it is not one, or its name is not an identifier, or taken.
+
+    Example::
+
+        class HalfMap(Sum):
+            name = "half_map"
+
+            def constant(self, site, call):
+                return CoordConstant(site.map(call).half())
+
+            def branch(self, layer, stored, input):
+                return stored.constant.tensor.to(input.dtype)
+
+        register_lowering(HalfMap())
+        export_onnx(model, "model.onnx", images, lowering="half_map", tolerance=1e-2)
     """
     if not isinstance(lowering, Lowering):
         raise ArgumentError(f"lowering={lowering!r}: write an instance of a subclass of Lowering")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from coordconv_patch.layers.branch import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.geometry import Call
+from coordconv_patch.lowering.constants import CoordConstant
 from coordconv_patch.lowering.lowering import Lowering, Stored, StoredCalls
 from coordconv_patch.lowering.site import LoweringSite
 
@@ -19,6 +21,10 @@ __all__ = ["Sum"]
 
 class Sum(Lowering):
     """``conv(x, W)`` plus a branch: what is left to say is how to compute the branch."""
+
+    @abstractmethod
+    def constant(self, site: LoweringSite, call: Call) -> CoordConstant:
+        """What the branch of one call is computed from, see :meth:`.lowering.Lowering.constant`."""
 
     @abstractmethod
     def branch(self, layer: CoordLayer, stored: Stored, input: Tensor) -> Tensor:
