@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shared.engines import ENGINES, LOWERINGS, Lowering
+from shared.engines import ENGINES, LOWERINGS
 from shared.floor import write_floor
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
@@ -90,13 +90,13 @@ def _combinations(name: str, options: argparse.Namespace) -> dict[str, tuple[str
 
 
 def write_files(
-    model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[Lowering]
-) -> dict[tuple[str, Lowering | None], Path]:
+    model: BenchModel, folder: Path, selections: Sequence[str], lowerings: Collection[str]
+) -> dict[tuple[str, str | None], Path]:
     """Export every variant, the plain model first; by name, and lowering if it is patched."""
     plain = seeded(model.make)
     example = images(2, model.size)
     write = functools.partial
-    makers: dict[tuple[str, Lowering | None], Callable[[Path], None]] = {
+    makers: dict[tuple[str, str | None], Callable[[Path], None]] = {
         (PLAIN, None): write(write_plainly, plain, example),
         ("plain, by export_onnx", None): write(write_verified, plain, example),
     }
@@ -110,7 +110,7 @@ def write_files(
     # Its cost beside the other port's does not depend on which convolutions have it.
     port = ported(plain, names, RuntimeCoords, example)
     makers[f"{selection}, port, run time", None] = write(write_plainly, port, example)
-    files: dict[tuple[str, Lowering | None], Path] = {}
+    files: dict[tuple[str, str | None], Path] = {}
     progress = tqdm(makers.items(), disable=None, leave=False)
     for number, (variant, make) in enumerate(progress):
         progress.set_description(f"{model.title}: exporting {variant[0]}")

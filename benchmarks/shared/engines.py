@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session
 
-__all__ = ["ENGINES", "LOWERINGS", "Lowering", "onnxruntime_run", "openvino_run"]
+__all__ = ["ENGINES", "LOWERINGS", "onnxruntime_run", "openvino_run"]
 
 
 def onnxruntime_run(path: Path, images: Tensor, threads: int) -> Callable[[], Any]:
@@ -53,7 +53,5 @@ ENGINES: dict[str, Callable[[Path, Tensor, int], Callable[[], Any]]] = {
     "openvino": openvino_run,
 }
 
-Lowering = Literal["auto", "branch"]
-
-LOWERINGS: dict[str, Lowering] = {"onnxruntime": "auto", "openvino": "branch"}
+LOWERINGS: dict[str, str] = {"onnxruntime": "auto", "openvino": "branch"}
 """What files are lowered to for each engine: "auto" writes for ONNX Runtime's own fusions."""

@@ -11,14 +11,11 @@ import coordconv_patch as ccp
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.exporters import write_graph
 from coordconv_patch.runtime.providers import CPU
-from shared.engines import Lowering
 
 __all__ = ["write_plainly", "write_verified"]
 
 
-def write_verified(
-    model: nn.Module, example: Tensor, path: Path, lowering: Lowering = "auto"
-) -> None:
+def write_verified(model: nn.Module, example: Tensor, path: Path, lowering: str = "auto") -> None:
     """Export with this package: lowered, ordered and compared with torch; any batch size.
 
     Random weights make activations that rounding moves more than trained ones do, so the

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -29,24 +29,21 @@ from coordconv_patch.bench.report import (
     BenchRow,
 )
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import reporting_os_errors
 from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.patching.patch import unpatch
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
 from coordconv_patch.runtime.timing import alternate, median, ratio_of_medians
 from coordconv_patch.verification.verify import tensors_in
 
-__all__ = ["accepted_lowerings", "bench_onnx"]
+__all__ = ["bench_onnx"]
 
 _GPU_TOLERANCE = 2e-2
 """Relative to the largest output: GPUs compute convolutions in TF32, with 10 bits of mantissa."""
-
-
-def accepted_lowerings() -> tuple[str, ...]:
-    """What ``export_onnx`` takes as ``lowering``."""
-    return get_args(get_type_hints(export_onnx)["lowering"])
 
 
 def bench_onnx(
@@ -192,8 +189,8 @@ class _Exported:
                 self.files[PLAIN_AGAIN] = path
                 self.sizes[PLAIN_AGAIN] = self.sizes[PLAIN]
 
-    def _export(self, model: nn.Module, lowering: Any, path: Path) -> int:
-        dynamic_size = lowering == "computed"
+    def _export(self, model: nn.Module, lowering: str, path: Path) -> int:
+        dynamic_size = lowering in LOWERINGS and not LOWERINGS[lowering].fixes_size
         report = export_onnx(
             model,
             path,

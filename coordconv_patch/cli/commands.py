@@ -25,12 +25,12 @@ from coordconv_patch.errors import (
     PatchError,
     first_line,
 )
+from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_exporter, check_opset
 from coordconv_patch.files.atomic import obstacle_to_writing, replacing
 from coordconv_patch.layers.coordconv import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.lowering.lower import LOWERINGS
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.patching.plan import plan, survey
 from coordconv_patch.running.inputs import split_inputs, takes_image_list
@@ -80,7 +80,7 @@ CoordWeights = Annotated[
     Path | None, typer.Option("--coord-weights", help="A file of save_coords; sets the sites.")
 ]
 LoweringName = Annotated[
-    str, typer.Option("--lowering", help=f"auto, autotune, {', '.join(LOWERINGS)}.")
+    str, typer.Option("--lowering", help=f"{', '.join(accepted_lowerings())}.")
 ]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
 
@@ -204,9 +204,9 @@ def export_command(
             static_batch or loaded.batch_is_fixed or takes_image_list(loaded.example_inputs)
         ),
         dynamic_size=dynamic_size,
-        lowering=lowering,  # type: ignore[arg-type]  # checked there
+        lowering=lowering,
         opset=opset,
-        exporter=exporter,  # type: ignore[arg-type]
+        exporter=exporter,  # type: ignore[arg-type]  # checked there
         providers=provider,
         tolerance=tolerance,
     )

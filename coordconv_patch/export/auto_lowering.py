@@ -13,10 +13,11 @@ import math
 from dataclasses import dataclass
 
 from coordconv_patch.errors import ArgumentError
-from coordconv_patch.lowering.lower import LOWERINGS, Lowering, LoweringSite
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite
 from coordconv_patch.runtime.providers import CPU
 
-__all__ = ["Chooser", "check_lowering"]
+__all__ = ["Chooser", "accepted_lowerings", "check_lowering"]
 
 MAX_GROWTH = 0.01
 """Of the bytes of the model's weights: more is never added in stored maps by ``"auto"``."""
@@ -38,7 +39,7 @@ class Chooser:
     dynamic_size: bool
     map_budget: float = math.inf
 
-    def __call__(self, site: LoweringSite) -> Lowering:
+    def __call__(self, site: LoweringSite) -> str:
         if self.dynamic_size:
             return "computed"
         if self.provider == CPU and self.dynamic_batch:
@@ -52,7 +53,7 @@ class Chooser:
         return "branch"
 
 
-def _cheaper_branch(site: LoweringSite) -> Lowering:
+def _cheaper_branch(site: LoweringSite) -> str:
     """The form of the branch with fewer multiplications an output value.
 
     With as many images as taps, as in 1x1 convolutions, the strip is faster by itself (0.8 of
@@ -63,22 +64,28 @@ def _cheaper_branch(site: LoweringSite) -> Lowering:
     return "separable" if images is not None and images < site.num_taps else "branch"
 
 
+def accepted_lowerings() -> tuple[str, ...]:
+    """What ``export_onnx`` takes as ``lowering``."""
+    return ("auto", "autotune", *LOWERINGS)
+
+
 def check_lowering(lowering: str, dynamic_size: bool) -> None:
     """Check that a lowering exists and can have the axes asked for.
 
     Raises:
         ArgumentError: If not.
     """
-    choices = ("auto", "autotune", *LOWERINGS)
+    choices = accepted_lowerings()
     if lowering not in choices:
         raise ArgumentError(f"lowering={lowering!r}: write {', '.join(map(repr, choices))}")
-    if dynamic_size and lowering not in ("computed", "auto"):
+    of_any_size = [name for name, form in LOWERINGS.items() if not form.fixes_size]
+    if dynamic_size and lowering not in ("auto", *of_any_size):
         raise ArgumentError(
             f"lowering={lowering!r} stores coordinates of one size, but dynamic_size=True: write "
-            "lowering='computed' or 'auto'"
+            f"lowering={', '.join(map(repr, of_any_size))} or 'auto'"
         )
-    if lowering == "computed" and not dynamic_size:
+    if lowering in of_any_size and not dynamic_size:
         raise ArgumentError(
-            "lowering='computed' derives coordinates from the size at run time, but the size is "
+            f"lowering={lowering!r} derives coordinates from the size at run time, but the size is "
             "fixed: write dynamic_size=True, or another lowering"
         )

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from coordconv_patch.errors import ExportError
-from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.lowering.lower import Lowering, LoweringSite
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite
 from coordconv_patch.runtime.timing import Ratio, alternate, median, ratio_of_medians
 
 __all__ = ["Trial", "Tuning", "autotune", "group_of"]
@@ -65,14 +65,14 @@ class Tuning:
         trials: What was tried, in order.
     """
 
-    lowerings: dict[str, Lowering]
+    lowerings: dict[str, str]
     trials: tuple[Trial, ...]
 
 
 def autotune(
     sites: Sequence[LoweringSite],
-    initial: Callable[[LoweringSite], Lowering],
-    make_run: Callable[[Mapping[str, Lowering]], Callable[[], Any]],
+    initial: Callable[[LoweringSite], str],
+    make_run: Callable[[Mapping[str, str]], Callable[[], Any]],
     *,
     dynamic_batch: bool,
 ) -> Tuning:
@@ -154,12 +154,11 @@ def group_of(site: LoweringSite) -> str:
     return " ".join(words)
 
 
-def _candidates(sites: Sequence[LoweringSite], dynamic_batch: bool) -> list[Lowering]:
-    found = ["map"]
-    if dynamic_batch:
-        found.append("branch")
-        if all(site.num_images is not None for site in sites):
-            found.append("separable")
-    if not any(isinstance(site.layer, CoordBranch) for site in sites):
-        found.append("channels")
-    return cast("list[Lowering]", found)
+def _candidates(sites: Sequence[LoweringSite], dynamic_batch: bool) -> list[str]:
+    return [
+        name
+        for name, lowering in LOWERINGS.items()
+        if lowering.fixes_size
+        and (dynamic_batch or not lowering.expands_to_batch)
+        and not any(lowering.obstacle(site) for site in sites)
+    ]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import onnx
 import onnx_ir
@@ -59,13 +59,9 @@ from coordconv_patch.folding.batch_norms import fold_batch_norms_
 from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
 from coordconv_patch.layers.coordinates import Window
 from coordconv_patch.left_behind.watch import check_left_behind
-from coordconv_patch.lowering.lower import (
-    Lowered,
-    Lowering,
-    LoweringSite,
-    lower_,
-    lowering_sites,
-)
+from coordconv_patch.lowering.lower import Lowered, lower_
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 from coordconv_patch.running.inputs import check_is_module, in_signature_order
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
@@ -83,9 +79,7 @@ def export_onnx(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
-    lowering: Literal[
-        "auto", "autotune", "channels", "map", "branch", "separable", "computed"
-    ] = "auto",
+    lowering: str = "auto",
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -113,7 +107,7 @@ def export_onnx(
             computed in the graph. Otherwise they are constants.
         lowering: The form of the coordinate branch: ``"channels"``, ``"map"``,
             ``"branch"``, ``"separable"``, ``"computed"``, see
-            :mod:`coordconv_patch.lowering.lower`; ``"auto"`` takes what suits the provider and
+            :mod:`coordconv_patch.lowering.registry`; ``"auto"`` takes what suits the provider and
             the axes, see :mod:`coordconv_patch.export.auto_lowering`; ``"autotune"`` times the
             candidates for each group of sites on the provider, with the example's batch
             size, and takes the fastest.
@@ -236,7 +230,7 @@ class _Writer:
     fuses: bool
     """Whether sums and clips may be rewritten for the CPU provider's fusions."""
 
-    def write(self, path: Path, choose: Callable[[LoweringSite], Lowering]) -> _Written:
+    def write(self, path: Path, choose: Callable[[LoweringSite], str]) -> _Written:
         """Lower, export and rewrite; the model is left as it was."""
         request = self.request
         request.model = copy.deepcopy(self.folded)
@@ -246,7 +240,7 @@ class _Writer:
         fuse = self.fuses and self.providers[0] == CPU
         return _Written(used, notes, lowered.lowerings, *_rewritten(path, lowered, batch, fuse))
 
-    def rule(self, lowering: str) -> Callable[[LoweringSite], Lowering]:
+    def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
         request = self.request
         if lowering == "auto":
@@ -257,19 +251,19 @@ class _Writer:
                 request.dynamic_size,
                 map_budget=MAX_GROWTH * weights,
             )
-        if lowering in ("branch", "separable") and not request.dynamic_batch:
+        if LOWERINGS[lowering].expands_to_batch and not request.dynamic_batch:
             # With a fixed batch exporters fold the branch into the map, with their own rounding.
             lowering = "map"
-        return lambda site: cast(Lowering, lowering)
+        return lambda site: lowering
 
     def tuned(
         self, disabled_optimizers: Sequence[str]
-    ) -> tuple[tuple[Trial, ...], Callable[[LoweringSite], Lowering]]:
+    ) -> tuple[tuple[Trial, ...], Callable[[LoweringSite], str]]:
         """The trials on the provider, and the lowerings that were the fastest."""
         request = self.request
         arrays = [to_array(tensor) for tensor in tensors_in(request.example_inputs)]
 
-        def make_run(lowerings: Mapping[str, Lowering]) -> BoundRun:
+        def make_run(lowerings: Mapping[str, str]) -> BoundRun:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "trial.onnx"
                 self.write(path, lambda site: lowerings[site.name])

@@ -6,7 +6,7 @@ better than R: kernels add up the taps of a channel in registers, but write thei
 for every channel. (ONNX Runtime's CPU kernels, 144 outputs at 56 x 56: 3x3 of two channels 138
 microseconds, 14 channels 199, a strip of 14 images 130.)
 
-Most images of :mod:`.separable` are there for the border: each is zero but for one row, and all
+Most images of :mod:`.basis` are there for the border: each is zero but for one row, and all
 other rows need few of them (11 of 35 for 5x5). So a strip may have three *bands*, one above the
 other, and the kernel three rows with dilation H, padded by H - n above and below, where n is
 the number of border rows::
@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS
-from coordconv_patch.lowering.separable import SeparableBasis
+from coordconv_patch.lowering.basis import SeparableBasis
 
 __all__ = ["Strip", "banded_strip", "flat_strip"]
 
 _NO_IMAGE = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Strip:
     """Images in one channel, and the kernel that adds them up.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.bench import bench
-from coordconv_patch.bench.bench import accepted_lowerings, bench_onnx
+from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.machine import describe_machine
 from coordconv_patch.bench.naive import export_naive
 from coordconv_patch.bench.picture import check_picture, draw_bench
@@ -32,7 +32,8 @@ from coordconv_patch.bench.report import (
     markdown_table,
 )
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
-from coordconv_patch.lowering.lower import LOWERINGS
+from coordconv_patch.export.auto_lowering import accepted_lowerings
+from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.runtime.binding import BoundRun, device_of
 from coordconv_patch.runtime.providers import CPU, make_session
 from coordconv_patch.runtime.timing import Ratio, alternate, median, ratio_of_medians

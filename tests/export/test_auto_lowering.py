@@ -14,7 +14,9 @@ from torch import nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser, check_lowering
-from coordconv_patch.lowering.lower import LOWERINGS, LoweringSite, lower_, lowering_sites
+from coordconv_patch.lowering.lower import lower_
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 
 GPU = "CUDAExecutionProvider"
 RADIUS = ccp.Coordinates(radius=True)

@@ -18,7 +18,7 @@ from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export import autotune as module
 from coordconv_patch.export.autotune import Trial, autotune, group_of
 from coordconv_patch.export.report import ExportReport
-from coordconv_patch.lowering.lower import LoweringSite, lowering_sites
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 
 CPU = ["CPUExecutionProvider"]
 

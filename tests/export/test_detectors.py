@@ -37,7 +37,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, ExportError
-from coordconv_patch.lowering.lower import CoordConstant, LoweringSite
+from coordconv_patch.lowering.constants import CoordConstant
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite
 from coordconv_patch.verification.verify import verify_onnx
 
 CPU = ["CPUExecutionProvider"]
@@ -428,14 +430,15 @@ def test_a_wrong_lowering_is_not_put_in_place(
     fault: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = patched("retinanet", "head" if fault is not dropped_site else "all")
-    right, layers = LoweringSite.constant, []
+    form, layers = LOWERINGS["map"], []
+    right = form.constant
 
-    def wrong(site: LoweringSite, lowering: str, call: Any) -> CoordConstant:
+    def wrong(site: LoweringSite, call: Any) -> CoordConstant:
         layers.append(site.layer)
-        tensor = right(site, lowering, call).tensor
+        tensor = right(site, call).tensor
         return CoordConstant(fault(tensor, site.layer, call, layers[0]))
 
-    monkeypatch.setattr(LoweringSite, "constant", wrong)
+    monkeypatch.setattr(form, "constant", wrong)
     with pytest.raises(ExportError, match=r"differ on .* in what they detect: picture 0: "):
         export(model, tmp_path / "wrong.onnx", [ASTRONAUT])
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import ExportError
 from coordconv_patch.layers.coordconv import coord_layers
-from coordconv_patch.lowering.lower import LOWERINGS, Lowered, lower_
+from coordconv_patch.lowering.lower import Lowered, lower_
+from coordconv_patch.lowering.registry import LOWERINGS
 
 STORED = [lowering for lowering in LOWERINGS if lowering != "computed"]
 

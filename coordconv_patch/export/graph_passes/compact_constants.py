@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from coordconv_patch.export.graph_passes.order_additions import is_read_once
 from coordconv_patch.export.graph_passes.recipes import Recipes, array_of
-from coordconv_patch.lowering.lower import CoordConstant, CoordKernel
+from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.strips import Strip
 
 __all__ = ["compact_constants_", "constant_bytes"]

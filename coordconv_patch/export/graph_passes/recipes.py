@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from coordconv_patch.lowering.lower import CoordConstant, CoordKernel
+from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.strips import Strip
 
 __all__ = ["Recipes", "array_of"]

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.export.graph_passes.compact_constants import compact_constants_, constant_bytes
-from coordconv_patch.lowering.lower import CoordConstant, LoweringSite, lowering_sites
+from coordconv_patch.lowering.constants import CoordConstant
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 
 SIZE = (12, 9)
 
@@ -48,7 +50,9 @@ def site_of(conv: nn.Module, size: tuple[int, ...] = SIZE, **options: Any) -> Lo
 
 
 def constant_of(site: LoweringSite, lowering: str) -> CoordConstant:
-    return site.constant(lowering, site.calls[0])
+    constant = LOWERINGS[lowering].constant(site, site.calls[0])
+    assert constant is not None
+    return constant
 
 
 def array_of(constant: CoordConstant) -> np.ndarray:
@@ -415,7 +419,8 @@ def test_a_kernel_that_a_pass_has_scaled_is_no_product() -> None:
     graph = HandMadeGraph(channels=96, size=Head.SIZES[0])
     constants, kernels, outputs = [], [], []
     for factor, call in zip((1, 2, 1), site.calls, strict=True):
-        constant = site.constant("separable", call)
+        constant = LOWERINGS["separable"].constant(site, call)
+        assert constant is not None
         strip = constant.strip
         assert strip is not None
         constants.append(constant)

@@ -18,8 +18,9 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.lowering.lower import LoweringSite, lowering_sites
-from coordconv_patch.lowering.separable import SeparableBasis, factors, separable_basis
+from coordconv_patch.lowering.basis import SeparableBasis, factors, separable_basis
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 from coordconv_patch.lowering.strips import Strip, banded_strip, flat_strip
 
 
@@ -269,7 +270,7 @@ def test_no_basis_is_larger_than_the_span_of_the_responses_needs(size: tuple[int
 def test_a_radius_has_no_basis() -> None:
     site = site_of(nn.Conv2d(2, 3, 3), (6, 9), coords=ccp.Coordinates(radius=True))
     assert site.basis(site.calls[0]) is None
-    assert site.strip(site.calls[0]) is None
+    assert site.banded_strip(site.calls[0]) is None
     assert site.num_images is None
 
 
@@ -326,7 +327,7 @@ def test_images_of_a_flat_strip_stand_side_by_side() -> None:
 
 def test_border_images_have_bands_of_their_own() -> None:
     site = site_of(nn.Conv2d(2, 3, 5, padding=2), (20, 16))
-    strip = site.strip(site.calls[0])
+    strip = site.banded_strip(site.calls[0])
     assert strip is not None
     assert tuple(strip.tensor().shape) == (1, 1, 2 + 20 + 2, 12 * 16)
     assert strip.dilation == (20, 16)
@@ -340,7 +341,7 @@ def test_border_images_have_bands_of_their_own() -> None:
 def test_the_strips_factors_have_its_numbers_in_its_order(conv: nn.Module) -> None:
     size = (4, 5, 3)[: conv.weight.dim() - 2]
     site = site_of(conv, size)
-    strip = site.strip(site.calls[0])
+    strip = site.banded_strip(site.calls[0])
     assert strip is not None
     products = [functools.reduce(torch.mul, factors).flatten() for factors in strip.factors()]
     assert torch.equal(torch.cat(products), strip.tensor().flatten())
@@ -407,7 +408,8 @@ def test_float32_rounds_the_separable_form_by_a_few_units(
             parameter.normal_()
     (site,) = lowering_sites(model, torch.zeros(1, 2, *size))
     call = site.calls[0]
-    constant = site.constant("separable", call)
+    constant = LOWERINGS["separable"].constant(site, call)
+    assert constant is not None
     strip = constant.strip
     assert strip is not None
     weight = site.kernel(call, strip).tensor
