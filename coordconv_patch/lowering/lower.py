@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.errors import ExportError
-from coordconv_patch.layers.branch import CoordBranch, coordinate_map, grid_for, pad_grid
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.coordinate_map import coordinate_map, grid_for, pad_grid
 from coordconv_patch.layers.geometry import (
     CONV_FUNCTIONS,
     DECLARED,
@@ -54,8 +56,6 @@ __all__ = [
 
 Lowering = Literal["channels", "map", "branch", "separable", "computed"]
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
-
-CoordLayer = CoordConvNd | CoordBranch
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ class LoweringSite:
     @property
     def geometry(self) -> ConvGeometry:
         """The convolution's geometry."""
-        layer = self.layer
-        return layer.geometry if isinstance(layer, CoordBranch) else ConvGeometry.of(layer)
+        return self.layer.geometry
 
     @property
     def num_taps(self) -> int:
@@ -253,9 +252,7 @@ class LoweringSite:
         return grid_for(self.layer.coord_weight.detach(), self.layer.coords, call.input_size)
 
     def _output_padding(self, call: Call) -> Sequence[int]:
-        if isinstance(self.layer, CoordConvNd):
-            return self.layer.output_padding_of(call.input_size, call.output_size)
-        return self.layer.geometry.output_padding
+        return self.layer.output_padding_of(call.input_size, call.output_size)
 
     def _once(self, kind: str, call: Call, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
         """What is made from coordinates and geometry alone, made once for all sites."""
@@ -351,22 +348,14 @@ class _Stored:
 
 
 def _padded(layer: CoordLayer, grid: Tensor) -> Tensor:
-    if isinstance(layer, CoordBranch) or layer.transposed:
+    if isinstance(layer, CoordBranch) or layer.geometry.transposed:
         return grid
-    padded, _ = pad_grid(
-        grid,
-        kernel_size=layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        padding_mode=layer.padding_mode,
-        rule=layer.coord_padding,
-    )
+    padded, _ = pad_grid(grid, layer.geometry, layer.coord_padding)
     return padded
 
 
 def _replace_forward(site: LoweringSite, lowering: str, stored: Mapping[Call, _Stored]) -> None:
-    name, layer = site.name, site.layer
+    name, layer = site.name, cast("CoordConvNd | CoordBranch", site.layer)
 
     def stored_for(source: Tensor, output: Sequence[int] | None = None) -> _Stored:
         ndim = layer.coord_weight.dim() - 2
@@ -418,7 +407,9 @@ def _branch_forward(
     else:
         grid = _expanded(stored.constant, input) if batched else stored.constant
         branch = (
-            layer.compute_branch(input.shape[-geometry.ndim :], geometry.output_padding, grid=grid)
+            coordinate_map(
+                grid, layer.coord_weight, geometry, layer.coord_padding, geometry.output_padding
+            )
             if stored.add_up is None
             else stored.add_up(grid)
         )
@@ -455,16 +446,11 @@ def _expanded(constant: Tensor, input: Tensor) -> Tensor:
 def _convolve_padded(layer: CoordConvNd, grid: Tensor, input: Tensor, output: Tensor) -> Tensor:
     """The branch on coordinate channels that are padded already where the layer pads by itself."""
     ndim = len(layer.kernel_size)
-    padded_here = layer.coord_padding.rule != "declared" or layer.padding_mode != "zeros"
-    return coordinate_map(
-        grid,
-        layer.coord_weight,
-        transposed=layer.transposed,
-        stride=layer.stride,
-        padding=(0,) * ndim if padded_here else layer.padding,
-        dilation=layer.dilation,
-        output_padding=layer.output_padding_of(input.shape[-ndim:], output.shape),
-    )
+    geometry = layer.geometry
+    if layer.coord_padding.rule != "declared" or geometry.padding_mode != "zeros":
+        geometry = dataclasses.replace(geometry, padding=(0,) * ndim, padding_mode="zeros")
+    output_padding = layer.output_padding_of(input.shape[-ndim:], output.shape[-ndim:])
+    return coordinate_map(grid, layer.coord_weight, geometry, DECLARED, output_padding)
 
 
 def _channels_forward(
@@ -529,15 +515,10 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         return output if batched else output.squeeze(0)
 
     def _padded(self, input: Tensor, padding: str | int | Sequence[int]) -> Tensor:
-        layer, ndim = self.layer, input.dim() - 2
-        amounts = pad_amounts(
-            DECLARED,
-            input.shape[2:],
-            kernel_size=layer.kernel_size,
-            stride=layer.stride,
-            dilation=layer.dilation,
-            declared=(padding,) * ndim if isinstance(padding, int) else padding,
-        )
+        ndim = input.dim() - 2
+        own: Any = (padding,) * ndim if isinstance(padding, int) else padding
+        geometry = dataclasses.replace(self.layer.geometry, padding=own)
+        amounts = pad_amounts(DECLARED, input.shape[2:], geometry)
         return pad_by_axis(input, amounts, ("zeros",) * ndim)
 
 
