@@ -28,7 +28,8 @@ from coordconv_patch.layers.coordconv import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
 )
-from coordconv_patch.layers.coordinates import Coordinates, Window
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.patching.fx_pass import CoordConvPass
 from coordconv_patch.patching.patch import patch, patch_, set_window_, unpatch, unpatch_

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from coordconv_patch.layers.branch import ChosenCalls, CoordBranch
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.chosen_calls import ChosenCalls
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.training import coord_parameters_of
 
@@ -60,10 +60,8 @@ def layer_status(model: nn.Module) -> tuple[LayerStatus, ...]:
     return tuple(_status(name, layer) for name, layer in coord_layers(model).items())
 
 
-def _status(name: str, layer: nn.Module) -> LayerStatus:
+def _status(name: str, layer: CoordLayer) -> LayerStatus:
     weight, coords = layer.coord_weight, layer.coords
-    assert isinstance(coords, Coordinates)
-    assert isinstance(weight, torch.Tensor)
     norm = float("nan") if weight.is_meta else weight.double().norm().item()
     return LayerStatus(
         name=name,
@@ -76,5 +74,5 @@ def _status(name: str, layer: nn.Module) -> LayerStatus:
         is_trainable=any(parameter.requires_grad for parameter in coord_parameters_of(layer)),
         is_zero=norm == 0,
         norm=norm,
-        calls=layer.chosen_calls if isinstance(layer, CoordBranch) else None,
+        calls=layer.chosen_calls,
     )

@@ -10,8 +10,7 @@ from torch import nn
 
 from coordconv_patch.arguments import check_number, given
 from coordconv_patch.errors import ArgumentError, PatchError
-from coordconv_patch.graphs.programs import why_not_patched
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.graphs.programs import require_coord_layers
 
 __all__ = [
     "add_to_optimizer_",
@@ -36,11 +35,14 @@ def coord_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     weights = {
         id(parameter): parameter
-        for layer in coord_layers(model).values()
+        for layer in require_coord_layers(model).values()
         for parameter in coord_parameters_of(layer)
     }
     if not weights:
-        raise PatchError(why_not_patched(model))
+        raise PatchError(
+            "a wrapper has taken the coordinate weights out of their layers: pass the model before "
+            "it is wrapped"
+        )
     return list(weights.values())
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, fx, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.owners.call_owners import owned_calls
 
 KEY, CHECKSUM = "coordconv_patch", "coordconv_patch.checksum"

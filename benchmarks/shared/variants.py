@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 
 __all__ = ["SELECTIONS", "patched", "patched_names", "seeded"]
 

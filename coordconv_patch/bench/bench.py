@@ -28,11 +28,12 @@ from coordconv_patch.bench.report import (
     BenchReport,
     BenchRow,
 )
-from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import reporting_os_errors
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.graphs.programs import require_coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.patching.patch import unpatch
 from coordconv_patch.runtime.binding import BoundRun
@@ -112,8 +113,7 @@ def _check_arguments(
     threads: Sequence[int],
     repeats: int,
 ) -> None:
-    if not coord_layers(model):
-        raise PatchError("the model is not patched: call coordconv_patch.patch(model) first")
+    require_coord_layers(model)
     unknown = [name for name in lowerings or () if name not in accepted_lowerings()]
     if unknown:
         raise ArgumentError(

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.exporters import evaluation_copy, write_graph
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.running.inputs import in_signature_order

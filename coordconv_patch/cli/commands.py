@@ -29,7 +29,7 @@ from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_exporter, check_opset
 from coordconv_patch.files.atomic import obstacle_to_writing, replacing
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.patching.plan import plan, survey

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coordconv_patch.demo.task import CupTask, Pictures, to_pixels, to_unit
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.training import coord_parameters, param_groups
 
 __all__ = ["Curve", "Errors", "Phase", "Settings", "distances", "fine_tune", "predict", "unfreeze_"]

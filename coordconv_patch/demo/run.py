@@ -35,7 +35,7 @@ from coordconv_patch.demo.task import (
 from coordconv_patch.errors import ExportError
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import replacing, reporting_os_errors
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.runtime.providers import make_session
 from coordconv_patch.training import coord_parameters

@@ -56,8 +56,9 @@ from coordconv_patch.export.opset import (
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.files.atomic import obstacle_to_writing, replacing
 from coordconv_patch.folding.batch_norms import fold_batch_norms_
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
-from coordconv_patch.layers.coordinates import Window
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import check_left_behind
 from coordconv_patch.lowering.lower import Lowered, lower_
 from coordconv_patch.lowering.registry import LOWERINGS

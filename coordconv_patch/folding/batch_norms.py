@@ -25,7 +25,8 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.folding.other_libraries import release_folding_
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.graphs.norms import is_batch_norm, norm_affine
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import TORCH_CONVS
 from coordconv_patch.layers.padding_probe import ConvSpy
 from coordconv_patch.left_behind.watch import check_left_behind, release_watches_, watch_

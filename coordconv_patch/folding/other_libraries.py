@@ -38,10 +38,13 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import check_callable
 from coordconv_patch.errors import ArgumentError, PatchError
+from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.conversion import check_convertible, convert_, revert_
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
-from coordconv_patch.layers.coordinates import Coordinates, is_capturing
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Padding
 from coordconv_patch.left_behind.watch import (
     check_left_behind,
@@ -224,8 +227,7 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
             if the function does something with the weights that coordinates cannot follow.
     """
     check_callable("function", function)
-    if not coord_layers(model):
-        raise PatchError("the model is not patched: call the function itself")
+    require_coord_layers(model)
     check_left_behind(model)
     with LOOK:
         folded = copy.deepcopy(model)
@@ -284,7 +286,7 @@ def _traced_alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return traced_alone
 
 
-def _check_foldable(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
+def _check_foldable(layers: Mapping[str, CoordLayer]) -> None:
     weights: dict[int, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, CoordBranch):

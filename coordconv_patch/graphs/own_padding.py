@@ -17,7 +17,13 @@ from torch import fx
 
 from coordconv_patch.errors import ArgumentError, PatchError, excerpt
 from coordconv_patch.files.fields import choice, mapping, wholes
-from coordconv_patch.layers.geometry import DECLARED, PADDING_MODES, Padding, pad_amounts
+from coordconv_patch.layers.geometry import (
+    DECLARED,
+    PADDING_MODES,
+    ConvGeometry,
+    Padding,
+    pad_amounts,
+)
 
 __all__ = ["NOT_PADDED", "PADS", "OwnPadding", "pad_arguments", "unpadded"]
 
@@ -193,13 +199,15 @@ def _declared_padding(
         return tuple(before for before, _ in pairs)
     if kernel_size is None:
         return None
-    dilation = _as_list(dilation)
-    amounts = pad_amounts(
-        DECLARED,
-        (),
-        kernel_size=kernel_size,
-        stride=(1,) * len(kernel_size),
-        dilation=dilation * len(kernel_size) if len(dilation) == 1 else dilation,
-        declared="same",
+    ndim, dilation = len(kernel_size), tuple(_as_list(dilation))
+    geometry = ConvGeometry(
+        transposed=False,
+        in_channels=1,
+        out_channels=1,
+        kernel_size=tuple(kernel_size),
+        stride=(1,) * ndim,
+        padding="same",
+        dilation=dilation * ndim if len(dilation) == 1 else dilation,
     )
+    amounts = pad_amounts(DECLARED, (), geometry)
     return "same" if amounts == list(pairs) else None

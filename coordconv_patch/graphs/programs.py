@@ -5,7 +5,7 @@ An exported program is a flat list of operations. A coordinate branch in it is::
     add(convolution(x, W), convolution(pad(grid), W_c))
 
 where W_c is a parameter whose name ends in ``coord_weight`` and the grid's nodes carry
-the convention, see :func:`coordconv_patch.layers.branch.grid_for`. :func:`from_exported`
+the convention, see :func:`coordconv_patch.layers.coordinate_map.grid_for`. :func:`from_exported`
 makes of its second convolution a :class:`CoordBranch` again, on the same parameter.
 """
 
@@ -33,10 +33,13 @@ from coordconv_patch.graphs.functional import (
     is_function_site,
     join_names,
 )
-from coordconv_patch.layers.branch import BRANCH_NAME, CONVENTION_KEY, ChosenCalls, CoordBranch
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.chosen_calls import ChosenCalls
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
+from coordconv_patch.layers.coordinate_map import CONVENTION_KEY
 from coordconv_patch.layers.coordinates import Coordinates
 
-__all__ = ["ExportedModule", "from_exported", "why_not_patched"]
+__all__ = ["ExportedModule", "from_exported", "require_coord_layers"]
 
 _aten = torch.ops.aten
 
@@ -167,14 +170,21 @@ def from_exported(program: ExportedProgram | fx.GraphModule) -> nn.Module:
     return made
 
 
-def why_not_patched(model: nn.Module) -> str:
-    """What to say of a model in which no coordinate layers were found."""
+def require_coord_layers(model: nn.Module) -> dict[str, CoordLayer]:
+    """As :func:`coord_layers`, of a model that has to be patched.
+
+    Raises:
+        PatchError: If it is not, or not a module.
+    """
+    layers = coord_layers(model)
+    if layers:
+        return layers
     if any(map(has_exported_branches, model.modules())):
-        return (
+        raise PatchError(
             "the model is the module of an exported program, whose coordinates are no layers: use "
             "from_exported(program) in place of program.module()"
         )
-    return "the model is not patched, it has no coordinate layers: patch it first"
+    raise PatchError("the model is not patched, it has no coordinate layers: patch it first")
 
 
 def has_exported_branches(module: nn.Module) -> bool:

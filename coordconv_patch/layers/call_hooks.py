@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.branch import BRANCH_NAME, ChosenCalls, CoordBranch
-from coordconv_patch.layers.coordinates import Coordinates, is_capturing
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.capture import is_capturing
+from coordconv_patch.layers.chosen_calls import ChosenCalls
+from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry, Padding
 from coordconv_patch.layers.padding_probe import padding_of
 

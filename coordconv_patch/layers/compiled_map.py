@@ -82,14 +82,7 @@ def map_by_lines(
     """
     size = tuple(input_size)
     stride, dilation = convolution.stride, convolution.dilation
-    amounts = pad_amounts(
-        rule,
-        size,
-        kernel_size=convolution.kernel_size,
-        stride=stride,
-        dilation=dilation,
-        declared=convolution.padding,
-    )
+    amounts = pad_amounts(rule, size, convolution)
     # Few objects and functions: at every call the compiled code checks each that it was made from.
     steps = list(zip(convolution.kernel_size, stride, dilation, amounts, strict=True))
     indices = [_seen_by_taps(length, *step) for length, step in zip(size, steps, strict=True)]

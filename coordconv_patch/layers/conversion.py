@@ -10,10 +10,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coordconv import CoordConvNd, new_coord_weight, patched_class
+from coordconv_patch.layers.coord_layer import new_coord_weight
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.geometry import TORCH_CONVS, Padding
+from coordconv_patch.layers.geometry import TORCH_CONVS, ConvGeometry, Padding
 from coordconv_patch.layers.padding_probe import padding_of
+from coordconv_patch.layers.patched_classes import patched_class
 from coordconv_patch.running.untouched import in_mode
 
 __all__ = [
@@ -88,7 +90,10 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
     aliases; only its class changes. Call :func:`check_convertible` before.
     """
     with in_mode(module, training=False):  # a spectral norm in training iterates at every look
-        coord_weight = new_coord_weight(module, coords)  # first: it may not fit into memory
+        weight = module.weight
+    geometry = ConvGeometry.of(module)
+    # First: it may not fit into memory.
+    coord_weight = new_coord_weight(geometry, coords, device=weight.device, dtype=weight.dtype)
     before = type(module)
     if parametrize.is_parametrized(module):
         # torch takes a parametrized module back to its first base class when the last

@@ -14,73 +14,34 @@ convolutional neural networks and the CoordConv solution"
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.layers.axis_positions import axis_positions
+from coordconv_patch.layers.capture import is_capturing, is_transforming
+from coordconv_patch.layers.convention_fields import (
+    is_whole,
+    radius_center_of,
+    refuse_subclass,
+    value_range_of,
+)
 from coordconv_patch.layers.grid_cache import GridCache
+from coordconv_patch.layers.presets import PRESET_NAMES, preset_fields
+from coordconv_patch.layers.window import Window, window_from_fields
 
-__all__ = ["Coordinates", "Window"]
+__all__ = ["Coordinates"]
 
 _AXIS_NAMES = ("x", "y", "z")
 """Axis names, counted from the last dimension: x along W, y along H, z along D."""
-_LARGEST_PIXEL = 2**31 - 1
-"""Windows lie in images of at most so many pixels along an axis."""
-_LARGEST_VALUE = 1e18
-"""Coordinates of at most this size have squares that are finite in float32."""
 _MOST_OCTAVES = 32
 """At 32 octaves float64 still tells sin(2^k pi u) to six digits; NeRF uses 10."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A rectangle of a larger image, in pixels of that image.
-
-    A tile or crop that is given its window sees the coordinates of the whole
-    image. All three fields are in the order of a tensor's spatial dimensions:
-    ``(H, W)`` for images, ``(L,)`` for signals, ``(D, H, W)`` for volumes.
-
-    Inside a network, a feature map of ``h'`` rows stands for the same part of
-    the image, so its full-image counterpart has ``h' * image_size / size`` rows.
-
-    Args:
-        offset: First pixel of the window, ``(top, left)``, whole numbers, each ``>= 0``.
-        size: Extent of the window, ``(height, width)``, each ``>= 1``.
-        image_size: Extent of the whole image, ``(height, width)``, each below ``2**31``.
-
-    Raises:
-        CoordinatesError: If the numbers are not whole ones, or the window does not lie
-            inside the image.
-    """
-
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    image_size: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _refuse_subclass(self, Window)
-        for field in ("offset", "size", "image_size"):
-            object.__setattr__(self, field, _pixels(field, getattr(self, field)))
-        if not len(self.offset) == len(self.size) == len(self.image_size):
-            raise CoordinatesError(
-                f"{self}: offset, size and image_size must have one number per spatial "
-                "dimension each, such as offset=(top, left), size=(h, w), image_size=(H, W)"
-            )
-        for offset, size, image in zip(self.offset, self.size, self.image_size, strict=True):
-            if offset < 0 or size < 1 or offset + size > image:
-                raise CoordinatesError(
-                    f"{self} does not lie inside its image: need 0 <= offset, 1 <= size and "
-                    "offset + size <= image_size in every dimension"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +96,7 @@ class Coordinates:
     swap_sizes: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_subclass(self, Coordinates)
+        refuse_subclass(self, Coordinates)
         if type(self.order) is not str or self.order not in ("xy", "yx"):
             raise CoordinatesError(
                 f"order={excerpt(self.order)}: write 'xy' (x first) or 'yx' (y first)"
@@ -144,8 +105,8 @@ class Coordinates:
             value = getattr(self, field)
             if type(value) is not bool:
                 raise CoordinatesError(f"{field}={excerpt(value)}: write True or False")
-        object.__setattr__(self, "value_range", _range(self.value_range))
-        if not _is_whole(self.fourier) or not 0 <= self.fourier <= _MOST_OCTAVES:
+        object.__setattr__(self, "value_range", value_range_of(self.value_range))
+        if not is_whole(self.fourier) or not 0 <= self.fourier <= _MOST_OCTAVES:
             raise CoordinatesError(
                 f"fourier={excerpt(self.fourier)}: write a number of octaves, 0 or more and at "
                 f"most {_MOST_OCTAVES}"
@@ -154,7 +115,7 @@ class Coordinates:
         if self.window is not None and type(self.window) is not Window:
             raise CoordinatesError(f"window={excerpt(self.window)}: write a Window(...) or None")
         if self.radius_center is not None:
-            object.__setattr__(self, "radius_center", _center(self.radius_center))
+            object.__setattr__(self, "radius_center", radius_center_of(self.radius_center))
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -189,30 +150,7 @@ class Coordinates:
         Raises:
             CoordinatesError: If there is no such preset, or it has no radius channel.
         """
-        if type(radius) is not bool:
-            raise CoordinatesError(f"radius={excerpt(radius)}: write True or False")
-        if not isinstance(name, str):
-            raise CoordinatesError(
-                f"preset {excerpt(name)}: write one of {', '.join(sorted(_PRESETS))}"
-            )
-        if name not in _PRESETS:
-            close = difflib.get_close_matches(name, _PRESETS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise CoordinatesError(
-                f"no coordinate preset {excerpt(name)}: {hint}presets are "
-                f"{', '.join(sorted(_PRESETS))}"
-            )
-        fields = dict(_PRESETS[name])
-        if radius:
-            if name in _PRESETS_WITHOUT_RADIUS:
-                raise CoordinatesError(
-                    f"preset {name!r} has no radius channel; write Coordinates(radius=True) for "
-                    "the paper's"
-                )
-            fields["radius"] = True
-            if name == "mkocabas":
-                fields["radius_center"] = 0.5
-        return cls(**fields)
+        return cls(**preset_fields(name, radius=radius))
 
     @classmethod
     def of(cls, value: Coordinates | str | None) -> Coordinates:
@@ -222,11 +160,11 @@ class Coordinates:
         if isinstance(value, str):
             return cls.preset(value)
         if isinstance(value, Coordinates):
-            _refuse_subclass(value, Coordinates)
+            refuse_subclass(value, Coordinates)
             return value
         raise CoordinatesError(
             f"coords={excerpt(value)}: write a Coordinates(...), or the name of a preset "
-            f"({', '.join(sorted(_PRESETS))})"
+            f"({PRESET_NAMES})"
         )
 
     def channel_names(self, ndim: int) -> tuple[str, ...]:
@@ -313,7 +251,7 @@ class Coordinates:
         Raises:
             CoordinatesError: If this is a subclass, which these fields would not tell.
         """
-        _refuse_subclass(self, Coordinates)
+        refuse_subclass(self, Coordinates)
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -339,7 +277,7 @@ class Coordinates:
             )
         try:
             if values.get("window") is not None:
-                values["window"] = _window(values["window"])
+                values["window"] = window_from_fields(values["window"])
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise CoordinatesError(
@@ -410,7 +348,14 @@ class Coordinates:
             lengths = cast("tuple[int, ...]", size)
             indices = [torch.arange(length, device=device, dtype=dtype) for length in lengths]
         positions = {
-            dim: self._axis_positions(dim, size, indices[dim].to(device, dtype))
+            dim: axis_positions(
+                indices[dim].to(device, dtype),
+                dim,
+                size,
+                self.window,
+                align_corners=self.align_corners,
+                swap_sizes=self.swap_sizes,
+            )
             for dim in dims.values()
         }
         if (low, high) == (-1.0, 1.0):
@@ -433,27 +378,6 @@ class Coordinates:
         with torch.inference_mode(False):
             return self._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)
 
-    def _axis_positions(
-        self,
-        dim: int,
-        size: tuple[int | torch.SymInt | Tensor, ...],
-        index: Tensor,
-    ) -> Tensor:
-        """The position u of pixels along one axis, in the shape of ``index``."""
-        length: Any = size[dim]
-        if self.window is None:
-            full: Any = length
-        else:
-            full = length * self.window.image_size[dim] / self.window.size[dim]
-            index = index + length * self.window.offset[dim] / self.window.size[dim]
-        if not self.align_corners:
-            return (2 * index + 1 - full) / full
-        if self.swap_sizes and len(size) > 1:
-            # The released code swaps the divisors of the two image axes.
-            full = size[{len(size) - 1: -2, len(size) - 2: -1}.get(dim, dim)]
-        last = full - 1
-        return (2 * index - last) / _at_least_one(last)
-
 
 _cached_grid = GridCache(max_bytes=64 * 2**20)
 """Grids by convention, size, device and dtype: eight of 2 x 1024 x 1024 in float32."""
@@ -464,131 +388,11 @@ def _along(line: Tensor, dim: int, ndim: int) -> Tensor:
     return line.reshape([-1 if at == dim else 1 for at in range(ndim)])
 
 
-def _refuse_subclass(value: object, base: type) -> None:
-    if type(value) is not base:
-        raise CoordinatesError(
-            f"{type(value).__name__} is a subclass of {base.__name__}, which is not supported: "
-            f"files, programs and exports tell a convention by the fields of {base.__name__} "
-            "alone, so it would come back as another one"
-        )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:
     """Sizes of numpy's or other integers as Python's; ``None`` for symbolic ones."""
-    if all(_is_whole(length) for length in size):
+    if all(is_whole(length) for length in size):
         return tuple(int(cast(int, length)) for length in size)
     for length in size:
-        if not (isinstance(length, (torch.SymInt, Tensor)) or _is_whole(length)):
+        if not (isinstance(length, (torch.SymInt, Tensor)) or is_whole(length)):
             raise CoordinatesError(f"size={excerpt(size)}: write whole numbers, such as (224, 224)")
     return None
-
-
-def _pixels(field: str, values: object) -> tuple[int, ...]:
-    """One of a window's fields; numpy's integers become Python's."""
-    if (
-        not isinstance(values, (tuple, list))
-        or not 1 <= len(values) <= len(_AXIS_NAMES)
-        or not all(_is_whole(value) and abs(value) <= _LARGEST_PIXEL for value in values)
-    ):
-        raise CoordinatesError(
-            f"window: {field}={excerpt(values)}: write a tuple of one to three whole numbers "
-            f"below 2**31, one per spatial dimension, such as {field}=(224, 224)"
-        )
-    return tuple(int(value) for value in values)
-
-
-def _window(fields: object) -> Window:
-    """A window from parsed JSON, which may hold anything."""
-    names = ("offset", "size", "image_size")
-    given: Mapping[Any, Any] = fields if isinstance(fields, Mapping) else {}
-    missing = [name for name in names if name not in given]
-    if missing or len(given) > len(names):
-        what = f"missing {missing[0]}" if missing else f"it has more fields than {names}"
-        raise CoordinatesError(f"window: {excerpt(fields)}: {what}")
-    return Window(**given)
-
-
-def _finite(value: object) -> float:
-    """A real number as a float; NaN if it is none, or too large to be a coordinate."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if abs(number) <= _LARGEST_VALUE else math.nan
-
-
-def _range(value: object) -> tuple[float, float]:
-    numbers_given = value if isinstance(value, (tuple, list)) and len(value) == 2 else (None, None)
-    low, high = map(_finite, numbers_given)
-    if not low < high:
-        raise CoordinatesError(
-            f"value_range={excerpt(value)}: write two finite numbers, the smaller first, such as "
-            f"(-1.0, 1.0); none beyond {_LARGEST_VALUE:g}"
-        )
-    return low, high
-
-
-def _center(value: object) -> float:
-    center = _finite(value)
-    if math.isnan(center):
-        raise CoordinatesError(
-            f"radius_center={excerpt(value)}: write a finite number, the coordinate from which r "
-            f"is measured, or None; none beyond {_LARGEST_VALUE:g}"
-        )
-    return center
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "reference": {"swap_sizes": True},
-    "mkocabas": {"order": "yx"},
-    "solo": {},
-    "paddledetection": {},
-}
-_PRESETS_WITHOUT_RADIUS = ("solo", "paddledetection")
-
-
-def _at_least_one(last: Any) -> Any:
-    """The divisor n - 1, or 1 on an axis of one pixel, for numbers and symbols alike."""
-    if isinstance(last, Tensor):
-        return last.clamp(min=1)
-    if isinstance(last, (int, float)):
-        return last if last > 0 else 1
-    return torch.sym_max(last, 1)
-
-
-def is_capturing() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is looking on, in this thread."""
-    # The first flag is one for the whole process; whether this thread captures, the others tell.
-    return (
-        torch.compiler.is_compiling()
-        and (torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
-    ) or torch._C._is_tracing()
-
-
-def is_transforming() -> bool:
-    """Whether what is computed now must not be kept, nor be left out because it was kept.
-
-    Under dispatch modes and torch.func transforms tensors may be fake or wrapped. A function
-    mode of somebody else (NNCF's) may be drawing a graph, which every later call must match.
-    """
-    return (
-        is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or (torch._C._len_torch_function_stack() > 0 and _is_watched())
-    )
-
-
-def _is_watched() -> bool:
-    """Whether a torch function mode is active that neither torch itself nor this package sets."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(
-        type(mode).__module__.partition(".")[0] not in ("torch", "coordconv_patch")
-        for mode in modes
-    )

@@ -247,30 +247,23 @@ def _short(values: str | Sequence[int]) -> str:
 
 
 def pad_amounts(
-    padding: Padding,
-    input_size: Sequence[Any],
-    *,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    declared: str | Sequence[int],
+    padding: Padding, input_size: Sequence[Any], convolution: Convolution
 ) -> list[tuple[Any, Any]]:
     """Pixels that a convolution adds ``(before, after)`` each spatial dimension.
 
     Args:
         padding: The convolution's padding rule.
         input_size: Spatial size of its input; may be symbolic.
-        kernel_size: Its kernel size; so for ``stride`` and ``dilation``.
-        stride: See there.
-        dilation: See there.
-        declared: Its ``padding`` attribute: ``"valid"``, ``"same"`` or numbers.
+        convolution: The convolution, or its geometry.
     """
+    kernel_size, dilation = convolution.kernel_size, convolution.dilation
+    declared = convolution.padding
     if padding.rule == "fixed":
         return list(padding.amounts)
     if padding.rule == "same":
         return [
             _tensorflow_same(*numbers)
-            for numbers in zip(input_size, kernel_size, stride, dilation, strict=True)
+            for numbers in zip(input_size, kernel_size, convolution.stride, dilation, strict=True)
         ]
     if declared == "valid":
         return [(0, 0)] * len(input_size)

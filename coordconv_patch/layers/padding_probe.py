@@ -13,6 +13,7 @@ are their own index along H, and one for W; what arrives spells f and g.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from coordconv_patch.layers.geometry import (
     CONV_FUNCTIONS,
     DECLARED,
     TORCH_CONVS,
+    ConvGeometry,
     Padding,
     flat_amounts,
     pad_amounts,
@@ -147,22 +149,9 @@ def _declared_padding(module: _ConvNd) -> Padding:
             f"{ndim} spatial dimensions, the last dimension first"
         )
     amounts = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if list(amounts) == _amounts(module, DECLARED, (0,) * ndim):
+    if list(amounts) == pad_amounts(DECLARED, (0,) * ndim, module):
         return DECLARED
     return _padding("fixed", amounts, (module.padding_mode,) * ndim)
-
-
-def _amounts(
-    module: _ConvNd, padding: Padding, size: Sequence[int], declared: Any = None
-) -> list[tuple[int, int]]:
-    return pad_amounts(
-        padding,
-        size,
-        kernel_size=module.kernel_size,
-        stride=module.stride,
-        dilation=module.dilation,
-        declared=module.padding if declared is None else declared,
-    )
 
 
 def _padding(rule: Any, amounts: tuple[tuple[int, int], ...], modes: tuple[str, ...]) -> Padding:
@@ -199,8 +188,8 @@ def _fitting_paddings(
         list(_paddings_along(_indices(arrived[axis, 0], axis), length))
         for axis, length in enumerate(size)
     ]
-    same = tuple(_amounts(module, Padding("same"), size))
-    declared = tuple(_amounts(module, DECLARED, size))
+    same = tuple(pad_amounts(Padding("same"), size, module))
+    declared = tuple(pad_amounts(DECLARED, size, module))
     declared_mode = str(module.padding_mode).replace("constant", "zeros")
     for found in itertools.product(*along_axes):
         amounts = tuple((axis.before, axis.after) for axis in found)
@@ -329,7 +318,8 @@ def _what_arrives(module: _ConvNd, forward: Callable[..., Tensor], probe: Tensor
         raise PatchError(f"the forward of {whose} convolves with a weight of another shape")
     padding = call.get("padding", 0)
     declared = padding if isinstance(padding, str) else _spread(padding, ndim)
-    amounts = _amounts(module, DECLARED, call["input"].shape[2:], declared)
+    geometry = dataclasses.replace(ConvGeometry.of(module), padding=declared)
+    amounts = pad_amounts(DECLARED, call["input"].shape[2:], geometry)
     return F.pad(call["input"], flat_amounts(amounts))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coordinates import is_capturing, is_transforming
+from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.padding_probe import ConvSpy
 
 __all__ = ["ReplacedForward"]

@@ -62,8 +62,9 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.graphs.norms import is_batch_norm
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
-from coordconv_patch.layers.coordinates import is_transforming
+from coordconv_patch.layers.capture import is_transforming
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.weight_marks import is_plain, rows_of, sample_of
 from coordconv_patch.left_behind.glances import Glance
 from coordconv_patch.left_behind.heir_modules import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from coordconv_patch.layers.branch import CoordLayer
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.lowering.constants import CoordConstant
 from coordconv_patch.lowering.layer_call import convolve_padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -105,15 +106,10 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         return output if batched else output.squeeze(0)
 
     def _padded(self, input: Tensor, padding: str | int | Sequence[int]) -> Tensor:
-        layer, ndim = self.layer, input.dim() - 2
-        amounts = pad_amounts(
-            DECLARED,
-            input.shape[2:],
-            kernel_size=layer.kernel_size,
-            stride=layer.stride,
-            dilation=layer.dilation,
-            declared=(padding,) * ndim if isinstance(padding, int) else padding,
-        )
+        ndim = input.dim() - 2
+        own: Any = (padding,) * ndim if isinstance(padding, int) else padding
+        geometry = dataclasses.replace(self.layer.geometry, padding=own)
+        amounts = pad_amounts(DECLARED, input.shape[2:], geometry)
         return pad_by_axis(input, amounts, ("zeros",) * ndim)
 
 

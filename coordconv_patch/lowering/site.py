@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.layers.branch import CoordLayer
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.layers.geometry import Call, ConvGeometry
 from coordconv_patch.lowering.basis import SeparableBasis
 from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.image_cache import ImageCache
-from coordconv_patch.lowering.layer_call import geometry_of, grid_of, map_of
+from coordconv_patch.lowering.layer_call import grid_of, map_of
 from coordconv_patch.lowering.strips import Strip
 from coordconv_patch.sites.recording import record_calls
 
@@ -48,7 +47,7 @@ class LoweringSite:
     @property
     def geometry(self) -> ConvGeometry:
         """The convolution's geometry."""
-        return geometry_of(self.layer)
+        return self.layer.geometry
 
     @property
     def num_taps(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coordconv_patch.layers.branch import CoordLayer
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.lowering.constants import CoordConstant

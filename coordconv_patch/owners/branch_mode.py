@@ -25,7 +25,7 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import CONV_SIGNATURES, call_geometry
 from coordconv_patch.graphs.own_padding import OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.coordinates import is_transforming
+from coordconv_patch.layers.capture import is_transforming
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.owners.owned_calls import OwnedCalls
 

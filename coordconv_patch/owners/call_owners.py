@@ -28,7 +28,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 
-from coordconv_patch.layers.branch import BRANCH_NAME, ChosenCalls, CoordBranch
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.conversion import on_other_base
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry

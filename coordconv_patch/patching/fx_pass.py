@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch_
 from coordconv_patch.sites.find import Site, find_sites

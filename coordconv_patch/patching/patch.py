@@ -31,12 +31,15 @@ from coordconv_patch.graphs.functional import (
     function_input,
     function_nodes,
 )
-from coordconv_patch.graphs.programs import from_exported, why_not_patched
-from coordconv_patch.layers.branch import BRANCH_NAME, ChosenCalls, CoordBranch
+from coordconv_patch.graphs.programs import from_exported, require_coord_layers
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.layers.call_hooks import add_to_calls_, chosen_calls_of, remove_from_calls_
+from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.conversion import check_not_wrapped, convert_, revert_
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
-from coordconv_patch.layers.coordinates import Coordinates, Window
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import (
     check_left_behind,
     dismiss_,
@@ -211,9 +214,7 @@ def set_window_(model: nn.Module, window: Window | None) -> nn.Module:
         PatchError: If the model is not patched.
         CoordinatesError: If a layer's convention knows no windows.
     """
-    layers = coord_layers(model)
-    if not layers:
-        raise PatchError(why_not_patched(model))
+    layers = require_coord_layers(model)
     changed = {
         name: dataclasses.replace(layer.coords, window=window) for name, layer in layers.items()
     }
@@ -388,11 +389,9 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
     check_flag("discard", discard)
     check_is_module(model)
     check_not_wrapped(model)
-    layers = coord_layers(model)
     if not discard:
         check_left_behind(model)
-    if not layers and not is_watched(model):
-        raise PatchError(why_not_patched(model))
+    layers = coord_layers(model) if is_watched(model) else require_coord_layers(model)
     computed = [name for name, layer in layers.items() if "coord_weight" not in layer._parameters]
     if computed:
         raise PatchError(

@@ -16,8 +16,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from coordconv_patch.graphs.programs import from_exported
-from coordconv_patch.layers.branch import ChosenCalls
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.chosen_calls import ChosenCalls
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.sites.find import Site, SiteMap, find_sites

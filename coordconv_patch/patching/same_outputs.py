@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import CONV_SIGNATURES
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.untouched import in_mode, state_restored
 

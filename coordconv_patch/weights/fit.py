@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from coordconv_patch.errors import WeightsError, excerpt, listing
-from coordconv_patch.layers.branch import ChosenCalls, CoordBranch
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.running.wrappers import clean_name
 from coordconv_patch.sites.find import Site
 from coordconv_patch.weights.coords_file import CoordsFile
 
-__all__ = ["calls_of_layer", "check_norms", "check_sites"]
+__all__ = ["check_norms", "check_sites"]
 
 
 def check_sites(file: CoordsFile, sites: Mapping[str, Site], model: nn.Module) -> None:
@@ -71,11 +70,11 @@ def _check_chosen_calls(
     file: CoordsFile,
     name: str,
     site: Site,
-    layer: CoordConvNd | CoordBranch | None,
+    layer: CoordLayer | None,
     model: nn.Module,
 ) -> None:
     wanted = file.sites[name].chosen_calls
-    found = None if layer is None else calls_of_layer(layer)
+    found = None if layer is None else layer.chosen_calls
     if layer is not None and (wanted and wanted.indices) != (found and found.indices):
         raise WeightsError(
             f"{name}: the file has coordinates at {wanted or 'all calls'}, the model is patched at "
@@ -129,8 +128,3 @@ def check_norms(file: CoordsFile, buffers: Mapping[str, Tensor]) -> None:
             raise WeightsError(
                 f"{name}: dtype {tensor.dtype} in the file, {buffer.dtype} in the model"
             )
-
-
-def calls_of_layer(layer: CoordConvNd | CoordBranch) -> ChosenCalls | None:
-    """Which calls of a convolution its layer adds coordinates to; ``None``: every one."""
-    return layer.chosen_calls if isinstance(layer, CoordBranch) else None

@@ -17,7 +17,7 @@ from typing import Any
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, excerpt
 from coordconv_patch.files.fields import choice, mapping, text, whole
 from coordconv_patch.files.strict_json import parse
-from coordconv_patch.layers.branch import ChosenCalls
+from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.owners.owned_calls import OwnedCalls

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from coordconv_patch.arguments import check_flag, check_path
-from coordconv_patch.errors import CoordConvPatchError, WeightsError
+from coordconv_patch.errors import CoordConvPatchError, PatchError, WeightsError
 from coordconv_patch.files.atomic import replacing
 from coordconv_patch.files.tensor_file import check_storable, tensor_file_bytes
-from coordconv_patch.graphs.programs import why_not_patched
-from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.conversion import check_not_wrapped
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
-from coordconv_patch.layers.geometry import ConvGeometry
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.left_behind.watch import check_left_behind
 from coordconv_patch.patching.patch import apply_plan_
 from coordconv_patch.patching.plan import Plan, plan_sites
@@ -38,7 +36,7 @@ from coordconv_patch.running.wrappers import clean_name, unwrapped
 from coordconv_patch.sites.find import Site, SiteMap, find_sites
 from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.weights.coords_file import COORD_SUFFIX, CoordsFile, read_coords_file
-from coordconv_patch.weights.fit import calls_of_layer, check_norms, check_sites
+from coordconv_patch.weights.fit import check_norms, check_sites
 from coordconv_patch.weights.header import FORMAT, Header, SiteRecord
 from coordconv_patch.weights.recorded_functions import functions_to_record, with_recorded_functions
 
@@ -78,10 +76,12 @@ def save_coords(
     check_is_module(model)
     path = check_path("path", path)
     model = unwrapped(model)
-    layers = {clean_name(name): layer for name, layer in coord_layers(model).items()}
     check_left_behind(model)
-    if not layers:
-        raise WeightsError(f"there is nothing to save: {why_not_patched(model)}")
+    try:
+        patched = require_coord_layers(model)
+    except PatchError as error:
+        raise WeightsError(f"there is nothing to save: {error}") from error
+    layers = {clean_name(name): layer for name, layer in patched.items()}
     _check_whole(layers)
     tensors: dict[str, Tensor] = {
         name + COORD_SUFFIX: layer.coord_weight for name, layer in layers.items()
@@ -93,9 +93,7 @@ def save_coords(
         check_storable(name, tensor)
     functions = functions_to_record(model)
     records = {
-        name: SiteRecord(
-            _geometry_of(layer), layer.coords, calls_of_layer(layer), functions.get(layer)
-        )
+        name: SiteRecord(layer.geometry, layer.coords, layer.chosen_calls, functions.get(layer))
         for name, layer in layers.items()
     }
     try:
@@ -289,10 +287,10 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")  # a DTensor; not every torch has the class
 
 
-def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
+def _check_whole(layers: dict[str, CoordLayer]) -> None:
     """Refuse what wrappers that flatten or offload parameters leave in their place."""
     for name, layer in layers.items():
-        geometry = _geometry_of(layer)
+        geometry = layer.geometry
         shape = geometry.coord_weight_shape(layer.coords.num_channels(geometry.ndim))
         if layer.coord_weight.is_meta:
             raise WeightsError(
@@ -307,10 +305,6 @@ def _check_whole(layers: dict[str, CoordConvNd | CoordBranch]) -> None:
                 "first (FullyShardedDataParallel.summon_full_params, "
                 "deepspeed.zero.GatheredParameters), or shard with fully_shard"
             )
-
-
-def _geometry_of(layer: CoordConvNd | CoordBranch) -> ConvGeometry:
-    return layer.geometry if isinstance(layer, CoordBranch) else ConvGeometry.of(layer)
 
 
 def _norm_statistics(model: nn.Module) -> dict[str, Tensor]:

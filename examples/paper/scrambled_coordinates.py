@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.layers.branch import coordinate_map
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.coordinate_map import coordinate_map
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,13 +49,5 @@ def _scrambled_branch(
     weight = layer.coord_weight if weight is None else weight
     grid = layer.coords.grid(input_size, device=weight.device, dtype=weight.dtype)
     return coordinate_map(
-        scrambled(grid).unsqueeze(0),
-        weight,
-        transposed=layer.transposed,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        padding_mode=layer.padding_mode,
-        rule=layer.coord_padding,
-        output_padding=output_padding,
+        scrambled(grid).unsqueeze(0), weight, layer, layer.coord_padding, output_padding
     )

@@ -28,7 +28,7 @@ import coordconv_patch as ccp
 from coordconv_patch.cli import commands as cli
 from coordconv_patch.cli.commands import app, main
 from coordconv_patch.errors import CoordConvPatchError
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 
 CODE = """
 import torch

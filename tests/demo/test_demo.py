@@ -26,7 +26,7 @@ from coordconv_patch.demo.task import (
     to_unit,
 )
 from coordconv_patch.errors import CoordConvPatchError
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.runtime.providers import CPU, make_session
 from coordconv_patch.weights.save_load import load_coords

@@ -32,7 +32,7 @@ from coordconv_patch.export import exporters as export_module
 from coordconv_patch.export import onnx as onnx_module
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.external_weights import gather_weights
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 
 CPU = ["CPUExecutionProvider"]
 EXPORTERS = ["dynamo", "torchscript"]

@@ -19,7 +19,7 @@ import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding.batch_norms import Folding, fold_batch_norms_
 from coordconv_patch.graphs.norms import norm_affine
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 
 
 def batch_norms(model: nn.Module) -> int:

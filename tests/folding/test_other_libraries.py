@@ -23,7 +23,8 @@ import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.folding import other_libraries as folding
 from coordconv_patch.folding.other_libraries import FoldingMethod
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 
 TIMM_MODELS = {
     # name: image size; every family in timm 1.0 whose modules fold themselves.

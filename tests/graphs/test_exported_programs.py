@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.sites.find import find_sites
 
 

@@ -41,8 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.append(1)
         return original(*args)
 
-    for place in ("branch", "coordconv"):
-        monkeypatch.setattr(f"coordconv_patch.layers.{place}.map_by_lines", counted)
+    monkeypatch.setattr("coordconv_patch.layers.coord_layer.map_by_lines", counted)
     yield seen
     torch._dynamo.reset()
 

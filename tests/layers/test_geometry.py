@@ -26,10 +26,11 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from coordconv_patch import CoordConv2d
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 from coordconv_patch.layers.conversion import check_convertible, convert_, revert_
-from coordconv_patch.layers.coordconv import CoordConvNd, patched_class
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry, Padding, flat_amounts, pad_amounts
 from coordconv_patch.layers.padding_probe import padding_of
+from coordconv_patch.layers.patched_classes import patched_class
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -288,8 +289,8 @@ def test_probe_leaves_training_flags_statistics_and_gradients_alone() -> None:
     dilation=st.integers(1, 3),
 )
 def test_same_amounts_are_tensorflows(length: int, kernel: int, stride: int, dilation: int) -> None:
-    numbers = {"kernel_size": [kernel], "stride": [stride], "dilation": [dilation]}
-    found = pad_amounts(SAME, [length], declared=0, **numbers)  # type: ignore[arg-type]
+    geometry = ConvGeometry(False, 1, 1, (kernel,), (stride,), (0,), (dilation,))
+    found = pad_amounts(SAME, [length], geometry)
     assert found == reference.tensorflow_same([length], [kernel], [stride], [dilation])
     padded = length + sum(found[0])
     assert (padded - (kernel - 1) * dilation - 1) // stride + 1 == math.ceil(length / stride)
@@ -303,19 +304,16 @@ def test_same_amounts_are_tensorflows(length: int, kernel: int, stride: int, dil
         ("same", [(1, 2), (2, 2)]),
     ],
 )
-def test_declared_amounts(declared: str | Sequence[int], expected: list[tuple[int, int]]) -> None:
-    found = pad_amounts(
-        DECLARED, (9, 9), kernel_size=(4, 3), stride=(1, 1), dilation=(1, 2), declared=declared
-    )
-    assert found == expected
+def test_declared_amounts(declared: str | tuple[int, ...], expected: list[tuple[int, int]]) -> None:
+    geometry = ConvGeometry(False, 1, 1, (4, 3), (1, 1), declared, (1, 2))
+    assert pad_amounts(DECLARED, (9, 9), geometry) == expected
 
 
 def test_torchs_same_puts_the_odd_pixel_behind_as_declared_amounts_say() -> None:
     impulse = torch.zeros(1, 1, 5).index_fill(2, torch.tensor(2), 1.0)
     weight = torch.arange(1.0, 5.0).reshape(1, 1, 4)
-    amounts = pad_amounts(
-        DECLARED, (5,), kernel_size=(4,), stride=(1,), dilation=(1,), declared="same"
-    )
+    geometry = ConvGeometry(False, 1, 1, (4,), (1,), "same", (1,))
+    amounts = pad_amounts(DECLARED, (5,), geometry)
     assert amounts == [(1, 2)]
     padded = F.conv1d(F.pad(impulse, flat_amounts(amounts)), weight)
     assert torch.equal(padded, F.conv1d(impulse, weight, padding="same"))

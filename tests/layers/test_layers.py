@@ -33,10 +33,11 @@ from coordconv_patch import (
 from coordconv_patch.errors import CoordinatesError, PatchError
 from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.layers.conversion import check_convertible, convert_
-from coordconv_patch.layers.coordconv import coord_layers, patched_class
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import _cached_grid
 from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.layers.map_cache import MapCache
+from coordconv_patch.layers.patched_classes import patched_class
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=250)
 

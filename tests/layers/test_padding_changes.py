@@ -25,7 +25,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import Padding
 from coordconv_patch.layers.padding_probe import padding_of
 
@@ -275,7 +276,7 @@ def test_settings_that_a_method_reads_are_followed() -> None:
 
 
 def test_a_layer_that_writes_into_itself_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from coordconv_patch.layers import coordconv as layers
+    from coordconv_patch.layers import padding_follower as layers
 
     probes: list[Any] = []
 

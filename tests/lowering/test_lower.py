@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ExportError
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.lowering.lower import Lowered, lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError, SelectionError, WeightsError
-from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.sites.find import find_sites
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordinatesError, PatchError, SelectionError
-from coordconv_patch.layers import coordconv as layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.patching import patch as patching
 from coordconv_patch.sites.find import find_sites
@@ -434,9 +434,7 @@ def test_failure_at_a_later_site_undoes_the_earlier_ones(
     model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)])
     attributes = [set(vars(conv)) for conv in model]
     expected = model(x)
-    owner, name = {"convert": (patching, "convert_"), "attach": (layers.CoordConvNd, "_attach")}[
-        failing
-    ]
+    owner, name = {"convert": (patching, "convert_"), "attach": (CoordConvNd, "_attach")}[failing]
     real, calls = getattr(owner, name), []
 
     def fails_at_the_third(*args: Any) -> None:
@@ -616,7 +614,7 @@ def test_function_on_its_own_weight_gets_a_well_formed_name(x: Tensor) -> None:
         "conv.coord_weight",
         "outer.0.coord_branch.coord_weight",
     ]
-    assert list(layers.coord_layers(patched)) == ["conv", "outer.0"]
+    assert list(coord_layers(patched)) == ["conv", "outer.0"]
     assert_equal(patched(x), model(x))
 
 
@@ -626,7 +624,7 @@ def test_root_function_on_its_own_weight_gets_a_well_formed_name(x: Tensor) -> N
     (site,) = find_sites(model).sites
     (name,) = coordinate_names(patched)
     assert not name.startswith(".")
-    assert list(layers.coord_layers(patched)) == [site.name]
+    assert list(coord_layers(patched)) == [site.name]
     assert_equal(patched(x), model(x))
 
 
@@ -826,7 +824,7 @@ def test_window_holds_for_every_layer_until_it_is_taken_away(traced: bool, x: Te
         whole = patched(image)
         window = ccp.Window((2, 3), (9, 12), (20, 30))
         assert ccp.set_window_(patched, window) is patched
-        found = [layer.coords.window for layer in layers.coord_layers(patched).values()]
+        found = [layer.coords.window for layer in coord_layers(patched).values()]
         assert found == [window, window]
         assert not torch.allclose(patched(image), whole, atol=1e-3)
         ccp.set_window_(patched, None)
@@ -857,7 +855,7 @@ def test_window_that_a_convention_does_not_know_changes_nothing() -> None:
     ccp.patch_(patched, "block", coords="reference")
     with pytest.raises(CoordinatesError, match="swap_sizes"):
         ccp.set_window_(patched, ccp.Window((0, 0), (2, 2), (4, 4)))
-    assert [layer.coords.window for layer in layers.coord_layers(patched).values()] == [None, None]
+    assert [layer.coords.window for layer in coord_layers(patched).values()] == [None, None]
 
 
 @pytest.mark.parametrize("plain", [nn.Conv2d, timm.layers.Conv2dSame])

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.conversion import convert_
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 
 
 @pytest.fixture

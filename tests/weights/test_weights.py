@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 import coordconv_patch as ccp
 from coordconv_patch.errors import WeightsError
 from coordconv_patch.files.tensor_file import tensor_file_bytes
-from coordconv_patch.layers.coordconv import coord_layers
+from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.weights import save_load as weights_module
 from coordconv_patch.weights.save_load import fingerprint
 
