@@ -8,7 +8,8 @@
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.folding.batch_norms import fold
-from coordconv_patch.folding.other_libraries import fold_with, register_folding_method
+from coordconv_patch.folding.method_names import register_folding_method
+from coordconv_patch.folding.other_libraries import fold_with
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordconv import (
     CoordConv1d,
@@ -29,7 +30,8 @@ from coordconv_patch.training import (
     param_groups,
     train_only_coords_,
 )
-from coordconv_patch.verification.verify import Check, verify_onnx
+from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 

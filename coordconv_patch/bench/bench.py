@@ -33,10 +33,10 @@ from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import reporting_os_errors
 from coordconv_patch.layers.coordconv import coord_layers
 from coordconv_patch.patching.patch import unpatch
+from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
 from coordconv_patch.runtime.timing import alternate, median, ratio_of_medians
-from coordconv_patch.verification.verify import tensors_in
 
 __all__ = ["accepted_lowerings", "bench_onnx"]
 

@@ -35,7 +35,8 @@ from coordconv_patch.patching.patch import patch
 from coordconv_patch.patching.plan import plan, survey
 from coordconv_patch.running.inputs import split_inputs, takes_image_list
 from coordconv_patch.runtime.providers import working_providers
-from coordconv_patch.verification.verify import torch_outputs, verify_onnx
+from coordconv_patch.verification.torch_run import torch_outputs
+from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import load_coords, save_coords
 

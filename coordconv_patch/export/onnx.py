@@ -66,10 +66,12 @@ from coordconv_patch.lowering.lower import (
     lower_,
     lowering_sites,
 )
-from coordconv_patch.running.inputs import check_is_module, in_signature_order
+from coordconv_patch.running.inputs import check_is_module, in_signature_order, tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
-from coordconv_patch.verification.verify import Check, Verifier, tensors_in, to_array
+from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.differences import to_array
+from coordconv_patch.verification.verify import Verifier
 
 __all__ = [
     "export_onnx",

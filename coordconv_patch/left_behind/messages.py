@@ -12,9 +12,9 @@ __all__ = ["on_doubles", "on_heirs", "on_parts", "on_scales", "on_silent_scales"
 _ACCEPT = "If they are meant to go: coordconv_patch.forget_left_behind_(model)"
 
 
-def on_heirs(found: Mapping[str, str]) -> str:
+def on_heirs(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone or do not run, by site; with what has their weight."""
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
+    places = listing(f"{site} (now in {heir})" for site, heir in heirs.items())
     return (
         f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
         "or does not run any more, and its weight lives on without its coordinate weight. Begin "
@@ -25,9 +25,9 @@ def on_heirs(found: Mapping[str, str]) -> str:
     )
 
 
-def on_doubles(found: Mapping[str, str]) -> str:
+def on_doubles(heirs: Mapping[str, str]) -> str:
     """Of layers that are there, by site; with what has their weight too."""
-    places = listing(f"{site} (also in {heir})" for site, heir in found.items())
+    places = listing(f"{site} (also in {heir})" for site, heir in heirs.items())
     return (
         f"the weight of a coordinate convolution is in a new module too at {places}, without its "
         "trained coordinates. If that one runs in its stead, the coordinates are lost: begin with "
@@ -36,9 +36,9 @@ def on_doubles(found: Mapping[str, str]) -> str:
     )
 
 
-def on_parts(found: Mapping[str, str]) -> str:
+def on_parts(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone, by site; with what has channels of their weight."""
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
+    places = listing(f"{site} (now in {heir})" for site, heir in heirs.items())
     return (
         f"a coordinate convolution is gone at {places}, and channels of its weight are in a "
         "convolution with other numbers of channels, without its trained coordinates. If that "
@@ -47,9 +47,9 @@ def on_parts(found: Mapping[str, str]) -> str:
     )
 
 
-def on_scales(found: Mapping[str, str]) -> str:
+def on_scales(scaled: Mapping[str, str]) -> str:
     """Of weights into which a batch norm was folded, by site; with the factors."""
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
+    places = listing(f"{site} (by {factors})" for site, factors in scaled.items())
     return (
         f"trained coordinates were left behind at {places}: the output channels of the weight "
         "were scaled, as by a batch norm that is folded in, and the coordinate weight was not. "
@@ -58,9 +58,9 @@ def on_scales(found: Mapping[str, str]) -> str:
     )
 
 
-def on_silent_scales(found: Mapping[str, str]) -> str:
+def on_silent_scales(scaled: Mapping[str, str]) -> str:
     """Of weights that were scaled through ``.data``, by site; with the factors."""
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
+    places = listing(f"{site} (by {factors})" for site, factors in scaled.items())
     return (
         f"the output channels of a weight were scaled through .data at {places}, and the trained "
         "coordinate weight was not. If that is the scale of the input, nothing is wrong; if "

@@ -34,7 +34,7 @@ from coordconv_patch.graphs.functional import (
 from coordconv_patch.graphs.programs import from_exported, why_not_patched
 from coordconv_patch.layers.branch import BRANCH_NAME, ChosenCalls, CoordBranch
 from coordconv_patch.layers.call_hooks import add_to_calls_, chosen_calls_of, remove_from_calls_
-from coordconv_patch.layers.conversion import check_not_wrapped, convert_, revert_
+from coordconv_patch.layers.conversion import convert_, revert_
 from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
 from coordconv_patch.layers.coordinates import Coordinates, Window
 from coordconv_patch.left_behind.watch import (
@@ -51,6 +51,7 @@ from coordconv_patch.patching.same_outputs import Promise
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import ModuleStates, unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, copied
+from coordconv_patch.running.wrappers import check_not_wrapped
 from coordconv_patch.sites.select import Where
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]

@@ -25,7 +25,6 @@ from coordconv_patch.files.atomic import replacing
 from coordconv_patch.files.tensor_file import check_storable, tensor_file_bytes
 from coordconv_patch.graphs.programs import why_not_patched
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.conversion import check_not_wrapped
 from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
 from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.left_behind.watch import check_left_behind
@@ -34,7 +33,7 @@ from coordconv_patch.patching.plan import Plan, plan_sites
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import unchanged_on_failure, values_restored_on_failure
 from coordconv_patch.running.untouched import LOOK, copied
-from coordconv_patch.running.wrappers import clean_name, unwrapped
+from coordconv_patch.running.wrappers import check_not_wrapped, clean_name, unwrapped
 from coordconv_patch.sites.find import Site, SiteMap, find_sites
 from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.weights.coords_file import COORD_SUFFIX, CoordsFile, read_coords_file
