@@ -22,8 +22,10 @@ from coordconv_patch.layers.coordconv import (
 from coordconv_patch.layers.coordinates import Coordinates, Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.patching.fx_pass import CoordConvPass
-from coordconv_patch.patching.patch import patch, patch_, set_window_, unpatch, unpatch_
+from coordconv_patch.patching.patch import patch, patch_
 from coordconv_patch.patching.plan import Plan, plan
+from coordconv_patch.patching.unpatch import unpatch, unpatch_
+from coordconv_patch.patching.window import set_window_
 from coordconv_patch.training import (
     add_to_optimizer_,
     coord_parameters,

@@ -32,7 +32,7 @@ from coordconv_patch.errors import ArgumentError, ExportError, PatchError
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import reporting_os_errors
 from coordconv_patch.layers.coordconv import coord_layers
-from coordconv_patch.patching.patch import unpatch
+from coordconv_patch.patching.unpatch import unpatch
 from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers

@@ -166,12 +166,12 @@ def _from_file(source: str) -> LoadedModel:
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise ModelSourceError(f"{path} has no function {function_name!r}{hint}")
     try:
-        made = function()
+        result = function()
     except Exception as error:
         raise ModelSourceError(
             f"{source} failed: {type(error).__name__}: {error}; it must take no arguments"
         ) from error
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         raise ModelSourceError(
             f"{source} returned a {type(model).__name__}; it must return a torch.nn.Module, or "
@@ -184,7 +184,7 @@ def _from_file(source: str) -> LoadedModel:
 def _run_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_coordconv_patch_source_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ModelSourceError(f"{path} is no Python file")
+        raise ModelSourceError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     # Registered, so that what the file defines can be pickled and copied, under a name that
     # shadows no other module; its folder is importable, as for a script.
@@ -212,7 +212,7 @@ def _from_program(path: Path, trusted: bool) -> LoadedModel:
         program: ExportedProgram = torch.export.load(path)
     except Exception as error:
         raise ModelSourceError(
-            f"{path} is no torch.export program ({type(error).__name__}: {error}); "
+            f"{path} is not a torch.export program ({type(error).__name__}: {error}); "
             "torch.export.save writes them"
         ) from error
     args, kwargs = program.example_inputs or ((), {})
@@ -224,7 +224,7 @@ def _from_program(path: Path, trusted: bool) -> LoadedModel:
         example,
         trained=True,
         dynamic_shapes=_by_argument(model, axes, args, kwargs) if any(axes) else None,
-        batch_is_fixed=not any(0 in found for found in axes),
+        batch_is_fixed=not any(0 in dynamic for dynamic in axes),
     )
 
 
@@ -262,8 +262,8 @@ def _by_argument(
     """Axes of a program's inputs in the structure of its forward's arguments."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
-    found = iter(axes)
-    each = [(next(found) or None) for _ in leaves]
+    remaining = iter(axes)
+    each = [(next(remaining) or None) for _ in leaves]
     return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))
 
 
@@ -307,7 +307,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """A shape written as ``1,3,224,224`` or ``1x3x224x224``.
 
     Raises:
-        ModelSourceError: If it is no list of positive numbers.
+        ModelSourceError: If it is not a list of positive numbers.
     """
     try:
         shape = tuple(int(part) for part in text.lower().replace("x", ",").split(","))

@@ -26,7 +26,7 @@ class Heir:
         module: That module.
         tensor: The tensor.
         before: If the module was there before, a sample of the weight that it had.
-        coords_before: Likewise of its coordinate weight.
+        coords_before: Also of its coordinate weight.
     """
 
     name: str

@@ -33,7 +33,7 @@ class Inventory:
         layers: The convolutions, coordinate branches and batch norms by qualified name.
         weights: The weight of each convolution among them. Held beside the layers, since a
             library that replaces a layer may empty it (optimum-quanto).
-        coords: Likewise the coordinate weights.
+        coords: The coordinate weights, held for the same reason.
         samples: Some values of each plain convolution's weight; of coordinate layers a mark
             on the layer has them.
     """

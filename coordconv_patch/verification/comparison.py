@@ -57,16 +57,16 @@ class Comparison:
         problems: list[str] = []
         for picture, fields in enumerate(self._run.fields):
             expected = Detections.take(fields, self._expected)
-            found = Detections.take(fields, actual)
+            detections = Detections.take(fields, actual)
             assert expected is not None
-            if found is None:
+            if detections is None:
                 shapes = ", ".join(
                     f"{name} {actual[index][part].shape}" for name, (index, part) in fields.items()
                 )
                 problems.append(f"picture {picture}: the file gives no detections, but {shapes}")
                 continue
             agreement = compare_detections(
-                expected, found, self._roundings(fields), self._tolerance
+                expected, detections, self._roundings(fields), self._tolerance
             )
             differences.append(agreement.difference)
             noises.append(agreement.noise)
@@ -95,7 +95,7 @@ class Comparison:
                 if outputs is None:
                     return
                 self._drawn.append([to_array(tensor) for tensor in outputs])
-            found = Detections.take(fields, self._drawn[number])
+            detections = Detections.take(fields, self._drawn[number])
             number += 1
-            if found is not None:
-                yield found
+            if detections is not None:
+                yield detections

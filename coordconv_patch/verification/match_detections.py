@@ -110,7 +110,7 @@ class _Matching:
         self.missing = [row for row in range(len(expected)) if row not in self.pairs]
         self.surplus = [row for row in range(len(actual)) if row not in partners]
         self.wavering = {row for row in self.missing if any(row not in kept for kept in self.kept)}
-        self.wavering_surplus = self._found_by_rounding()
+        self.wavering_surplus = self._surplus_in_roundings()
         self.jumped: set[int] = set()
         self.wrong_extras: dict[int, str] = {}
         for name in expected.extras:
@@ -143,15 +143,15 @@ class _Matching:
             apart = np.maximum(apart, moved / scale)
         return np.where(left.labels[:, None] == right.labels[None], apart, np.inf)
 
-    def _found_by_rounding(self) -> set[int]:
+    def _surplus_in_roundings(self) -> set[int]:
         """Surplus rows that some rounding of torch finds beside those that both sides have."""
-        found: set[int] = set()
+        rows: set[int] = set()
         for kept, other in zip(self.kept, self.roundings, strict=True):
             taken = {partner for row, partner in kept.items() if row in self.pairs}
             free = [row for row in range(len(other)) if row not in taken]
             apart = self._apart(self.actual, other)[np.ix_(self.surplus, free)]
-            found |= {self.surplus[row] for row in _pairs(apart, self.allowed)}
-        return found
+            rows |= {self.surplus[row] for row in _pairs(apart, self.allowed)}
+        return rows
 
     def _compare_extra(self, name: str) -> None:
         """Each element of a mask or key point must be torch's, or that of some rounding."""
@@ -172,8 +172,8 @@ class _Matching:
         if self.noise is not None:
             self.noise = max(self.noise, noise)
         for row, partner in self.pairs.items():
-            made = [other[kept[row]] for kept, other in others if row in kept]
-            self._compare_element(name, row, actual[partner], made, scale, self._allowed(noise))
+            rounded = [other[kept[row]] for kept, other in others if row in kept]
+            self._compare_element(name, row, actual[partner], rounded, scale, self._allowed(noise))
 
     def _compare_element(
         self,
@@ -187,8 +187,8 @@ class _Matching:
         apart = _differences(self.expected.extras[name][row], actual) / scale
         if not (apart <= allowed).all():
             self.jumped.add(row)
-            for made in roundings:
-                apart = np.minimum(apart, _differences(made, actual) / scale)
+            for rounded in roundings:
+                apart = np.minimum(apart, _differences(rounded, actual) / scale)
         if (apart <= allowed).all():
             self.difference = max(self.difference, float(apart.max(initial=0.0)))
         else:

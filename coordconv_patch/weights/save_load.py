@@ -28,7 +28,7 @@ from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coordconv import CoordConvNd, coord_layers
 from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.left_behind.watch import check_left_behind
-from coordconv_patch.patching.patch import apply_plan_
+from coordconv_patch.patching.apply import apply_plan_
 from coordconv_patch.patching.plan import Plan, plan_sites
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import unchanged_on_failure, values_restored_on_failure

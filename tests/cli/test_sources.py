@@ -286,7 +286,7 @@ def test_a_file_that_is_no_program_is_refused(trusted: bool, tmp_path: Path) -> 
     with pytest.raises(ModelSourceError, match=r"there is no file .*model\.pt2"):
         load_model(str(path), trusted=trusted)
     path.write_bytes(b"nothing of the kind")
-    reason = r"is no torch\.export program .*torch\.export\.save" if trusted else "is not loaded"
+    reason = r"is not a torch\.export program .*torch\.export\.save" if trusted else "is not loaded"
     with pytest.raises(ModelSourceError, match=reason):
         load_model(str(path), trusted=trusted)
 
@@ -322,7 +322,7 @@ def test_a_program_runs_no_code_unless_it_is_trusted(
     with pytest.raises(ModelSourceError, match=r"runs any code .* pass --trust .* trusted=True"):
         load_model(str(path))
     assert not written.exists()
-    with pytest.raises(ModelSourceError, match=r"is no torch\.export program"):
+    with pytest.raises(ModelSourceError, match=r"is not a torch\.export program"):
         load_model(str(path), trusted=True)
     assert written.exists(), "torch runs no code any more: then --trust can go"
 

@@ -461,7 +461,7 @@ def test_failure_at_a_later_site_changes_no_module(monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("coordconv_patch.patching.patch.add_to_owner_", fail)
+    monkeypatch.setattr("coordconv_patch.patching.apply.add_to_owner_", fail)
     with pytest.raises(MemoryError):
         ccp.patch_(model, "all")
     assert [type(part) for part in model] == [nn.Conv2d, Functional]
