@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.picture import check_picture, draw_bench
+from coordconv_patch.cli.checkpoint import load_checkpoint_
 from coordconv_patch.cli.console import console, errors
 from coordconv_patch.cli.models import (
     batches_of,
@@ -37,7 +38,6 @@ from coordconv_patch.cli.options import (
     Sites,
     Trust,
 )
-from coordconv_patch.cli.sources import load_checkpoint_
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,

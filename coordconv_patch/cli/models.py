@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from coordconv_patch.cli.checkpoint import load_checkpoint_
 from coordconv_patch.cli.console import errors
-from coordconv_patch.cli.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
+from coordconv_patch.cli.loaded import LoadedModel
+from coordconv_patch.cli.sources import load_model, parse_shape
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError, first_line
 from coordconv_patch.files.atomic import replacing
 from coordconv_patch.layers.coordconv import coord_layers

@@ -32,8 +32,8 @@ from coordconv_patch.layers.coordinates import is_capturing
 from coordconv_patch.left_behind.watch import (
     check_left_behind,
     release_watches_,
-    renewing_watches,
     watch_,
+    watches_renewed,
 )
 from coordconv_patch.running.forward_stack import modules_in_forward
 from coordconv_patch.running.tracing_gate import tracing_alone
@@ -70,7 +70,7 @@ class FoldingMethod:
         """
         if is_capturing():  # of a forward; and dynamo cannot look at the stack
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
-        running = self._running()
+        running = self._running_module()
         if running is not None:
             return getattr(type(running), self.name)(running, *args, **kwargs)
         method = getattr(type(self.module), self.name)
@@ -78,7 +78,7 @@ class FoldingMethod:
             return method(self.module, *args, **kwargs)
         return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
 
-    def _running(self) -> nn.Module | None:
+    def _running_module(self) -> nn.Module | None:
         """The module, if its forward, or that of a module around it, is on this thread's stack.
 
         In the replicas of ``DataParallel``, which share this object, that is the replica.
@@ -158,7 +158,7 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     carriers, is_pure = Probes(layers, plain, function).carriers()
     if is_pure:  # it returns a new module and leaves this one alone, so we do too
         model = copy.deepcopy(model)
-    with renewing_watches(model):
+    with watches_renewed(model):
         _make_plain_(model)
         returned = function(model)
         folded = returned if isinstance(returned, nn.Module) else model

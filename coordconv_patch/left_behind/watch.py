@@ -62,8 +62,8 @@ __all__ = [
     "forget_left_behind_",
     "is_watched",
     "release_watches_",
-    "renewing_watches",
     "watch_",
+    "watches_renewed",
 ]
 
 
@@ -99,7 +99,7 @@ def dismiss_(model: nn.Module) -> None:
 
 
 @contextmanager
-def renewing_watches(model: nn.Module) -> Iterator[None]:
+def watches_renewed(model: nn.Module) -> Iterator[None]:
     """Let a block rewrite a model that carries the coordinates along; watches see the outcome."""
     prefixes = [watch.inventory.prefix for watch in watches_on(model)]
     watched = is_watched(model)

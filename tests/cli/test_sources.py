@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.cli.sources import load_checkpoint_, load_model, parse_shape
+from coordconv_patch.cli.checkpoint import load_checkpoint_
+from coordconv_patch.cli.sources import load_model, parse_shape
 from coordconv_patch.errors import ModelSourceError
 
 CODE = """
