@@ -70,10 +70,10 @@ def compare_detections(
             magnitude. Three times what rounding does is allowed too, up to a hundredth.
     """
     drawn: list[Detections] = []
-    matching = _Matching(expected, actual, drawn, tolerance)
+    matching = _Match(expected, actual, drawn, tolerance)
     for rounding in roundings if matching.problems else ():
         drawn.append(rounding)
-        matching = _Matching(expected, actual, drawn, tolerance)
+        matching = _Match(expected, actual, drawn, tolerance)
         if not matching.problems:
             break
     return DetectionAgreement(
@@ -85,7 +85,7 @@ def compare_detections(
     )
 
 
-class _Matching:
+class _Match:
     """One attempt to match; rows are numbered from 0, differences relative to each field's scale.
 
     ``pairs`` are the rows of torch's detections with their partners in the file's.
