@@ -71,7 +71,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     check_is_module(model)
     check_left_behind(model)
-    folded = copied(model)
+    folded = copied(model, advice="folding works on a copy")
     release_watches_(folded)
     folded.eval()
     fold_batch_norms_(folded)

@@ -11,7 +11,6 @@ becomes of them; see :mod:`coordconv_patch.folding.probes`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,7 +140,7 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     if not coord_layers(model):
         raise PatchError("the model is not patched: call the function itself")
     check_left_behind(model)
-    folded = copied(model, advice="a function can only fold a copy")
+    folded = copied(model, advice="folding works on a copy")
     returned = _fold(folded, function)
     folded = returned if isinstance(returned, nn.Module) else folded
     watch_(folded)
@@ -153,11 +152,11 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     layers = coord_layers(model)
     _check_foldable(layers)
     function = tracing_alone()(function)  # which may trace with torch.fx, as torch's own does
-    plain = copy.deepcopy(model)
+    plain = copied(model, advice="folding works on a copy")
     _make_plain_(plain)
     carriers, is_pure = Probes(layers, plain, function).carriers()
     if is_pure:  # it returns a new module and leaves this one alone, so we do too
-        model = copy.deepcopy(model)
+        model = copied(model, advice="folding works on a copy")
     with watches_renewed(model):
         _make_plain_(model)
         returned = function(model)

@@ -166,7 +166,7 @@ def _load(
     if plans:
         check_not_wrapped(model)
     if not in_place:
-        model = copied(model)
+        model = copied(model, advice="use the in-place form, load_coords_")
         bare = unwrapped(model)
     with unchanged_on_failure(bare):
         _apply(bare, plans)
