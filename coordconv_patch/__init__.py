@@ -18,7 +18,8 @@ from coordconv_patch.errors import (
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.folding.batch_norms import fold
-from coordconv_patch.folding.other_libraries import fold_with, register_folding_method
+from coordconv_patch.folding.method_names import register_folding_method
+from coordconv_patch.folding.other_libraries import fold_with
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordconv import (
     CoordConv1d,
@@ -32,8 +33,10 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.patching.fx_pass import CoordConvPass
-from coordconv_patch.patching.patch import patch, patch_, set_window_, unpatch, unpatch_
+from coordconv_patch.patching.patch import patch, patch_
 from coordconv_patch.patching.plan import Plan, plan, survey
+from coordconv_patch.patching.unpatch import unpatch, unpatch_
+from coordconv_patch.patching.window import set_window_
 from coordconv_patch.status import LayerStatus, layer_status
 from coordconv_patch.training import (
     add_to_optimizer_,
@@ -41,7 +44,8 @@ from coordconv_patch.training import (
     param_groups,
     train_only_coords_,
 )
-from coordconv_patch.verification.verify import Check, verify_onnx
+from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 

@@ -35,11 +35,11 @@ from coordconv_patch.files.atomic import reporting_os_errors
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.lowering.registry import LOWERINGS
-from coordconv_patch.patching.patch import unpatch
+from coordconv_patch.patching.unpatch import unpatch
+from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
 from coordconv_patch.runtime.timing import alternate, median, ratio_of_medians
-from coordconv_patch.verification.verify import tensors_in
 
 __all__ = ["bench_onnx"]
 

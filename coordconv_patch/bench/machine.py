@@ -108,5 +108,5 @@ def _memory_gb() -> int:
 def _gpus() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return ()
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return tuple(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in found)
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)

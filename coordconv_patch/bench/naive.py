@@ -30,7 +30,8 @@ from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.running.inputs import in_signature_order
-from coordconv_patch.verification.verify import run_torch, verify_onnx
+from coordconv_patch.verification.torch_run import run_torch
+from coordconv_patch.verification.verify import verify_onnx
 
 __all__ = ["export_naive"]
 

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.picture import check_picture, draw_bench
-from coordconv_patch.cli.sources import LoadedModel, load_checkpoint_, load_model, parse_shape
+from coordconv_patch.cli.checkpoint import load_checkpoint_
+from coordconv_patch.cli.console import console, errors
+from coordconv_patch.cli.models import (
+    batches_of,
+    check_outputs_equal,
+    loaded_model,
+    model_to_export,
+    patched_model,
+    save_program,
+)
+from coordconv_patch.cli.options import (
+    Checkpoint,
+    CoordsName,
+    CoordWeights,
+    LoweringName,
+    Model,
+    Pretrained,
+    Provider,
+    Radius,
+    Shape,
+    Sites,
+    Trust,
+)
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
     ExportError,
     PatchError,
-    first_line,
 )
-from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_exporter, check_opset
-from coordconv_patch.files.atomic import obstacle_to_writing, replacing
+from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.patching.patch import patch
 from coordconv_patch.patching.plan import plan, survey
-from coordconv_patch.running.inputs import split_inputs, takes_image_list
+from coordconv_patch.running.inputs import takes_image_list
 from coordconv_patch.runtime.providers import working_providers
-from coordconv_patch.verification.verify import torch_outputs, verify_onnx
+from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
-from coordconv_patch.weights.save_load import load_coords, save_coords
+from coordconv_patch.weights.save_load import save_coords
 
 __all__ = ["app", "main"]
 
@@ -59,30 +76,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_console = Console()
-_errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
-Where = Annotated[list[str] | None, typer.Option("--where", "-w", help="Sites; repeatable.")]
-CoordsName = Annotated[
-    str, typer.Option("--coords", help="paper, reference, mkocabas, solo or paddledetection.")
-]
-Radius = Annotated[bool, typer.Option("--radius", help="Add the channel r.")]
-Shape = Annotated[str | None, typer.Option("--input", help="Example shape, such as 1,3,224,224.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights: safetensors, or a torch file of tensors alone.")
-]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Load a .pt2 file, which can run any code: do you know it?")
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the zoo's weights.")]
-CoordWeights = Annotated[
-    Path | None, typer.Option("--coord-weights", help="A file of save_coords; sets the sites.")
-]
-LoweringName = Annotated[
-    str, typer.Option("--lowering", help=f"{', '.join(accepted_lowerings())}.")
-]
-Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -97,7 +90,7 @@ def _root(
 @app.command("plan", epilog="Example: coordconv-patch plan timm:resnet50 --where 'layer1.*.conv2'")
 def plan_command(
     model: Model,
-    where: Where = None,
+    where: Sites = None,
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
@@ -106,7 +99,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
-    loaded = _loaded(model, False, input_shape, trust)
+    loaded = loaded_model(model, False, input_shape, trust)
     convention = Coordinates.preset(coords, radius=radius)
     if coord_layers(loaded.model) and not where:
         decided = survey(loaded.model, convention, loaded.example_inputs)
@@ -121,8 +114,8 @@ def plan_command(
         print(json.dumps(decided.to_dict(), indent=1))
         return
     # A pipe or a file has no width of its own; a table cut at 80 columns is of no use there.
-    console = _console if sys.stdout.isatty() else Console(width=10_000)
-    console.print(decided.table(chosen_only=chosen_only))
+    wide = console if sys.stdout.isatty() else Console(width=10_000)
+    wide.print(decided.table(chosen_only=chosen_only))
 
 
 @app.command(
@@ -131,7 +124,7 @@ def plan_command(
 def patch_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="coords.safetensors, or a program .pt2")],
-    where: Where = None,
+    where: Sites = None,
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
@@ -153,20 +146,21 @@ def patch_command(
     obstacle = obstacle_to_writing(out)
     if obstacle:
         raise ArgumentError(obstacle)
-    loaded = _loaded(model, pretrained, input_shape, trust)
+    loaded = loaded_model(model, pretrained, input_shape, trust)
     if checkpoint is not None and coord_weights is None:
         load_checkpoint_(loaded.model, checkpoint)
     if coord_weights is not None or (coord_layers(loaded.model) and not where):
-        patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+        patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
         result = f"{len(coord_layers(patched))} convolutions with their coordinate weights"
     else:
-        patched = _patched(loaded, where, coords, radius)
-        result = f"patched {len(coord_layers(patched))} convolutions; {_compared(loaded, patched)}"
+        patched = patched_model(loaded, where, coords, radius)
+        equal = check_outputs_equal(loaded, patched)
+        result = f"patched {len(coord_layers(patched))} convolutions; {equal}"
     if out.suffix == ".pt2":
-        _save_program(patched, loaded, out)
+        save_program(patched, loaded, out)
     else:
         save_coords(patched, out)
-    _console.print(f"{result}; wrote {out}")
+    console.print(f"{result}; wrote {out}")
 
 
 @app.command(
@@ -175,7 +169,7 @@ def patch_command(
 def export_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    where: Where = None,
+    where: Sites = None,
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
@@ -194,8 +188,8 @@ def export_command(
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     check_exporter(exporter)
     check_opset(opset, exporter)
-    loaded = _loaded(model, pretrained, input_shape, trust)
-    patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+    loaded = loaded_model(model, pretrained, input_shape, trust)
+    patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
         patched,
         out,
@@ -210,7 +204,7 @@ def export_command(
         providers=provider,
         tolerance=tolerance,
     )
-    _console.print(report.table())
+    console.print(report.table())
 
 
 @app.command(
@@ -219,7 +213,7 @@ def export_command(
 def verify_command(
     model: Model,
     onnx_file: Annotated[Path, typer.Argument(help="The ONNX file.")],
-    where: Where = None,
+    where: Sites = None,
     coords: CoordsName = "paper",
     radius: Radius = False,
     input_shape: Shape = None,
@@ -233,12 +227,12 @@ def verify_command(
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
     if not onnx_file.is_file():
         raise ArgumentError(f"there is no file {onnx_file}")
-    loaded = _loaded(model, pretrained, input_shape, trust)
-    patched = _with_weights(loaded, where, coords, radius, checkpoint, coord_weights)
+    loaded = loaded_model(model, pretrained, input_shape, trust)
+    patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
         onnx_file, patched, loaded.example_inputs, providers=provider, tolerance=tolerance
     )
-    _console.print(
+    console.print(
         f"{onnx_file} agrees with torch on {check.inputs}: differs by {check.difference:.2g} of "
         f"the largest output ({working_providers(provider)[0]})"
     )
@@ -249,7 +243,7 @@ def verify_command(
 )
 def bench_command(
     model: Model,
-    where: Where = None,
+    where: Sites = None,
     input_shape: Shape = None,
     trust: Trust = False,
     batch: Annotated[
@@ -274,9 +268,9 @@ def bench_command(
     """
     if picture is not None:
         check_picture(picture)
-    loaded = _loaded(model, False, input_shape, trust)
-    example, batches = _batches_of(loaded, batch or [1])
-    patched = _patched(loaded, where, "paper", False)
+    loaded = loaded_model(model, False, input_shape, trust)
+    example, batches = batches_of(loaded, batch or [1])
+    patched = patched_model(loaded, where, "paper", False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in coord_layers(patched).values():
@@ -307,94 +301,9 @@ def demo_command(
 ) -> None:
     """Patch a pretrained EfficientNet-Lite0, fine-tune it, export it, run it: a few minutes."""
     # Imported here: the demo's packages are an extra.
-    from coordconv_patch.demo import run_demo
+    from coordconv_patch.demo.run import run_demo
 
     run_demo(out, quick=quick, seed=seed)
-
-
-def _loaded(source: str, pretrained: bool, input_shape: str | None, trusted: bool) -> LoadedModel:
-    shape = parse_shape(input_shape) if input_shape else None
-    return load_model(source, pretrained=pretrained, input_shape=shape, trusted=trusted)
-
-
-def _batches_of(loaded: LoadedModel, batches: list[int]) -> tuple[Any, list[int] | None]:
-    """Example inputs, and batch sizes to repeat them to; ``None`` where only their own runs."""
-    example = loaded.example_inputs
-    image = example[0] if isinstance(example, tuple) and len(example) == 1 else example
-    if not isinstance(image, torch.Tensor):
-        if batches != [1]:
-            raise ArgumentError(f"--batch {batches[-1]}: the model takes more than one tensor")
-        return example, None
-    if not loaded.batch_is_fixed:
-        return image, batches
-    if batches != [len(image)]:
-        wrong = next((batch for batch in batches if batch != len(image)), batches[0])
-        raise ArgumentError(
-            f"--batch {wrong}: the program was exported for batches of {len(image)} alone"
-        )
-    return (image,), None
-
-
-def _patched(loaded: LoadedModel, where: list[str] | None, coords: str, radius: bool) -> nn.Module:
-    if coord_layers(loaded.model) and not where:
-        return loaded.model
-    return patch(
-        loaded.model,
-        where or "first",
-        coords=Coordinates.preset(coords, radius=radius),
-        example_inputs=loaded.example_inputs,
-    )
-
-
-def _with_weights(
-    loaded: LoadedModel,
-    where: list[str] | None,
-    coords: str,
-    radius: bool,
-    checkpoint: Path | None,
-    coord_weights: Path | None,
-) -> nn.Module:
-    """The model to export: patched by --where or by a file, with the checkpoint's weights."""
-    if coord_weights is not None:
-        if where:
-            raise ArgumentError(
-                "--where and --coord-weights exclude each other: the file names the sites"
-            )
-        if checkpoint is not None:
-            load_checkpoint_(loaded.model, checkpoint)
-        return load_coords(loaded.model, coord_weights)
-    patched = _patched(loaded, where, coords, radius)
-    if checkpoint is not None:
-        load_checkpoint_(patched, checkpoint)
-    elif not loaded.trained:
-        _errors.print("[yellow]note:[/] the weights are random; pass --pretrained or --checkpoint")
-    return patched
-
-
-def _compared(loaded: LoadedModel, patched: nn.Module) -> str:
-    """What was found equal between the plain and the patched model; raises if they differ."""
-    before = torch_outputs(loaded.model, loaded.example_inputs)
-    after = torch_outputs(patched, loaded.example_inputs)
-    equal = len(before) == len(after) and all(map(torch.equal, before, after))
-    if not equal:
-        raise PatchError("the patched model's outputs are not those of the plain model")
-    numbers = sum(tensor.numel() for tensor in after)
-    return f"{len(after)} outputs ({numbers:,} numbers) are bit-equal"
-
-
-def _save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
-    args, kwargs = split_inputs(loaded.example_inputs)
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
-    except Exception as error:
-        raise ExportError(
-            f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "
-            "file instead"
-        ) from error
-    saved = io.BytesIO()  # torch tells a full disk by a RuntimeError
-    torch.export.save(program, saved)
-    with replacing(path, ExportError) as temporary:
-        temporary.write_bytes(saved.getbuffer())
 
 
 def main() -> None:
@@ -402,10 +311,10 @@ def main() -> None:
     try:
         app()
     except (ExportError, PatchError) as error:
-        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
     except CoordConvPatchError as error:
-        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

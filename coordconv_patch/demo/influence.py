@@ -61,12 +61,12 @@ def shares(model: nn.Module, images: Tensor) -> dict[str, float]:
     Returns:
         Shares by site name, in order of execution; 0: the coordinates are not used.
     """
-    found = {}
+    shares = {}
     for name, (branch, output) in _observe(model, images).items():
         from_picture = (output - branch).var(dim=(0, 2, 3)).mean()
         from_place = branch.var(dim=(1, 2)).mean()
-        found[name] = float((from_place / from_picture).sqrt())
-    return found
+        shares[name] = float((from_place / from_picture).sqrt())
+    return shares
 
 
 def _observe(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

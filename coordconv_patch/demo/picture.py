@@ -249,11 +249,11 @@ def _draw_shares(axes: Any, report: DemoReport) -> None:
 
 
 def _draw_maps(axes: Any, report: DemoReport, maps: Mapping[str, Tensor]) -> None:
-    finest = max(found.shape[1] for found in maps.values())
-    finest_sites = [name for name, found in maps.items() if found.shape[1] == finest]
+    finest = max(images.shape[1] for images in maps.values())
+    finest_sites = [name for name, images in maps.items() if images.shape[1] == finest]
     site = max(finest_sites, key=report.site_shares.__getitem__)
-    found = maps[site] - maps[site].mean(dim=(1, 2), keepdim=True)
-    strongest = found[found.std(dim=(1, 2)).argsort(descending=True)[:SHOWN_MAPS]]
+    centred = maps[site] - maps[site].mean(dim=(1, 2), keepdim=True)
+    strongest = centred[centred.std(dim=(1, 2)).argsort(descending=True)[:SHOWN_MAPS]]
     height, width = strongest.shape[1:]
     columns = 3
     gap = 0.35

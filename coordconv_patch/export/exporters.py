@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,10 @@ from coordconv_patch.errors import ExportError, first_line
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.export.opset import check_exporter, require_opset
 from coordconv_patch.left_behind.watch import release_watches_
-from coordconv_patch.running.inputs import split_inputs
+from coordconv_patch.running.inputs import split_inputs, tensors_in
 from coordconv_patch.running.silence import output_silenced, warnings_ignored
 from coordconv_patch.running.tracing_gate import tracing_alone
-from coordconv_patch.running.untouched import LOOK
-from coordconv_patch.verification.verify import tensors_in
+from coordconv_patch.running.untouched import copied
 
 __all__ = [
     "evaluation_copy",
@@ -42,19 +40,13 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: If the model cannot be copied.
     """
-    try:
-        with LOOK:
-            copied = copy.deepcopy(model)
-    except Exception as error:
-        raise ExportError(
-            f"the model cannot be deep-copied, which an export needs: {error}"
-        ) from error
-    release_watches_(copied)  # the export rewrites it, coordinates included
-    for module in copied.modules():  # not eval(): models of torch.export refuse it
+    evaluated = copied(model, ExportError, "an export works on a copy")
+    release_watches_(evaluated)  # the export rewrites it, coordinates included
+    for module in evaluated.modules():  # not eval(): models of torch.export refuse it
         module.training = False
     # With gradients, attention whose mask is trained (Swin, BEiT) takes another path through torch
     # than in the exporter's next step, which then meets strides that it cannot view.
-    return copied.requires_grad_(False)
+    return evaluated.requires_grad_(False)
 
 
 def write_graph(request: ExportRequest, path: Path, exporter: str) -> tuple[str, list[str]]:

@@ -63,10 +63,12 @@ from coordconv_patch.left_behind.watch import check_left_behind
 from coordconv_patch.lowering.lower import Lowered, lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
-from coordconv_patch.running.inputs import check_is_module, in_signature_order
+from coordconv_patch.running.inputs import check_is_module, in_signature_order, tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import CPU, make_session, working_providers
-from coordconv_patch.verification.verify import Check, Verifier, tensors_in, to_array
+from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.differences import to_array
+from coordconv_patch.verification.verify import Verifier
 
 __all__ = [
     "export_onnx",

@@ -12,7 +12,7 @@ from rich.table import Table
 from coordconv_patch.errors import listing
 from coordconv_patch.export.autotune import Trial
 from coordconv_patch.layers.window import Window
-from coordconv_patch.verification.verify import Check
+from coordconv_patch.verification.check import Check
 
 __all__ = [
     "ExportReport",

@@ -67,12 +67,12 @@ def fold(model: nn.Module) -> nn.Module:
         The copy, in evaluation mode, with gradients off.
 
     Raises:
-        PatchError: If the model is no module, or cannot be deep-copied, or if other code has
+        PatchError: If the model is not a module, or cannot be deep-copied, or if other code has
             left coordinates behind.
     """
     check_is_module(model)
     check_left_behind(model)
-    folded = copied(model)
+    folded = copied(model, advice="folding works on a copy")
     release_watches_(folded)
     folded.eval()
     fold_batch_norms_(folded)
@@ -112,7 +112,7 @@ def _parameter_holders(model: nn.Module, regions: Sequence[Region]) -> Counter[i
     for region in regions:
         for node in region.graph.nodes:
             if node.op == "get_attr":
-                with contextlib.suppress(AttributeError):  # a buffer, or what is no parameter
+                with contextlib.suppress(AttributeError):  # a buffer, or what is not a parameter
                     held.append(region.module.get_parameter(str(node.target)))
     return Counter(map(id, held))
 

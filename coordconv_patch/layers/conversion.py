@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import cast
 
 from torch import nn
@@ -20,7 +19,6 @@ from coordconv_patch.running.untouched import in_mode
 
 __all__ = [
     "check_convertible",
-    "check_not_wrapped",
     "convert_",
     "on_other_base",
     "revert_",
@@ -57,30 +55,6 @@ def _padding_if_plain(module: _ConvNd) -> Padding:
     if not module.weight.dtype.is_floating_point:
         raise PatchError(f"its weight has dtype {module.weight.dtype}; coordinates need floats")
     return padding_of(module)
-
-
-def check_not_wrapped(model: nn.Module) -> None:
-    """Check that no wrapper around or in a model has made a list of its parameters already.
-
-    Raises:
-        PatchError: If one has: it would not synchronise the coordinate weights between
-            processes, which then drift apart without a word.
-    """
-    wrappers = _parallel_wrappers()
-    for name, module in model.named_modules():
-        if isinstance(module, wrappers):
-            raise PatchError(
-                f"{name or 'the model'} is wrapped for several processes or devices (as "
-                f"{type(module).__name__}), and what wraps it knows the parameters that it had "
-                "then: patch or unpatch the model before wrapping it"
-            )
-
-
-def _parallel_wrappers() -> tuple[type, ...]:
-    # Not imported for this: only a program that has imported it can have wrapped a model with it.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
-    return (nn.parallel.DistributedDataParallel, *sharded)
 
 
 def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:

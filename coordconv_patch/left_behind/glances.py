@@ -50,14 +50,14 @@ class Glance(NamedTuple):
         wanted = set(layers.values())
         on_the_way = [m._modules for m in module.modules() if not wanted.isdisjoint(m.modules())]
         edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
-        found: list[tuple[CoordConvNd, Tensor]] = []
+        on_cpu: list[tuple[CoordConvNd, Tensor]] = []
         for layer in layers.values():
             # Not layer.weight, which is a Proxy while somebody traces symbolically.
             weight = layer._parameters.get("weight")
             if isinstance(layer, CoordConvNd) and weight is not None and is_plain(weight):
-                found += [(layer, weight)] if weight.is_cpu else []
-        found.sort(key=lambda pair: str(pair[1].dtype))
-        convs, weights = [conv for conv, _ in found], [weight for _, weight in found]
+                on_cpu += [(layer, weight)] if weight.is_cpu else []
+        on_cpu.sort(key=lambda pair: str(pair[1].dtype))
+        convs, weights = [conv for conv, _ in on_cpu], [weight for _, weight in on_cpu]
         glance = cls(
             module=weakref.ref(module),
             holders=[holder for holder, _, _ in edges],

@@ -26,7 +26,7 @@ class Heir:
         module: That module.
         tensor: The tensor.
         before: If the module was there before, a sample of the weight that it had.
-        coords_before: Likewise of its coordinate weight.
+        coords_before: Also of its coordinate weight.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Heir:
     def kernel_like(
         self, layer: nn.Module, weight: Tensor, coord_weight: Tensor | None
     ) -> Kernel | None:
-        """The tensor as a convolution of the kind that a layer is; ``None`` if it is none."""
+        """The tensor as a convolution of the kind that a layer is; ``None`` if it is not."""
         transposed, groups = layout_of(layer)
         conv = self.module
         if isinstance(conv, _ConvNd) and (conv.transposed, conv.groups) != (transposed, groups):
@@ -78,12 +78,12 @@ def inheritance_of(
 ) -> tuple[bool, bool]:
     """Whether an heir has the weight of a layer that is gone, and its coordinates alike."""
     if heir.before is not None:
-        found = absorption(kernel, heir.before, heir.coords_before, gone[name])
-        if found[0]:
-            return found
-    found = inheritance(kernel, [gone[name]], with_identity=False)
-    if found[0]:
-        return found
+        whole, carried = absorption(kernel, heir.before, heir.coords_before, gone[name])
+        if whole:
+            return whole, carried
+    whole, carried = inheritance(kernel, [gone[name]], with_identity=False)
+    if whole:
+        return whole, carried
     block = _common_block(heir.name, name)
     beside = [each for other, each in gone.items() if other != name and _is_inside(other, block)]
     return inheritance(kernel, [gone[name], *beside], with_identity=True)

@@ -38,7 +38,7 @@ _MAX_ROWS = 16
 _ROUNDING = 3e-2
 """Residual that rounding may leave, relative to the weights: half precision, or 8 bits."""
 _COARSE_ROUNDING = 0.2
-"""Likewise of 4 bits, where a single weight is looked for, and a channel has many numbers."""
+"""The same for 4 bits, where a single weight is looked for, and a channel has many numbers."""
 _MOST = 0.9
 """Share of the compared channels that must agree."""
 
@@ -143,7 +143,7 @@ def absorption(
     Args:
         heir: The convolution that stayed, as it is now.
         before: A sample of its weight as it was, see :func:`sample_of`.
-        coords_before: Likewise of its coordinate weight, if it has one.
+        coords_before: A sample of its coordinate weight as it was, if it has one.
         gone: The convolution that is gone.
 
     Returns:
@@ -280,7 +280,7 @@ def _are_made_alike(
 
     Args:
         columns: See :func:`_is_made_of`.
-        wanted: Likewise.
+        wanted: The same.
         coord_columns: Coordinate weights of the columns, each of shape ``(rows, m)``.
         wanted_coords: Shape ``(rows, m)``.
     """

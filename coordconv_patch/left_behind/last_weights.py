@@ -41,8 +41,11 @@ def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
             inner = module.get_submodule(holder)
         except AttributeError:
             return None
-        found = inner._parameters.get(own) if own not in inner._modules else inner._modules[own]
-        weight = found._parameters.get("weight") if isinstance(found, nn.Module) else found
+        if own in inner._modules:
+            conv = inner._modules[own]
+            weight = None if conv is None else conv._parameters.get("weight")
+        else:
+            weight = inner._parameters.get(own)
     if weight is None or not is_plain(weight):
         return None
     return weight if isinstance(layer, _ConvNd) or _has_geometry(weight, layer) else None

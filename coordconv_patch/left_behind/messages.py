@@ -10,60 +10,58 @@ __all__ = ["on_doubles", "on_heirs", "on_parts", "on_scales", "on_silent_scales"
 
 
 _ACCEPT = "If they are meant to go: coordconv_patch.forget_left_behind_(model)"
+_REPEAT = "let coordconv_patch.fold_with(model, function) call the code that did this"
 
 
-def on_heirs(found: Mapping[str, str]) -> str:
+def on_heirs(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone or do not run, by site; with what has their weight."""
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
     return (
-        f"trained coordinates were left behind at {places}: the coordinate convolution is gone, "
-        "or does not run any more, and its weight lives on without its coordinate weight. Begin "
-        "with the model as it was. A function that folds batch norms or sums branches: "
-        "coordconv_patch.fold_with(model, function). A library that puts convolutions of its own "
-        "in place (quantization, say): exclude these, or use it on what export_onnx or "
-        f"torch.export makes of the model. {_ACCEPT}"
+        f"trained coordinates were left behind at {_places(heirs, 'now in')}: the coordinate "
+        "convolution is gone, or does not run any more, and its weight lives on without its "
+        "coordinate weight. Begin with the model as it was. A function that folds batch norms or "
+        "sums branches: coordconv_patch.fold_with(model, function). A library that puts "
+        "convolutions of its own in place (quantization, say): exclude these, or use it on what "
+        f"export_onnx or torch.export makes of the model. {_ACCEPT}"
     )
 
 
-def on_doubles(found: Mapping[str, str]) -> str:
+def on_doubles(heirs: Mapping[str, str]) -> str:
     """Of layers that are there, by site; with what has their weight too."""
-    places = listing(f"{site} (also in {heir})" for site, heir in found.items())
     return (
-        f"the weight of a coordinate convolution is in a new module too at {places}, without its "
-        "trained coordinates. If that one runs in its stead, the coordinates are lost: begin with "
-        "the model as it was, and let coordconv_patch.fold_with(model, function) call the code "
-        "that did this"
+        "the weight of a coordinate convolution is in a new module too at "
+        f"{_places(heirs, 'also in')}, without its trained coordinates. If that one runs in its "
+        f"stead, the coordinates are lost: begin with the model as it was, and {_REPEAT}"
     )
 
 
-def on_parts(found: Mapping[str, str]) -> str:
+def on_parts(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone, by site; with what has channels of their weight."""
-    places = listing(f"{site} (now in {heir})" for site, heir in found.items())
     return (
-        f"a coordinate convolution is gone at {places}, and channels of its weight are in a "
-        "convolution with other numbers of channels, without its trained coordinates. If that "
-        "is meant, nothing is wrong; else patch the new convolution and copy the rows of "
-        "coord_weight over"
+        f"a coordinate convolution is gone at {_places(heirs, 'now in')}, and channels of its "
+        "weight are in a convolution with other numbers of channels, without its trained "
+        "coordinates. If that is meant, nothing is wrong; else patch the new convolution and copy "
+        "the rows of coord_weight over"
     )
 
 
-def on_scales(found: Mapping[str, str]) -> str:
+def on_scales(factors: Mapping[str, str]) -> str:
     """Of weights into which a batch norm was folded, by site; with the factors."""
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
     return (
-        f"trained coordinates were left behind at {places}: the output channels of the weight "
-        "were scaled, as by a batch norm that is folded in, and the coordinate weight was not. "
-        "Begin with the model as it was, and let coordconv_patch.fold_with(model, function) call "
-        f"the code that did this. {_ACCEPT}"
+        f"trained coordinates were left behind at {_places(factors, 'by')}: the output channels "
+        "of the weight were scaled, as by a batch norm that is folded in, and the coordinate "
+        f"weight was not. Begin with the model as it was, and {_REPEAT}. {_ACCEPT}"
     )
 
 
-def on_silent_scales(found: Mapping[str, str]) -> str:
+def on_silent_scales(factors: Mapping[str, str]) -> str:
     """Of weights that were scaled through ``.data``, by site; with the factors."""
-    places = listing(f"{site} (by {factors})" for site, factors in found.items())
     return (
-        f"the output channels of a weight were scaled through .data at {places}, and the trained "
-        "coordinate weight was not. If that is the scale of the input, nothing is wrong; if "
-        "something that comes after the convolution was folded in, begin with the model as it "
-        "was, and let coordconv_patch.fold_with(model, function) call the code that did this"
+        "the output channels of a weight were scaled through .data at "
+        f"{_places(factors, 'by')}, and the trained coordinate weight was not. If that is the "
+        "scale of the input, nothing is wrong; if something that comes after the convolution was "
+        f"folded in, begin with the model as it was, and {_REPEAT}"
     )
+
+
+def _places(sites: Mapping[str, str], preposition: str) -> str:
+    return listing(f"{site} ({preposition} {what})" for site, what in sites.items())

@@ -85,17 +85,11 @@ class BranchMode(TorchFunctionMode):
         self.padded: deque[tuple[Any, dict[str, Any]]] = deque(maxlen=_MOST_PADS)
         self.trains = torch.is_grad_enabled()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         output = func(*args, **kwargs)
         if func in _FUNCTIONS:
-            arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | dict(kwargs)
+            arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | kwargs
             return self._with_branches(func, arguments, output)
         if self.sees_padding and func is F.pad:
             self.padded.append((output, pad_arguments(func, args, kwargs)))

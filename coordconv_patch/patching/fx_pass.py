@@ -63,7 +63,7 @@ class CoordConvPass(PassBase):
         self.example_inputs = example_inputs
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Refuse what is no GraphModule.
+        """Refuse what is not a GraphModule.
 
         Raises:
             PatchError: If it is none.

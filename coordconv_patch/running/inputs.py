@@ -1,23 +1,27 @@
-"""What calls get: a model, and example inputs as a tensor or a tuple of arguments."""
+"""What users pass in and models give back: example inputs, and the tensors among values."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
 from coordconv_patch.errors import PatchError
 
 __all__ = [
+    "as_plain_dict",
     "check_is_module",
     "describe_inputs",
     "in_signature_order",
     "run_model",
     "split_inputs",
     "takes_image_list",
+    "tensors_in",
 ]
 
 
@@ -93,3 +97,15 @@ def describe_inputs(example_inputs: Any) -> str:
     if isinstance(example_inputs, (tuple, list)):
         return ", ".join(describe_inputs(part) for part in example_inputs)
     return type(example_inputs).__name__
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists, dicts and output classes, in pytree order."""
+    return [leaf for leaf in pytree.tree_leaves(as_plain_dict(values)) if isinstance(leaf, Tensor)]
+
+
+def as_plain_dict(values: Any) -> Any:
+    """A mapping of a class that pytree does not know, as a dict; anything else as it is."""
+    if isinstance(values, Mapping) and type(values) not in pytree.SUPPORTED_NODES:
+        return dict(values)
+    return values

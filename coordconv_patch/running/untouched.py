@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import CoordConvPatchError, PatchError
 
 __all__ = [
     "LOOK",
@@ -169,16 +169,23 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(
+    model: nn.Module,
+    error: type[CoordConvPatchError] = PatchError,
+    advice: str = "use the in-place form, patch_ or unpatch_",
+) -> nn.Module:
     """A deep copy of a model.
 
+    Args:
+        model: The model.
+        error: What is raised if it cannot be copied.
+        advice: What the message says then, after the reason.
+
     Raises:
-        PatchError: If it cannot be copied.
+        PatchError: If it cannot be copied; or ``error``.
     """
     try:
         with LOOK:  # while another thread looks at it, its flags and hooks are not its own
             return copy.deepcopy(model)
-    except Exception as error:
-        raise PatchError(
-            f"the model cannot be deep-copied ({error}): use the in-place form, patch_ or unpatch_"
-        ) from error
+    except Exception as reason:
+        raise error(f"the model cannot be deep-copied ({reason}): {advice}") from reason

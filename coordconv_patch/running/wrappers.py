@@ -1,4 +1,4 @@
-"""Seeing through what wraps a model: for several processes or devices, compiled, averaged."""
+"""What wraps a model: for several processes or devices, compiled, averaged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["clean_name", "unwrapped"]
+from coordconv_patch.errors import PatchError
+
+__all__ = ["check_not_wrapped", "clean_name", "unwrapped"]
 
 _WRAPPER_NAMES = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -18,7 +20,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
 _WRAPPERS_ELSEWHERE = frozenset(
     {"timm.utils.model_ema.ModelEmaV2", "timm.utils.model_ema.ModelEmaV3"}
 )
-"""Likewise, of libraries that this package does without."""
+"""So do these, of libraries that this package does not import."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -45,3 +47,27 @@ def _qualified_class(model: nn.Module) -> str:
 def clean_name(name: str) -> str:
     """A qualified name without the components that wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Check that no wrapper around or in a model has made a list of its parameters already.
+
+    Raises:
+        PatchError: If one has: it would not synchronise the coordinate weights between
+            processes, which then drift apart without a word.
+    """
+    wrappers = _parallel_wrappers()
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
+            raise PatchError(
+                f"{name or 'the model'} is wrapped for several processes or devices (as "
+                f"{type(module).__name__}), and what wraps it knows the parameters that it had "
+                "then: patch or unpatch the model before wrapping it"
+            )
+
+
+def _parallel_wrappers() -> tuple[type, ...]:
+    # Not imported for this: only a program that has imported it can have wrapped a model with it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
+    return (nn.parallel.DistributedDataParallel, *sharded)

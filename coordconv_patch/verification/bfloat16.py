@@ -18,7 +18,7 @@ _CAST_TARGET = "to"
 
 
 def has_bfloat16(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds bfloat16 weights; ``False`` if it is no ONNX file."""
+    """Whether a file holds bfloat16 weights; ``False`` if it is not an ONNX file."""
     try:
         graph = ir.load(path).graph
     except Exception:  # protobuf's own errors, which no package of ours names

@@ -1,23 +1,8 @@
-"""Compare what two runs of a detector found, as sets of detections and not row by row.
-
-A detector ends in decisions: a score threshold, a best-so-many, non-maximum
-suppression. Where one hangs on the last digits, two right computations of one model
-find another order, or a detection more or less. So detections are matched by label,
-box and score, one to one, and a detection that only one side has is accepted only if
-torch itself, computed with other rounding, wavers on it too:
-
-- one that the file lacks must be lacking in some rounding of the torch model;
-- one that only the file has must be found in some rounding of the torch model, beside
-  all that the file shares with torch;
-- and at least half of the detections must be there on both sides.
-
-A mask or a key point of a matched detection may jump likewise (a box edge that rounds
-to another pixel, the better of two equal maxima), if some rounding makes that jump.
-"""
+"""What a detector found in a picture, and which of a model's outputs say so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["DetectionAgreement", "Detections", "Fields", "compare_detections", "find_fields"]
+__all__ = ["Array", "Detections", "Fields", "find_fields"]
 
 Array = np.ndarray[Any, Any]
 
 Fields = dict[str, tuple[int, tuple[Any, ...]]]
 """Where the fields of one picture's detections stand: the output's number, and the part of it."""
 
-_LARGEST_MOVE = 1e-2
-"""Rounding that moves a box or a score by more than this share of the largest is a jump."""
-
 _PACKED = 6
 """Columns of detections in one tensor: x1, y1, x2, y2, score, class."""
-
-_SHOWN = 4
-"""Differing detections that a message describes."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +59,6 @@ class Detections:
         """One detection in words."""
         box = ", ".join(f"{edge:.4g}" for edge in self.boxes[row])
         return f"box ({box}), label {self.labels[row]:g}, score {self.scores[row]:.6g}"
-
-
-@dataclass(frozen=True)
-class DetectionAgreement:
-    """How far a file's detections are torch's.
-
-    Attributes:
-        difference: Largest difference between matched detections, each field relative to
-            its largest magnitude in torch.
-        noise: How far rounding alone moves torch's detections; ``None`` if not measured.
-        matched: Detections on both sides.
-        unstable: Detections on one side only, or with a jump, that rounding accounts for.
-        problems: What rounding does not account for, in words; empty if they agree.
-    """
-
-    difference: float
-    noise: float | None
-    matched: int
-    unstable: int
-    problems: tuple[str, ...]
 
 
 def find_fields(outputs: Any) -> tuple[Fields, ...]:
@@ -165,207 +124,3 @@ def _is_packed(tensor: Tensor) -> bool:
         and (scores[:, 1:] <= scores[:, :-1]).all()
         and torch.equal(classes, classes.round().clamp(min=0))
     )
-
-
-def compare_detections(
-    expected: Detections,
-    actual: Detections,
-    roundings: Iterable[Detections],
-    tolerance: float,
-) -> DetectionAgreement:
-    """Match one picture's detections and say what rounding does not account for.
-
-    Args:
-        expected: Torch's detections.
-        actual: The file's.
-        roundings: Torch's detections computed with other rounding. They are drawn one
-            by one, and only as long as something differs by more than allowed.
-        tolerance: Largest difference allowed in any field, relative to its largest
-            magnitude. Three times what rounding does is allowed too, up to a hundredth.
-    """
-    drawn: list[Detections] = []
-    comparison = _Comparison(expected, actual, drawn, tolerance)
-    for rounding in roundings if comparison.problems else ():
-        drawn.append(rounding)
-        comparison = _Comparison(expected, actual, drawn, tolerance)
-        if not comparison.problems:
-            break
-    return DetectionAgreement(
-        comparison.difference,
-        comparison.noise,
-        len(comparison.pairs),
-        comparison.unstable,
-        comparison.problems,
-    )
-
-
-class _Comparison:
-    """One comparison; rows are numbered from 0, differences relative to each field's scale.
-
-    ``pairs`` are the rows of torch's detections with their partners in the file's.
-    """
-
-    def __init__(
-        self,
-        expected: Detections,
-        actual: Detections,
-        roundings: Sequence[Detections],
-        tolerance: float,
-    ) -> None:
-        self.expected, self.actual, self.roundings = expected, actual, roundings
-        self.tolerance = tolerance
-        self.noise = self._noise() if roundings else None
-        self.allowed = self._allowed(self.noise)
-        self.kept = [_pairs(self._apart(expected, other), self.allowed) for other in roundings]
-        apart = self._apart(expected, actual)
-        self.pairs = _pairs(apart, self.allowed)
-        self.difference = max((float(apart[pair]) for pair in self.pairs.items()), default=0.0)
-        partners = set(self.pairs.values())
-        self.missing = [row for row in range(len(expected)) if row not in self.pairs]
-        self.surplus = [row for row in range(len(actual)) if row not in partners]
-        self.wavering = {row for row in self.missing if any(row not in kept for kept in self.kept)}
-        self.wavering_surplus = self._found_by_rounding()
-        self.jumped: set[int] = set()
-        self.wrong_extras: dict[int, str] = {}
-        for name in expected.extras:
-            self._compare_extra(name)
-        self.problems = self._problems()
-
-    @property
-    def unstable(self) -> int:
-        """Detections that rounding makes appear, vanish or jump."""
-        jumped = self.jumped.difference(self.wrong_extras)
-        return len(self.wavering) + len(self.wavering_surplus) + len(jumped)
-
-    def _allowed(self, noise: float | None) -> float:
-        return max(self.tolerance, min(3 * (noise or 0.0), _LARGEST_MOVE))
-
-    def _noise(self) -> float:
-        """How far rounding moves boxes and scores, jumps left out."""
-        moves = [0.0]
-        for other in self.roundings:
-            apart = self._apart(self.expected, other)
-            moves += [float(apart[pair]) for pair in _pairs(apart, _LARGEST_MOVE).items()]
-        return max(moves)
-
-    def _apart(self, left: Detections, right: Detections) -> Array:
-        """(M, M'): how far apart any two detections are; infinite with different labels."""
-        scale = _scale(self.expected.boxes)
-        apart = np.abs(left.scores[:, None] - right.scores[None]) / _scale(self.expected.scores)
-        for edge in range(4):
-            moved = np.abs(left.boxes[:, None, edge] - right.boxes[None, :, edge])
-            apart = np.maximum(apart, moved / scale)
-        return np.where(left.labels[:, None] == right.labels[None], apart, np.inf)
-
-    def _found_by_rounding(self) -> set[int]:
-        """Surplus rows that some rounding of torch finds beside those that both sides have."""
-        found: set[int] = set()
-        for kept, other in zip(self.kept, self.roundings, strict=True):
-            taken = {partner for row, partner in kept.items() if row in self.pairs}
-            free = [row for row in range(len(other)) if row not in taken]
-            apart = self._apart(self.actual, other)[np.ix_(self.surplus, free)]
-            found |= {self.surplus[row] for row in _pairs(apart, self.allowed)}
-        return found
-
-    def _compare_extra(self, name: str) -> None:
-        """Each element of a mask or key point must be torch's, or that of some rounding."""
-        expected, actual = self.expected.extras[name], self.actual.extras[name]
-        if expected.shape[1:] != actual.shape[1:]:
-            self.wrong_extras |= dict.fromkeys(self.pairs, f"{name} (of another shape)")
-            return
-        scale, noise = _scale(expected), 0.0
-        others = [
-            (kept, other.extras[name])
-            for kept, other in zip(self.kept, self.roundings, strict=True)
-            if other.extras[name].shape[1:] == expected.shape[1:]
-        ]
-        for kept, other in others:
-            for row, partner in kept.items():
-                moved = _differences(expected[row], other[partner]) / scale
-                noise = max(noise, float(moved[moved <= _LARGEST_MOVE].max(initial=0.0)))
-        if self.noise is not None:
-            self.noise = max(self.noise, noise)
-        for row, partner in self.pairs.items():
-            made = [other[kept[row]] for kept, other in others if row in kept]
-            self._compare_element(name, row, actual[partner], made, scale, self._allowed(noise))
-
-    def _compare_element(
-        self,
-        name: str,
-        row: int,
-        actual: Array,
-        roundings: Sequence[Array],
-        scale: float,
-        allowed: float,
-    ) -> None:
-        apart = _differences(self.expected.extras[name][row], actual) / scale
-        if not (apart <= allowed).all():
-            self.jumped.add(row)
-            for made in roundings:
-                apart = np.minimum(apart, _differences(made, actual) / scale)
-        if (apart <= allowed).all():
-            self.difference = max(self.difference, float(apart.max(initial=0.0)))
-        else:
-            self.wrong_extras[row] = name
-
-    def _problems(self) -> tuple[str, ...]:
-        told = [
-            f"torch finds {self.expected.describe(row)}, the file does not{self._nearest(row)}"
-            for row in self.missing
-            if row not in self.wavering
-        ]
-        told += [
-            f"the file finds {self.actual.describe(row)}, torch does not"
-            for row in self.surplus
-            if row not in self.wavering_surplus
-        ]
-        told += [
-            f"the {name} of {self.expected.describe(row)} differ"
-            for row, name in self.wrong_extras.items()
-        ]
-        largest = max(len(self.expected), len(self.actual))
-        if not told and 2 * len(self.pairs) < largest:
-            told.append(
-                f"only {len(self.pairs)} of {largest} detections can be compared, rounding changes "
-                "the others in torch itself: check on a picture with clearer objects"
-            )
-        if not told and not self._in_order():
-            told.append("the file's detections are not sorted by score, as torch's are")
-        hidden = len(told) - _SHOWN
-        return (*told[:_SHOWN], f"and {hidden} more") if hidden > 0 else tuple(told)
-
-    def _nearest(self, row: int) -> str:
-        if not len(self.actual):
-            return ", which finds nothing"
-        moved = np.abs(self.actual.boxes - self.expected.boxes[row]).max(axis=1)
-        return f" (its nearest: {self.actual.describe(int(moved.argmin()))})"
-
-    def _in_order(self) -> bool:
-        """Whether the file's are sorted by score, if torch's are, but for what rounding swaps."""
-        if (np.diff(self.expected.scores) > 0).any():
-            return True
-        rises = np.diff(self.actual.scores).max(initial=0.0)
-        return bool(rises <= 2 * self.allowed * _scale(self.expected.scores))
-
-
-def _scale(values: Array) -> float:
-    return max(float(np.abs(values).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-
-
-def _differences(left: Array, right: Array) -> Array:
-    return np.abs(left.astype(np.float64) - right.astype(np.float64))
-
-
-def _pairs(distances: Array, limit: float) -> dict[int, int]:
-    """Pairs of rows and columns within a limit, nearest first, each used once."""
-    rows, columns = np.nonzero(distances <= limit)
-    order = np.lexsort((np.abs(rows - columns), distances[rows, columns]))
-    pairs: dict[int, int] = {}
-    used: set[int] = set()
-    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
-        if row not in pairs and column not in used:
-            pairs[row] = column
-            used.add(column)
-            if len(used) == min(distances.shape):
-                break
-    return pairs

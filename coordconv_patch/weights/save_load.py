@@ -24,15 +24,14 @@ from coordconv_patch.errors import CoordConvPatchError, PatchError, WeightsError
 from coordconv_patch.files.atomic import replacing
 from coordconv_patch.files.tensor_file import check_storable, tensor_file_bytes
 from coordconv_patch.graphs.programs import require_coord_layers
-from coordconv_patch.layers.conversion import check_not_wrapped
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.left_behind.watch import check_left_behind
-from coordconv_patch.patching.patch import apply_plan_
+from coordconv_patch.patching.apply import apply_plan_
 from coordconv_patch.patching.plan import Plan, plan_sites
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import unchanged_on_failure, values_restored_on_failure
 from coordconv_patch.running.untouched import LOOK, copied
-from coordconv_patch.running.wrappers import clean_name, unwrapped
+from coordconv_patch.running.wrappers import check_not_wrapped, clean_name, unwrapped
 from coordconv_patch.sites.find import Site, SiteMap, find_sites
 from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.weights.coords_file import COORD_SUFFIX, CoordsFile, read_coords_file
@@ -165,7 +164,7 @@ def _load(
     if plans:
         check_not_wrapped(model)
     if not in_place:
-        model = copied(model)
+        model = copied(model, advice="use the in-place form, load_coords_")
         bare = unwrapped(model)
     with unchanged_on_failure(bare):
         _apply(bare, plans)

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import coordconv_patch as ccp
 from coordconv_patch.cli import commands as cli
+from coordconv_patch.cli import models
 from coordconv_patch.cli.commands import app, main
 from coordconv_patch.errors import CoordConvPatchError
 from coordconv_patch.layers.coord_layer import coord_layers
@@ -253,8 +254,8 @@ def test_a_patched_program_does_not_offer_its_coordinates_as_convolutions(
 def test_patch_that_changes_outputs_is_an_error_and_writes_nothing(
     run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = cli.patch
-    monkeypatch.setattr(cli, "patch", lambda *args, **kwargs: filled(real(*args, **kwargs)))
+    real = models.patch
+    monkeypatch.setattr(models, "patch", lambda *args, **kwargs: filled(real(*args, **kwargs)))
     ran = run("patch", NET, "--out", "c.safetensors")
     assert ran.code == 1
     assert "outputs are not those of the plain model" in ran.text
@@ -386,7 +387,7 @@ def test_an_impossible_operator_set_is_refused_before_the_model_is_loaded(
     def loads(*arguments: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(cli, "_loaded", loads)
+    monkeypatch.setattr(cli, "loaded_model", loads)
     ran = run("export", NET, "--out", "n.onnx", "--opset", opset)
     assert ran.code == 2
     assert f"opset={opset}: write a whole number from 7 to" in ran.text

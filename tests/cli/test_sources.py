@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.cli import sources
-from coordconv_patch.cli.sources import load_checkpoint_, load_model, parse_shape
+from coordconv_patch.cli import model_sources
+from coordconv_patch.cli.checkpoint import load_checkpoint_
+from coordconv_patch.cli.loaded import LoadedModel
+from coordconv_patch.cli.sources import load_model, parse_shape
 from coordconv_patch.errors import ArgumentError, ModelSourceError
 
 CODE = """
@@ -287,7 +289,7 @@ def test_a_file_that_is_no_program_is_refused(trusted: bool, tmp_path: Path) -> 
     with pytest.raises(ModelSourceError, match=r"there is no file .*model\.pt2"):
         load_model(str(path), trusted=trusted)
     path.write_bytes(b"nothing of the kind")
-    reason = r"is no torch\.export program .*torch\.export\.save" if trusted else "is not loaded"
+    reason = r"is not a torch\.export program .*torch\.export\.save" if trusted else "is not loaded"
     with pytest.raises(ModelSourceError, match=reason):
         load_model(str(path), trusted=trusted)
 
@@ -323,7 +325,7 @@ def test_a_program_runs_no_code_unless_it_is_trusted(
     with pytest.raises(ModelSourceError, match=r"runs any code .* pass --trust .* trusted=True"):
         load_model(str(path))
     assert not written.exists()
-    with pytest.raises(ModelSourceError, match=r"is no torch\.export program"):
+    with pytest.raises(ModelSourceError, match=r"is not a torch\.export program"):
         load_model(str(path), trusted=True)
     assert written.exists(), "torch runs no code any more: then --trust can go"
 
@@ -477,21 +479,21 @@ def test_what_is_no_shape_says_what_to_write(text: str) -> None:
 
 
 def test_a_source_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MODEL_SOURCES", dict(sources.MODEL_SOURCES))
+    monkeypatch.setattr(model_sources, "MODEL_SOURCES", dict(model_sources.MODEL_SOURCES))
 
-    def load(name: str, pretrained: bool) -> sources.LoadedModel:
-        return sources.LoadedModel(nn.Conv2d(3, int(name), 1), torch.ones(1, 3, 4, 4), pretrained)
+    def load(name: str, pretrained: bool) -> LoadedModel:
+        return LoadedModel(nn.Conv2d(3, int(name), 1), torch.ones(1, 3, 4, 4), pretrained)
 
-    sources.register_model_source("mine", load)
-    loaded = sources.load_model("mine:7", pretrained=True)
+    model_sources.register_model_source("mine", load)
+    loaded = load_model("mine:7", pretrained=True)
     assert loaded.model.out_channels == 7
     assert loaded.trained
     with pytest.raises(ArgumentError, match="there is a source of models with this prefix"):
-        sources.register_model_source("mine", load)
+        model_sources.register_model_source("mine", load)
     with pytest.raises(ArgumentError, match="write a word"):
-        sources.register_model_source("a:b", load)
+        model_sources.register_model_source("a:b", load)
     with pytest.raises(ModelSourceError, match=r"write timm:NAME, torchvision:NAME, mine:NAME, "):
-        sources.load_model("other:7")
+        load_model("other:7")
 
 
 def test_an_installed_package_adds_a_source(
@@ -499,13 +501,13 @@ def test_an_installed_package_adds_a_source(
 ) -> None:
     (tmp_path / "a_zoo.py").write_text(
         "import torch\n"
-        "from coordconv_patch.cli.sources import LoadedModel\n"
+        "from coordconv_patch.cli.loaded import LoadedModel\n"
         "def load(name, pretrained):\n"
         "    return LoadedModel(torch.nn.Conv2d(3, int(name), 1), torch.ones(1, 3, 4, 4), False)\n"
     )
     info = tmp_path / "a_zoo-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-zoo\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{sources.ENTRY_POINTS}]\nzoo = a_zoo:load\n")
+    (info / "entry_points.txt").write_text(f"[{model_sources.ENTRY_POINTS}]\nzoo = a_zoo:load\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert sources.load_model("zoo:5").model.out_channels == 5
+    assert load_model("zoo:5").model.out_channels == 5

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import coordconv_patch.demo.requirements as requirements
-from coordconv_patch.demo import MissingPackageError, run_demo
 from coordconv_patch.demo.backbone import load_pretrained, to_input, top_classes
 from coordconv_patch.demo.finetune import Errors, Phase, Settings, distances, fine_tune, predict
 from coordconv_patch.demo.influence import shares, switched_off
 from coordconv_patch.demo.report import compare
-from coordconv_patch.demo.run import FILES, WHERE
+from coordconv_patch.demo.requirements import MissingPackageError
+from coordconv_patch.demo.run import FILES, WHERE, run_demo
 from coordconv_patch.demo.task import (
     CupTask,
     Pictures,

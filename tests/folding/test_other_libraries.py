@@ -21,7 +21,7 @@ from torchvision.models import quantization
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, PatchError
-from coordconv_patch.folding import other_libraries as folding
+from coordconv_patch.folding import method_names
 from coordconv_patch.folding.other_libraries import FoldingMethod
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
@@ -449,7 +449,8 @@ class TestNames:
         assert_same_outputs(model, folded, torch.randn(1, 3, 9, 9))
 
     def test_a_registered_one_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(folding, "_FOLDING_METHODS", dict(folding._FOLDING_METHODS))
+        names = dict(method_names._FOLDING_METHODS)
+        monkeypatch.setattr(method_names, "_FOLDING_METHODS", names)
 
         class Block(ConvBN):
             def to_inference_form(self) -> None:

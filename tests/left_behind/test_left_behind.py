@@ -642,4 +642,6 @@ def test_nothing_is_kept_alive_by_the_watch() -> None:
     model.head = nn.Conv2d(8, 5, 1)
     model(IMAGES)
     kept: list[Any] = list(model._forward_pre_hooks.values())
-    assert all(weight.data_ptr() != old for hook in kept for weight in hook.weights.values())
+    assert all(
+        weight.data_ptr() != old for hook in kept for weight in hook.inventory.weights.values()
+    )

@@ -20,7 +20,7 @@ import coordconv_patch as ccp
 from coordconv_patch.errors import CoordinatesError, PatchError, SelectionError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.patching import patch as patching
+from coordconv_patch.patching import apply
 from coordconv_patch.sites.find import find_sites
 
 
@@ -434,7 +434,7 @@ def test_failure_at_a_later_site_undoes_the_earlier_ones(
     model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)])
     attributes = [set(vars(conv)) for conv in model]
     expected = model(x)
-    owner, name = {"convert": (patching, "convert_"), "attach": (CoordConvNd, "_attach")}[failing]
+    owner, name = {"convert": (apply, "convert_"), "attach": (CoordConvNd, "_attach")}[failing]
     real, calls = getattr(owner, name), []
 
     def fails_at_the_third(*args: Any) -> None:
@@ -459,7 +459,7 @@ def test_failure_at_a_later_site_changes_no_module(monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("coordconv_patch.patching.patch.add_to_owner_", fail)
+    monkeypatch.setattr("coordconv_patch.patching.apply.add_to_owner_", fail)
     with pytest.raises(MemoryError):
         ccp.patch_(model, "all")
     assert [type(part) for part in model] == [nn.Conv2d, Functional]

@@ -75,7 +75,7 @@ def test_a_graph_is_put_back_too(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> 
         with torch.no_grad():
             module.coord_weight.fill_(0.5)
 
-    monkeypatch.setattr("coordconv_patch.patching.patch.convert_", wrong)
+    monkeypatch.setattr("coordconv_patch.patching.apply.convert_", wrong)
     model = fx.symbolic_trace(Functional())
     code, names = model.code, [name for name, _ in model.named_modules()]
     with pytest.raises(PatchError, match="the first convolution whose input differs is w"):

@@ -15,23 +15,15 @@ from torch.utils._pytree import register_pytree_node
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError, ExportError
+from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.verification import verify as verify_module
-from coordconv_patch.verification.detections import (
-    DetectionAgreement,
-    Detections,
-    compare_detections,
-    find_fields,
-)
-from coordconv_patch.verification.verify import (
-    Check,
-    Verifier,
-    compare,
-    rounding_noise,
-    run_session,
-    tensors_in,
-    torch_outputs,
-    verify_onnx,
-)
+from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.detections import Detections, find_fields
+from coordconv_patch.verification.differences import compare
+from coordconv_patch.verification.match_detections import DetectionAgreement, compare_detections
+from coordconv_patch.verification.rounding import rounding_noise
+from coordconv_patch.verification.torch_run import torch_outputs
+from coordconv_patch.verification.verify import Verifier, run_session, verify_onnx
 
 CPU = ["CPUExecutionProvider"]
 INF, NAN = math.inf, math.nan

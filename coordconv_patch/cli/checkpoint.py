@@ -1,0 +1,52 @@
+"""Weights for a model, from a file that the command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from coordconv_patch.errors import ModelSourceError
+
+__all__ = ["load_checkpoint_"]
+
+
+def load_checkpoint_(model: nn.Module, path: Path) -> None:
+    """Load weights into a model, in place: safetensors, or a torch file of tensors alone.
+
+    A checkpoint of the plain model fits a patched one. Dicts that hold the weights
+    under ``state_dict`` or ``model``, and names that begin with ``module.``, are understood.
+
+    Raises:
+        ModelSourceError: If the file cannot be read, or its names or shapes do not fit.
+    """
+    if not path.is_file():
+        raise ModelSourceError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ModelSourceError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError of torch.load
+        raise ModelSourceError(
+            f"{path} holds more than tensors, which is not loaded for safety's sake: save "
+            f"model.state_dict() instead ({type(error).__name__})"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise ModelSourceError(f"{path} holds a {type(state).__name__}, not a state_dict")
+    if state and all(str(name).startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelSourceError(f"{path} does not fit the model: {error}") from error

@@ -1,0 +1,78 @@
+"""Models of timm and torchvision, by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from coordconv_patch.cli.loaded import LoadedModel, random_image
+from coordconv_patch.errors import ModelSourceError, first_line
+
+__all__ = ["timm_model", "torchvision_model"]
+
+_INSTALL_TIMM = 'install it with: pip install "coordconv-patch[timm]"'
+
+
+def timm_model(name: str, pretrained: bool) -> LoadedModel:
+    """A model of timm; raises :class:`ModelSourceError` if there is none of this name."""
+    timm = _imported("timm")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"close names: {', '.join(close)}" if close else "timm.list_models() has them all"
+        raise ModelSourceError(f"timm has no model {name!r}; {hint}")
+    model = _created(lambda: timm.create_model(name, pretrained=pretrained), name, pretrained)
+    size = timm.data.resolve_data_config({}, model=model)["input_size"]
+    return LoadedModel(model.eval(), random_image((1, *size)), pretrained)
+
+
+def torchvision_model(name: str, pretrained: bool) -> LoadedModel:
+    """A model of torchvision; raises :class:`ModelSourceError` if there is none of this name."""
+    models = _imported("torchvision").models
+    if name not in models.list_models():
+        close = difflib.get_close_matches(name, models.list_models(), n=3)
+        hint = f"close names: {', '.join(close)}" if close else "see torchvision.models"
+        raise ModelSourceError(f"torchvision has no model {name!r}; {hint}")
+    if pretrained:
+        model = _created(lambda: models.get_model(name, weights="DEFAULT"), name, pretrained)
+    else:
+        builder = models.get_model_builder(name)
+        options: dict[str, Any] = {"weights": None}
+        if "weights_backbone" in builder.__annotations__:
+            options["weights_backbone"] = None
+        model = _created(lambda: builder(**options), name, pretrained)
+    place = type(model).__module__
+    if ".detection." in place:
+        return LoadedModel(model.eval(), ([random_image((3, 320, 320))],), pretrained)
+    if ".video." in place:
+        return LoadedModel(model.eval(), random_image((1, 3, 16, 112, 112)), pretrained)
+    if ".optical_flow." in place:
+        pair = (random_image((1, 3, 128, 128)), random_image((1, 3, 128, 128)))
+        return LoadedModel(model.eval(), pair, pretrained)
+    side = 299 if name == "inception_v3" else 224
+    return LoadedModel(model.eval(), random_image((1, 3, side, side)), pretrained)
+
+
+def _imported(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ModelSourceError(
+            f"{package}: models need the package {package}; {_INSTALL_TIMM}"
+        ) from error
+
+
+def _created(create: Callable[[], nn.Module], name: str, pretrained: bool) -> nn.Module:
+    try:
+        return create()
+    except Exception as error:
+        if not pretrained:
+            raise ModelSourceError(f"{name} cannot be created: {error}") from error
+        raise ModelSourceError(
+            f"the pretrained weights of {name} cannot be had ({first_line(error)}). "
+            "Is there a network? If you have the weights in a file, leave --pretrained out and "
+            "pass --checkpoint FILE"
+        ) from error

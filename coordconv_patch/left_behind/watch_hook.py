@@ -1,0 +1,234 @@
+"""A watch: the hooks on one module that look whether coordinates were left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from coordconv_patch.errors import PatchError
+from coordconv_patch.graphs.norms import is_batch_norm
+from coordconv_patch.layers.capture import is_transforming
+from coordconv_patch.layers.weight_marks import is_plain
+from coordconv_patch.left_behind.glances import Glance
+from coordconv_patch.left_behind.inventory import Inventory
+from coordconv_patch.left_behind.last_weights import mark_of
+from coordconv_patch.left_behind.messages import on_doubles
+from coordconv_patch.left_behind.race import Race
+from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
+from coordconv_patch.running.untraced import untraced
+
+__all__ = ["Watch", "watches_on"]
+
+_WATCHES: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+class Watch:
+    """Looks at one module: a hook before its forward, and before its ``state_dict``.
+
+    It holds the module weakly, and its convolutions and batch norms strongly: when one is gone
+    from its place, its last weights are still here until the next look. It copies and pickles
+    with the module.
+    """
+
+    inner: Sequence[Watch] = ()
+    """The watches of modules inside, which need not look again when this one has."""
+    is_seen: bool = False
+    """Whether one further out has looked, before the module's forward that comes next."""
+    _glance: Glance | None
+    _module: Callable[[], nn.Module | None]
+
+    def __init__(self, prefix: str, module: nn.Module) -> None:
+        self.inventory = Inventory(prefix)
+        self._enrol()
+        self.take_stock(module)
+
+    def _enrol(self) -> None:
+        self.key = str(next(_KEYS))  # dynamo makes symbols of numbers
+        _WATCHES[self.key] = self
+
+    def attach(self, module: nn.Module) -> None:
+        """Hook into the module."""
+        module.register_forward_pre_hook(self)
+        before: Any = module.register_state_dict_pre_hook  # torch does not annotate it
+        before(_BeforeStateDict(self))
+        if isinstance(module, fx.GraphModule) and hasattr(module, "_deepcopy_hooks"):
+            module._deepcopy_hooks.append(_OnGraphCopy(self))  # its copies keep no other hooks
+
+    def detach(self, module: nn.Module) -> None:
+        """Take all the hooks away."""
+        hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._state_dict_pre_hooks]
+        for registered in hooks:
+            for key, hook in list(registered.items()):
+                if hook is self or getattr(hook, "watch", None) is self:
+                    del registered[key]
+        if isinstance(module, fx.GraphModule) and hasattr(module, "_deepcopy_hooks"):
+            kept = [h for h in module._deepcopy_hooks if getattr(h, "watch", None) is not self]
+            module._deepcopy_hooks[:] = kept
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            _look_while_compiling(self.key)
+        else:
+            self.look(module, runs=True)
+
+    def look(self, module: nn.Module, *, runs: bool = False) -> None:
+        """Look at the module, whose forward may come next; closely only where it has changed."""
+        glance, was_seen, self.is_seen = self._glance, self.is_seen, False
+        if was_seen or "_is_replica" in module.__dict__:  # DataParallel's have their own modules
+            return
+        for watch in self.inner:
+            watch.is_seen = True
+        if glance is None or glance.module() is not module or glance.shows_other_structure():
+            self.look_closely(module, can_wait=False, runs=runs)
+        elif glance.convs and not module.training and not is_transforming():
+            # is_transforming: a capture may see other tensors in the place of the real ones
+            with untraced() if torch._C._is_tracing() else contextlib.nullcontext():
+                self._look_at_values(module, glance)
+
+    def _look_at_values(self, module: nn.Module, glance: Glance) -> None:
+        """Look at the weights' values, and keep up with a training."""
+        if glance.shows_other_weights():  # first: the memory of those that were may be freed (FSDP)
+            if all(is_plain(owner.get("weight")) for owner in glance.owners):
+                self.look_closely(module, can_wait=False)
+            return  # else a functional call, or a wrapper that brings the weights later
+        others = glance.shows_other_values()
+        if others and glance.shows_silent_change():
+            self.look_closely(module, can_wait=False)
+        elif others or glance.shows_other_coords():
+            for conv, weight in zip(glance.convs, glance.weights, strict=True):
+                mark = conv.__dict__.get("weight_mark")
+                coords = conv._parameters.get("coord_weight")
+                if mark is None or coords is None:
+                    continue
+                if (weight._version, coords._version) != (mark.version, mark.coord_version):
+                    conv.weight_mark = mark_of(conv, weight)
+            self._glance = glance.renewed()
+
+    @torch.no_grad()
+    def look_closely(self, module: nn.Module, *, can_wait: bool = True, runs: bool = False) -> None:
+        """Judge what has become of layers that are gone, and of the weights of the others.
+
+        Args:
+            module: The module.
+            can_wait: Whether values on other devices may be waited for.
+            runs: Whether its forward comes next.
+
+        Raises:
+            PatchError: If coordinates were surely left behind.
+        """
+        with untraced():
+            present = set(module.modules())
+            layers = self.inventory.layers
+            gone = {name: layer for name, layer in layers.items() if layer not in present}
+            check_gone(self.inventory, module, gone)
+            norm_gone = any(is_batch_norm(layer) for layer in gone.values())
+            can_wait = can_wait or norm_gone
+            check_scales(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
+            doubles = doubles_of(self.inventory, module, present)
+        if is_transforming():
+            return  # weights may be fake now: this is no moment to remember them
+        if doubles and runs:
+            Race(self.inventory, module, doubles, self.accept)  # which of them runs decides
+            return
+        if doubles:
+            sites = self.inventory.sites({name: str(heir) for name, heir in doubles.items()})
+            warnings.warn(on_doubles(sites), stacklevel=2)
+        self.accept(module)
+
+    def accept(self, module: nn.Module) -> None:
+        """Take the module as it is, here and in the watches inside."""
+        for inner in list(module.modules()):  # those inside would say the same again
+            for watch in watches_on(inner):
+                watch.take_stock(inner)
+
+    def take_stock(self, module: nn.Module) -> None:
+        """Take the module as it is for what it should be."""
+        with untraced():
+            self._module = weakref.ref(module)
+            self.inner = [
+                watch
+                for part in module.modules()
+                for watch in watches_on(part)
+                if watch is not self
+            ]
+            self.inventory = Inventory.of(module, self.inventory.prefix)
+            self._glance = Glance.at(module, self.inventory.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: a model is being saved, so this is the time to look at it."""
+        module = self._module()
+        if module is not None:
+            self.look_closely(module)
+        return {"inventory": self.inventory, "module": module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.inventory, module = state["inventory"], state["module"]
+        self._module = (lambda: None) if module is None else weakref.ref(module)
+        self._glance = None
+        self._enrol()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        other = memo[id(self)] = Watch.__new__(Watch)
+        module = memo.get(id(self._module()))  # the copy, if the module is being copied
+        inventory = copy.deepcopy(self.inventory, memo)
+        other.__setstate__({"inventory": inventory, "module": module})
+        return other
+
+
+def watches_on(module: nn.Module) -> list[Watch]:
+    """The watches that one module has."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Watch)]
+
+
+class _BeforeStateDict:
+    """Looks before a ``state_dict()``, with which models are saved and exported."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.watch.look(module)
+
+
+class _OnGraphCopy:
+    """Hooks a watch's copy into the copy of a GraphModule, which takes no hooks along."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, graph_copy: fx.GraphModule) -> None:
+        for hook in list(graph_copy._deepcopy_hooks):
+            if isinstance(hook, _OnGraphCopy) and hook.watch._module() is graph_copy:
+                graph_copy._deepcopy_hooks.remove(hook)
+                hook.watch.attach(graph_copy)
+
+
+def _look_while_compiling(key: str) -> bool:
+    """Look while torch.compile, or a strict torch.export, goes through the forward.
+
+    Errors cannot come out of dynamo as they are, so they are warnings here.
+    """
+    watch = _WATCHES.get(key)
+    module = None if watch is None else watch._module()
+    if watch is not None and module is not None:
+        try:
+            watch.look(module)
+        except PatchError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler: dynamo calls
+# the function while it traces, instead of tracing into it, and leaves nothing in the graph.
+_look_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]

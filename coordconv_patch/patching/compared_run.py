@@ -1,0 +1,94 @@
+"""One run of a model on its example inputs, which can be repeated to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.patching.output_values import values_in
+from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.untouched import in_mode, state_restored
+
+__all__ = ["ComparedRun", "seeded", "writable_inputs"]
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One forward pass of a model on example inputs.
+
+    Attributes:
+        outputs: Its tensors and plain values, by their place in the output; ``None`` if the
+            model fails in this mode.
+        reached: The coordinate layers that ran, by site name.
+        error: Why it failed.
+    """
+
+    outputs: dict[str, Any] | None
+    reached: frozenset[str] = frozenset()
+    error: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, *, training: bool) -> ComparedRun:
+        """Run a model in one mode; it is left as it was, random state included."""
+        reached: set[str] = set()
+        try:
+            with (
+                seeded(model, training),
+                torch.set_grad_enabled(training),
+                _reached_noted(model, reached),
+            ):
+                output = run_model(model, writable_inputs(example_inputs))
+                return cls(dict(values_in(output)), frozenset(reached))
+        except PatchError as error:
+            return cls(None, frozenset(reached), str(error))
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every run draws the same random numbers, and leaves no trace."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with state_restored(model), in_mode(model, training=training):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _reached_noted(model: nn.Module, reached: set[str]) -> Iterator[None]:
+    def hook_for(name: str) -> Any:
+        return lambda *_: reached.add(name)
+
+    handles = [
+        layer.register_forward_pre_hook(hook_for(name))
+        for name, layer in coord_layers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def writable_inputs(value: Any) -> Any:
+    """Example inputs that a model may write into, the tensors in containers copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) in (list, tuple):
+        return type(value)(map(writable_inputs, value))
+    if type(value) is dict:
+        return {key: writable_inputs(each) for key, each in value.items()}
+    return value

@@ -1,0 +1,50 @@
+"""Warnings about a plan: convolutions that stay without coordinates, or that nothing runs."""
+
+from __future__ import annotations
+
+import warnings
+
+from coordconv_patch.errors import listing
+from coordconv_patch.patching.plan import Plan
+from coordconv_patch.patching.same_outputs import Promise
+
+__all__ = ["warn_of_obstacles", "warn_of_unreached"]
+
+
+def warn_of_obstacles(decided: Plan) -> None:
+    """Warn of convolutions that a selector describes and that cannot carry coordinates."""
+    skipped = [row.site for row in decided.rows if row.skipped]
+    if skipped:
+        shown = "; ".join(f"{site.name or 'the model'}: {site.obstacle}" for site in skipped[:3])
+        more = f"; and {len(skipped) - 3} more, see plan(...)" if len(skipped) > 3 else ""
+        warnings.warn(
+            f"convolutions without coordinates, because they cannot carry them: {shown}{more}",
+            stacklevel=3,
+        )
+
+
+def warn_of_unreached(decided: Plan, promise: Promise | None) -> None:
+    """Warn of coordinates that the example inputs never reach, or in one mode only."""
+    if promise is not None:
+        reached = promise.reached
+    else:
+        known = [row.site for row in decided.rows if row.site.calls is not None]
+        if not known:
+            return
+        reached = {"evaluation": frozenset(site.name for site in known if site.calls)}
+    names = [site.name for site in decided.chosen]
+    everywhere = {name for name in names if all(name in run for run in reached.values())}
+    nowhere = [name for name in names if not any(name in run for run in reached.values())]
+    texts = []
+    if nowhere:
+        texts.append(f"never run on the example inputs: {listing(nowhere)}")
+    for mode, run in reached.items():
+        only = [name for name in names if name in run and name not in everywhere]
+        if only:
+            other = "evaluation" if mode == "training" else "training"
+            texts.append(
+                f"run in {mode} only, so that {other} knows nothing of their coordinates: "
+                f"{listing(only)}"
+            )
+    if texts:
+        warnings.warn(f"chosen convolutions {'; '.join(texts)}", stacklevel=4)
