@@ -52,6 +52,7 @@ from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import ModuleStates, unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, copied
 from coordconv_patch.sites.select import Where
+from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
 
 __all__ = ["apply_plan_", "patch", "patch_", "set_window_", "unpatch", "unpatch_"]
 
@@ -233,13 +234,13 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     """
     check_not_wrapped(model)
     chosen = [row for row in decided.rows if row.chosen]
-    in_graphs = [row for row in chosen if row.site.nodes]
+    in_graphs = [row for row in chosen if isinstance(row.site, GraphFunctionSite)]
     edits = [
         _GraphEdit(model, name, rows, decided.coords) for name, rows in _by_graph(in_graphs).items()
     ]
     with unchanged_on_failure(model):
         for row in chosen:
-            if not row.site.nodes:
+            if not isinstance(row.site, GraphFunctionSite):
                 _patch_module_(model, row, decided.coords)
         for edit in edits:
             edit.commit()
@@ -250,25 +251,25 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
 
 def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> None:
     """Patch one site that is not in a graph."""
-    site = row.site
-    if site.owned is not None:
+    site, chosen_calls = row.site, row.choice.chosen_calls
+    if isinstance(site, OwnedFunctionSite):
         assert site.geometry is not None
         assert site.weight is not None
-        calls = site.owned if row.calls is None else _narrowed(site.owned, row.calls)
-        add_to_owner_(model, site.name, calls, site.geometry, coords, site.weight, row.calls)
-    elif row.calls is None:
+        owned = site.owned if chosen_calls is None else _narrowed(site.owned, chosen_calls)
+        add_to_owner_(model, site.name, owned, site.geometry, coords, site.weight, chosen_calls)
+    elif chosen_calls is None:
         convert_(cast(_ConvNd, model.get_submodule(site.name)), coords, site.padding)
     else:
-        add_to_calls_(model, site.name, row.calls, coords, site.padding)
+        add_to_calls_(model, site.name, chosen_calls, coords, site.padding)
 
 
-def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
+def _narrowed(owned: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
     """Some of a functional site's calls alone; calls that a file names are those already."""
-    if calls.indices is not None and len(calls.indices) != chosen.total:
-        return calls
-    positions = calls.indices or tuple(range(chosen.total))
+    if owned.indices is not None and len(owned.indices) != chosen.total:
+        return owned
+    positions = owned.indices or tuple(range(chosen.total))
     indices = tuple(positions[index] for index in chosen.indices)
-    return dataclasses.replace(calls, indices=indices, total=calls.total or chosen.total)
+    return dataclasses.replace(owned, indices=indices, total=owned.total or chosen.total)
 
 
 def _revert_(model: nn.Module, module: nn.Module) -> None:
@@ -281,7 +282,7 @@ def _revert_(model: nn.Module, module: nn.Module) -> None:
 
 
 def _warn_of_obstacles(decided: Plan) -> None:
-    skipped = [row.site for row in decided.rows if row.skipped]
+    skipped = [row.site for row in decided.rows if row.choice.skipped]
     if skipped:
         shown = "; ".join(f"{site.name or 'the model'}: {site.obstacle}" for site in skipped[:3])
         more = f"; and {len(skipped) - 3} more, see plan(...)" if len(skipped) > 3 else ""
@@ -365,9 +366,9 @@ class _GraphEdit:
             device=tensor.device,
             dtype=tensor.dtype,
         )
-        if row.calls is not None:
-            added.chosen_calls = row.calls
-            nodes = [nodes[index] for index in row.calls.indices]
+        if row.choice.chosen_calls is not None:
+            added.chosen_calls = row.choice.chosen_calls
+            nodes = [nodes[index] for index in row.choice.chosen_calls.indices]
         for node in nodes:
             with self.graph.inserting_after(node):
                 branch = self.graph.call_module(name, (function_input(node).node,))
