@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import join_names
@@ -28,32 +28,24 @@ def execution_order(
     """
     first_names = {module: names[0] for module, names in names_by_module(model).items()}
     by_node = {node: site.name for site in functions for node in site.nodes}
-    return _order_in("", model, regions, first_names, by_node)
 
+    def order_in(name: str, module: nn.Module) -> list[str] | None:
+        if isinstance(module, _ConvNd):
+            return [first_names[module]]
+        if name not in regions.by_name:
+            return None
+        order: list[str] = []
+        for node in regions.by_name[name].graph.nodes:
+            if node in by_node:
+                order.append(by_node[node])
+            elif node.op == "call_module":
+                target = join_names(name, node.target)
+                leaf = model.get_submodule(target)
+                if isinstance(leaf, _ConvNd) or may_hold_sites(leaf):
+                    inner = order_in(target, leaf)
+                    if inner is None:
+                        return None
+                    order += inner
+        return order
 
-def _order_in(
-    name: str,
-    model: nn.Module,
-    regions: Regions,
-    first_names: Mapping[nn.Module, str],
-    by_node: Mapping[fx.Node, str],
-) -> list[str] | None:
-    """The order in one submodule of the model."""
-    module = model.get_submodule(name)
-    if isinstance(module, _ConvNd):
-        return [first_names[module]]
-    if name not in regions.by_name:
-        return None
-    order: list[str] = []
-    for node in regions.by_name[name].graph.nodes:
-        if node in by_node:
-            order.append(by_node[node])
-        elif node.op == "call_module":
-            target = join_names(name, node.target)
-            leaf = model.get_submodule(target)
-            if isinstance(leaf, _ConvNd) or may_hold_sites(leaf):
-                inner = _order_in(target, model, regions, first_names, by_node)
-                if inner is None:
-                    return None
-                order += inner
-    return order
+    return order_in("", model)

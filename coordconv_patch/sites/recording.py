@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from coordconv_patch.errors import PatchError
-from coordconv_patch.graphs.functional import conv_arguments, function_input
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.silence import warnings_ignored
 from coordconv_patch.running.untouched import evaluating, state_restored
+from coordconv_patch.sites.node_by_node import NodeByNode
 from coordconv_patch.sites.regions import Region
 from coordconv_patch.sites.site import GraphFunctionSite
 
@@ -223,60 +221,14 @@ class _CallRecorder(TorchFunctionMode):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:  # which may be running the same model
                 return plain(*args, **kwargs)
-            inputs = _placeholder_values(region.graph, args, kwargs)
             self._graphs_running += 1
             try:
-                output = _Interpreter(region, names, self._note).run(
-                    *inputs, enable_io_processing=False
-                )
+                return NodeByNode(region, names, self._note).run_call(args, kwargs)
             finally:
                 self._graphs_running -= 1
-            return region.graph.process_outputs(output)
 
         return forward
 
 
-class _Interpreter(fx.Interpreter):
-    """Runs a GraphModule, and notes the calls of its functional sites."""
-
-    def __init__(
-        self, region: Region, names: Mapping[fx.Node, str], note: Callable[..., None]
-    ) -> None:
-        super().__init__(region.module, graph=region.graph)
-        self._site_names = names
-        self._note = note
-
-    def run_node(self, n: fx.Node) -> Any:
-        output = super().run_node(n)
-        if n in self._site_names:
-            weight = self.env[conv_arguments(n)["weight"]]
-            source = self.env[conv_arguments(n)["input"]]
-            name, ndim = self._site_names[n], weight.dim() - 2
-            self._note(name, source, output, ndim, _padding_amounts(n))
-        return output
-
-
-def _padding_amounts(node: fx.Node) -> Sequence[tuple[int, int]]:
-    """Pixels by which the module that calls a functional convolution has padded its input."""
-    try:
-        return function_input(node).own.amounts
-    except PatchError:
-        return ()
-
-
 def _call(source: Tensor, output: Tensor, ndim: int) -> Call:
     return Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
-
-
-def _placeholder_values(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """The arguments of a GraphModule's call in the order of its graph's placeholders."""
-    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
-        # Programs of torch.export take nested arguments apart.
-        return pytree.arg_tree_leaves(*args, **kwargs)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    values = list(args)
-    for node in placeholders[len(args) :]:
-        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-    return values

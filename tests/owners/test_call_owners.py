@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, PatchError, SelectionError, WeightsError
+from coordconv_patch.layers.coordconv import coord_layers
 from coordconv_patch.owners.owned_calls import OwnedCalls
 from coordconv_patch.sites.find import find_sites
 
@@ -463,7 +464,7 @@ def test_one_and_three_dimensions_and_transposed() -> None:
     for found, expected in zip(patched(*inputs), model(*inputs), strict=True):
         assert torch.equal(found, expected)
     fill_(patched)
-    w1, w3, t2 = (layer.coord_weight for layer in ccp.layers.coord_layers(patched).values())
+    w1, w3, t2 = (layer.coord_weight for layer in coord_layers(patched).values())
     grid = ccp.Coordinates().grid
     branches = (
         F.conv1d(grid((9,))[None], w1, stride=2),
@@ -708,7 +709,7 @@ def test_convolutions_that_merge_kernels_are_left_out(x: Tensor) -> None:
     with pytest.warns(UserWarning, match="its input does not depend on the model's input"):
         patched = ccp.patch(model, "conv2d*", example_inputs=x)
     assert torch.equal(patched(x), model(x))
-    names = list(ccp.layers.coord_layers(patched))
+    names = list(coord_layers(patched))
     assert names == ["conv2d_1"]
 
 
