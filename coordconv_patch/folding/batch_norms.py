@@ -32,7 +32,7 @@ from coordconv_patch.layers.padding_probe import ConvSpy
 from coordconv_patch.left_behind.watch import check_left_behind, release_watches_, watch_
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.untouched import copied
-from coordconv_patch.sites.find import Region, find_sites
+from coordconv_patch.sites.regions import Region, trace_regions
 
 __all__ = ["Folding", "fold", "fold_batch_norms_"]
 
@@ -89,8 +89,8 @@ def fold_batch_norms_(model: nn.Module) -> tuple[Folding, ...]:
     Returns:
         What became of each batch norm that a traced graph runs.
     """
-    regions = find_sites(model, probe_padding=False).regions
-    calls = Counter(
+    regions = tuple(trace_regions(model).by_name.values())
+    uses = Counter(
         id(model.get_submodule(join_names(region.name, str(node.target))))
         for region in regions
         for node in region.graph.nodes
@@ -102,7 +102,7 @@ def fold_batch_norms_(model: nn.Module) -> tuple[Folding, ...]:
         for node in list(region.graph.nodes):
             norm = _module(region, node)
             if norm is not None and is_batch_norm(norm):
-                done.append(_fold_one_(model, region, node, norm, calls, holders))
+                done.append(_fold_one_(model, region, node, norm, uses, holders))
     return tuple(done)
 
 
@@ -128,7 +128,7 @@ def _fold_one_(
     region: Region,
     node: fx.Node,
     norm: nn.Module,
-    calls: Mapping[int, int],
+    uses: Mapping[int, int],
     holders: Mapping[int, int],
 ) -> Folding:
     name = join_names(region.name, str(node.target))
@@ -139,7 +139,7 @@ def _fold_one_(
     try:
         if len(before.users) > 1:
             raise PatchError("the convolution's output has other users")
-        if calls[id(conv)] > 1 or calls[id(norm)] > 1:
+        if uses[id(conv)] > 1 or uses[id(norm)] > 1:
             raise PatchError("the convolution or the batch norm is called several times")
         if any(holders[id(parameter)] > 1 for parameter in conv.parameters()):
             raise PatchError("the convolution shares parameters with something else")

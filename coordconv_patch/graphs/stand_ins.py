@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-__all__ = ["TensorProxy", "autograd_functions_recorded", "isinstance_answered"]
+__all__ = ["TensorProxy", "isinstance_answered"]
 
 
 class TensorProxy(fx.Proxy):
@@ -58,30 +57,3 @@ def _globals_of(module: nn.Module) -> list[dict[str, Any]]:
             if names is not None and not str(names.get("__name__")).startswith("torch.nn."):
                 found[id(names)] = names
     return list(found.values())
-
-
-@contextlib.contextmanager
-def autograd_functions_recorded(proxies: type[fx.Proxy]) -> Iterator[None]:
-    """While entered, a custom autograd Function that is given proxies is recorded as one call.
-
-    Args:
-        proxies: The class of the proxies.
-    """
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if type(leaf) is proxies:
-                return leaf.tracer.create_proxy("call_function", cls.apply, args, kwargs)
-        return plain.__get__(None, cls)(*args, **kwargs)
-
-    function: Any = torch.autograd.Function
-    plain = inspect.getattr_static(function, "apply")
-    is_own = "apply" in vars(function)
-    function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        if is_own:
-            function.apply = plain
-        else:
-            del function.apply

@@ -41,7 +41,7 @@ class OwnedSite:
 
     Attributes:
         name: The site's name.
-        calls: Which calls.
+        owned: Which calls.
         geometry: Their geometry.
         branch: Name of the branch relative to the owner.
         counts: Whether the calls are told by their position.
@@ -50,15 +50,15 @@ class OwnedSite:
     """
 
     name: str
-    calls: OwnedCalls
+    owned: OwnedCalls
     geometry: ConvGeometry
     branch: str
     counts: bool = field(init=False)
     terms: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", self.calls.indices is not None)
-        object.__setattr__(self, "terms", _terms_of(self.geometry, self.calls.padding))
+        object.__setattr__(self, "counts", self.owned.indices is not None)
+        object.__setattr__(self, "terms", _terms_of(self.geometry, self.owned.padding))
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -81,7 +81,7 @@ class BranchMode(TorchFunctionMode):
         self.owned = [(site, _stored_weight(owner, site)) for site in owned]
         self.seen = [0] * len(owned)
         self.strays: list[tuple[Any, Any]] = []
-        self.sees_padding = any(site.calls.padding.amounts for site in owned)
+        self.sees_padding = any(site.owned.padding.amounts for site in owned)
         self.padded: deque[tuple[Any, dict[str, Any]]] = deque(maxlen=_MOST_PADS)
         self.trains = torch.is_grad_enabled()
 
@@ -106,7 +106,7 @@ class BranchMode(TorchFunctionMode):
             is_stray = False
             position = self.seen[index]
             self.seen[index] += 1
-            indices = site.calls.indices
+            indices = site.owned.indices
             if indices is None or position in indices:
                 output = self._with_branch(site, func, arguments, output)
         if is_stray:
@@ -146,7 +146,7 @@ class BranchMode(TorchFunctionMode):
 
     def _input(self, site: OwnedSite, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
         """The convolution's input, before the code padded it where the site says that it does."""
-        given, expected = arguments["input"], site.calls.padding
+        given, expected = arguments["input"], site.owned.padding
         if not expected.amounts:
             return given, expected
         if torch.compiler.is_compiling():  # which does not show F.pad to modes
@@ -176,14 +176,14 @@ class BranchMode(TorchFunctionMode):
             if stored is not None and not seen and self._has_stray_like(site, stored):
                 raise PatchError(
                     f"{site.name} is known by its stored weight, but {_place(site)} now calls "
-                    f"{site.calls.function} with one that it computes (another dtype, or a "
+                    f"{site.owned.function} with one that it computes (another dtype, or a "
                     "parametrization that was added since): unpatch the model, and patch it anew "
                     "with example inputs that run this way"
                 )
-            if self.counts and seen not in (0, site.calls.total):
+            if self.counts and seen not in (0, site.owned.total):
                 raise PatchError(
                     f"{site.name} is told from other convolutions by its position among "
-                    f"{site.calls.total} calls of {site.calls.function} in {_place(site)}, "
+                    f"{site.owned.total} calls of {site.owned.function} in {_place(site)}, "
                     f"which now made {seen}: patch the model anew with example inputs that run "
                     "this way, or store the weight as a Parameter of its own"
                 )
@@ -273,12 +273,12 @@ _CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code
 
 
 def _place(site: OwnedSite) -> str:
-    return site.calls.owner or "the model"
+    return site.owned.owner or "the model"
 
 
 def _stored_weight(owner: nn.Module, site: OwnedSite) -> Any:
     """The weight by which the calls are known; ``None`` where they are known by position."""
-    name = site.calls.weight
+    name = site.owned.weight
     if name is None:
         return None
     return operator.attrgetter(name)(owner)

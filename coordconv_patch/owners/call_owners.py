@@ -195,7 +195,7 @@ def _container(owner: nn.Module) -> str:
 def add_to_owner_(
     model: nn.Module,
     site: str,
-    calls: OwnedCalls,
+    owned: OwnedCalls,
     geometry: ConvGeometry,
     coords: Coordinates,
     weight: Tensor,
@@ -206,19 +206,19 @@ def add_to_owner_(
     Args:
         model: The model.
         site: The site's name.
-        calls: Which calls.
+        owned: Which calls.
         geometry: Their geometry.
         coords: The convention.
         weight: A tensor on the device and in the dtype that the coordinate weight gets.
         chosen: Which of the site's calls these are; ``None``: every one.
     """
-    owner = model.get_submodule(calls.owner)
+    owner = model.get_submodule(owned.owner)
     branch = CoordBranch(
-        geometry, coords, padding=calls.padding.rule, device=weight.device, dtype=weight.dtype
+        geometry, coords, padding=owned.padding.rule, device=weight.device, dtype=weight.dtype
     )
     branch.training = owner.training
     branch.chosen_calls = chosen
-    name = _branch_name(owner, site[len(calls.owner) :].lstrip("."))
+    name = _branch_name(owner, site[len(owned.owner) :].lstrip("."))
     before = type(owner)
     if not isinstance(owner, CallOwner):
         if parametrize.is_parametrized(owner):
@@ -230,8 +230,8 @@ def add_to_owner_(
             owner.__class__ = _owner_class(before)
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
-    owned = cast(CallOwner, owner)._coord_sites
-    owner.__dict__["_coord_sites"] = (*owned, OwnedSite(site, calls, geometry, name))
+    before_it = cast(CallOwner, owner)._coord_sites
+    owner.__dict__["_coord_sites"] = (*before_it, OwnedSite(site, owned, geometry, name))
 
 
 def _branch_name(owner: nn.Module, holder: str) -> str:
@@ -242,19 +242,19 @@ def _branch_name(owner: nn.Module, holder: str) -> str:
     return f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
 
 
-def geometry_of_calls(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | None:
+def geometry_of_calls(owner: nn.Module, owned: OwnedCalls) -> ConvGeometry | None:
     """The geometry of calls that have coordinates already; ``None`` if these have none.
 
     Args:
         owner: The module that makes the calls.
-        calls: The calls; of computed weights, positions may be unknown.
+        owned: The calls; of computed weights, positions may be unknown.
     """
     for site in owner._coord_sites if isinstance(owner, CallOwner) else ():
-        known = site.calls
-        if (known.function, known.weight) == (calls.function, calls.weight) and (
-            calls.weight is not None
-            or calls.indices is None
-            or not set(calls.indices).isdisjoint(known.indices or ())
+        known = site.owned
+        if (known.function, known.weight) == (owned.function, owned.weight) and (
+            owned.weight is not None
+            or owned.indices is None
+            or not set(owned.indices).isdisjoint(known.indices or ())
         ):
             return site.geometry
     return None
@@ -263,7 +263,7 @@ def geometry_of_calls(owner: nn.Module, calls: OwnedCalls) -> ConvGeometry | Non
 def owned_calls(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
     """Which calls each branch of a model's call owners is for, named as they are now."""
     return {
-        owner.get_submodule(site.branch): replace(site.calls, owner=name)
+        owner.get_submodule(site.branch): replace(site.owned, owner=name)
         for name, owner in model.named_modules()
         if isinstance(owner, CallOwner)
         for site in owner._coord_sites

@@ -20,6 +20,7 @@ from coordconv_patch.patching.graph_edit import GraphEdit, rows_by_graph
 from coordconv_patch.patching.plan import Plan, PlanRow
 from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.wrappers import check_not_wrapped
+from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
 
 __all__ = ["apply_plan_"]
 
@@ -35,11 +36,12 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
     """
     check_not_wrapped(model)
     chosen = [row for row in decided.rows if row.chosen]
-    by_graph = rows_by_graph(row for row in chosen if row.site.nodes)
+    in_graphs = [row for row in chosen if isinstance(row.site, GraphFunctionSite)]
+    by_graph = rows_by_graph(in_graphs)
     edits = [GraphEdit(model, name, rows, decided.coords) for name, rows in by_graph.items()]
     with unchanged_on_failure(model):
         for row in chosen:
-            if not row.site.nodes:
+            if not isinstance(row.site, GraphFunctionSite):
                 _patch_module_(model, row, decided.coords)
         for edit in edits:
             edit.commit()
@@ -50,22 +52,22 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
 
 def _patch_module_(model: nn.Module, row: PlanRow, coords: Coordinates) -> None:
     """Patch one site that is not in a graph."""
-    site = row.site
-    if site.owned is not None:
+    site, chosen_calls = row.site, row.choice.chosen_calls
+    if isinstance(site, OwnedFunctionSite):
         assert site.geometry is not None
         assert site.weight is not None
-        calls = site.owned if row.calls is None else _narrowed(site.owned, row.calls)
-        add_to_owner_(model, site.name, calls, site.geometry, coords, site.weight, row.calls)
-    elif row.calls is None:
+        owned = site.owned if chosen_calls is None else _narrowed(site.owned, chosen_calls)
+        add_to_owner_(model, site.name, owned, site.geometry, coords, site.weight, chosen_calls)
+    elif chosen_calls is None:
         convert_(cast(_ConvNd, model.get_submodule(site.name)), coords, site.padding)
     else:
-        add_to_calls_(model, site.name, row.calls, coords, site.padding)
+        add_to_calls_(model, site.name, chosen_calls, coords, site.padding)
 
 
-def _narrowed(calls: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
+def _narrowed(owned: OwnedCalls, chosen: ChosenCalls) -> OwnedCalls:
     """Some of a functional site's calls alone; calls that a file names are those already."""
-    if calls.indices is not None and len(calls.indices) != chosen.total:
-        return calls
-    positions = calls.indices or tuple(range(chosen.total))
+    if owned.indices is not None and len(owned.indices) != chosen.total:
+        return owned
+    positions = owned.indices or tuple(range(chosen.total))
     indices = tuple(positions[index] for index in chosen.indices)
-    return dataclasses.replace(calls, indices=indices, total=calls.total or chosen.total)
+    return dataclasses.replace(owned, indices=indices, total=owned.total or chosen.total)

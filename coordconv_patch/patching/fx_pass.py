@@ -24,8 +24,9 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch_
-from coordconv_patch.sites.find import Site, find_sites
+from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Where, select
+from coordconv_patch.sites.site import Site
 
 __all__ = ["CoordConvPass"]
 

@@ -70,9 +70,9 @@ class GraphEdit:
             device=tensor.device,
             dtype=tensor.dtype,
         )
-        if row.calls is not None:
-            added.chosen_calls = row.calls
-            nodes = [nodes[index] for index in row.calls.indices]
+        if row.choice.chosen_calls is not None:
+            added.chosen_calls = row.choice.chosen_calls
+            nodes = [nodes[index] for index in row.choice.chosen_calls.indices]
         for node in nodes:
             with self.graph.inserting_after(node):
                 branch = self.graph.call_module(name, (function_input(node).node,))

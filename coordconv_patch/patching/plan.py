@@ -20,10 +20,25 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Call
-from coordconv_patch.sites.find import Site, SiteMap, find_sites
+from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
+from coordconv_patch.sites.site import Site, SiteMap
 
-__all__ = ["Plan", "PlanRow", "plan", "plan_sites", "survey"]
+__all__ = ["Cost", "Plan", "PlanRow", "plan", "plan_sites", "survey"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What coordinates at one site, or at several, add to a model.
+
+    Attributes:
+        parameters: Coordinate weights; 0 at sites that are not chosen.
+        multiply_adds: Multiply-adds that the branch adds to one forward pass, whatever
+            the batch size, over all chosen calls; ``None`` if the sizes are unknown.
+    """
+
+    parameters: int = 0
+    multiply_adds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,25 +46,43 @@ class PlanRow:
     """One site of a plan.
 
     Attributes:
-        site: The site.
-        chosen: Whether it would be patched.
-        reason: Why, or why not.
+        choice: The site, and whether and why it would be patched.
+        cost: What that would add.
         note: What else to know about it; often empty.
-        parameters: Coordinate weights that it would get; 0 if not chosen.
-        multiply_adds: Multiply-adds that its branch adds to one forward pass, whatever
-            the batch size, over all chosen calls; ``None`` if the sizes are unknown.
-        calls: Which of its calls would get coordinates; ``None``: every one.
-        skipped: Whether a selector describes it, but it cannot be patched.
     """
 
-    site: Site
-    chosen: bool
-    reason: str
+    choice: Choice
+    cost: Cost
     note: str
-    parameters: int
-    multiply_adds: int | None
-    calls: ChosenCalls | None = None
-    skipped: bool = False
+
+    @property
+    def site(self) -> Site:
+        """The site."""
+        return self.choice.site
+
+    @property
+    def chosen(self) -> bool:
+        """Whether it would be patched."""
+        return self.choice.chosen
+
+    @property
+    def reason(self) -> str:
+        """Why, or why not."""
+        return self.choice.reason
+
+    @property
+    def parameters(self) -> int:
+        """Coordinate weights that it would get."""
+        return self.cost.parameters
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds that it would cost; see :class:`Cost`."""
+        return self.cost.multiply_adds
+
+    def of_calls(self, chosen_calls: ChosenCalls | None) -> PlanRow:
+        """The row, with coordinates at these calls of the site; ``None``: at every one."""
+        return replace(self, choice=replace(self.choice, chosen_calls=chosen_calls))
 
 
 @dataclass(frozen=True)
@@ -100,7 +133,8 @@ class Plan:
                     "calls": row.site.calls
                     and [[call.input_size, call.output_size] for call in row.site.calls],
                     "chosen": row.chosen,
-                    "chosen_calls": row.calls and list(row.calls.indices),
+                    "chosen_calls": row.choice.chosen_calls
+                    and list(row.choice.chosen_calls.indices),
                     "reason": row.reason,
                     "note": row.note,
                     "parameters": row.parameters,
@@ -218,46 +252,33 @@ def _joined(*notes: str) -> str:
 
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:
-    site = choice.site
-    parameters, multiply_adds, chosen_calls = 0, None, None
-    if choice.calls is not None and site.calls is not None:
-        chosen_calls = ChosenCalls(choice.calls, len(site.calls), site.caller or "")
-    if choice.chosen and site.geometry is not None:
-        names = coords.channel_names(site.geometry.ndim)  # checks that the window fits, too
-        parameters = math.prod(site.geometry.coord_weight_shape(len(names)))
-        if site.calls is not None:
-            indices = range(len(site.calls)) if choice.calls is None else choice.calls
-            calls = [site.calls[index] for index in indices]
-            multiply_adds = sum(_multiply_adds(parameters, site, call) for call in calls)
-    note = _note(site)
-    if chosen_calls is not None:
-        note = _joined(str(chosen_calls), note)
-    return PlanRow(
-        site=site,
-        chosen=choice.chosen,
-        reason=choice.reason,
-        note=note,
-        parameters=parameters,
-        multiply_adds=multiply_adds,
-        calls=chosen_calls,
-        skipped=choice.skipped,
-    )
+    calls = "" if choice.chosen_calls is None else str(choice.chosen_calls)
+    return PlanRow(choice, _cost(choice, coords), _joined(calls, _note(choice.site)))
 
 
-def _multiply_adds(parameters: int, site: Site, call: Call) -> int:
-    """Each weight is used once per output pixel; of a transposed convolution per input pixel."""
-    transposed = site.geometry is not None and site.geometry.transposed
-    return parameters * math.prod(call.input_size if transposed else call.output_size)
+def _cost(choice: Choice, coords: Coordinates) -> Cost:
+    geometry, calls = choice.site.geometry, choice.site.calls
+    if not choice.chosen or geometry is None:
+        return Cost()
+    names = coords.channel_names(geometry.ndim)  # checks that the window fits, too
+    parameters = math.prod(geometry.coord_weight_shape(len(names)))
+    if calls is None:
+        return Cost(parameters)
+    if choice.chosen_calls is not None:
+        calls = tuple(calls[index] for index in choice.chosen_calls.indices)
+    # Each weight is used once per output pixel; of a transposed convolution per input pixel.
+    sizes = [call.input_size if geometry.transposed else call.output_size for call in calls]
+    return Cost(parameters, parameters * sum(map(math.prod, sizes)))
 
 
 def _note(site: Site) -> str:
-    notes = []
-    if site.calls is not None:
-        if not site.calls:
-            notes.append("never called on the example inputs")
-        elif all(math.prod(call.input_size) == 1 for call in site.calls):
-            notes.append("its input is one pixel, whose coordinates are 0")
-    return "; ".join(notes)
+    if site.calls is None:
+        return ""
+    if not site.calls:
+        return "never called on the example inputs"
+    if all(math.prod(call.input_size) == 1 for call in site.calls):
+        return "its input is one pixel, whose coordinates are 0"
+    return ""
 
 
 def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:

@@ -13,7 +13,7 @@ __all__ = ["warn_of_obstacles", "warn_of_unreached"]
 
 def warn_of_obstacles(decided: Plan) -> None:
     """Warn of convolutions that a selector describes and that cannot carry coordinates."""
-    skipped = [row.site for row in decided.rows if row.skipped]
+    skipped = [row.site for row in decided.rows if row.choice.skipped]
     if skipped:
         shown = "; ".join(f"{site.name or 'the model'}: {site.obstacle}" for site in skipped[:3])
         more = f"; and {len(skipped) - 3} more, see plan(...)" if len(skipped) > 3 else ""

@@ -44,7 +44,9 @@ class Promise:
     """What a model gave on its example inputs before it was patched.
 
     Args:
-        model: The model. It is run in evaluation mode alone, as others may be running it.
+        model: The model. It is run in evaluation mode alone, as others may be running it. The
+            run that recorded its sites does not count: while torch functions are watched,
+            nn.MultiheadAttention takes another way, whose last bits differ.
         target: What is to be patched: the model, or a copy. It is run in training mode.
         example_inputs: See :func:`coordconv_patch.running.inputs.split_inputs`.
     """

@@ -13,38 +13,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from coordconv_patch.errors import PatchError
-from coordconv_patch.graphs.functional import conv_arguments, function_input
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.silence import warnings_ignored
-from coordconv_patch.running.untouched import LOOK, evaluating, state_restored
+from coordconv_patch.running.untouched import evaluating, state_restored
+from coordconv_patch.sites.node_by_node import NodeByNode
+from coordconv_patch.sites.regions import Region
+from coordconv_patch.sites.site import GraphFunctionSite
 
 __all__ = [
-    "GraphFunctions",
     "Recording",
-    "record_arguments",
     "record_calls",
     "record_run",
 ]
-
-
-@dataclass(frozen=True)
-class GraphFunctions:
-    """The functional sites of one traced module.
-
-    Attributes:
-        module: The module.
-        graph: Its graph.
-        names: Site name of each of the graph's functional convolutions.
-    """
-
-    module: nn.Module
-    graph: fx.Graph
-    names: dict[fx.Node, str]
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ def record_calls(
     model: nn.Module,
     example_inputs: Any,
     modules: Mapping[str, nn.Module],
-    functions: Sequence[GraphFunctions],
+    functions: Sequence[GraphFunctionSite] = (),
 ) -> dict[str, list[Call]]:
     """Run the model once on the example inputs; the calls of each site, in order of execution.
 
@@ -75,7 +58,7 @@ def record_calls(
         model: The model; left as it was.
         example_inputs: See :func:`coordconv_patch.running.inputs.split_inputs`.
         modules: The convolution modules, by site name.
-        functions: The functional sites.
+        functions: The functional sites of GraphModules.
 
     Raises:
         PatchError: If the forward pass fails.
@@ -87,7 +70,7 @@ def record_run(
     model: nn.Module,
     example_inputs: Any,
     modules: Mapping[str, nn.Module],
-    functions: Sequence[GraphFunctions],
+    functions: Sequence[GraphFunctionSite],
 ) -> Recording:
     """As :func:`record_calls`, with who called each site, and the functional sites it showed."""
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
@@ -95,43 +78,6 @@ def record_run(
     with evaluating(model), state_restored(model), warnings_ignored(UserWarning), recorder:
         run_model(model, example_inputs)
     return recorder.recording()
-
-
-def record_arguments(
-    model: nn.Module, example_inputs: Any, modules: Mapping[str, nn.Module]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Run the model once on the example inputs; what each module was first called with.
-
-    Args:
-        model: The model; left as it was.
-        example_inputs: See :func:`coordconv_patch.running.inputs.split_inputs`.
-        modules: The modules to watch, by name.
-
-    Returns:
-        Positional and keyword arguments, by name; modules that are never called are absent.
-
-    Raises:
-        PatchError: If the forward pass fails.
-    """
-    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.setdefault(name, (args, kwargs))
-
-    with LOOK:
-        handles = [
-            module.register_forward_pre_hook(
-                _in_this_thread(functools.partial(note, name)), with_kwargs=True
-            )
-            for name, module in modules.items()
-        ]
-        try:
-            with evaluating(model), state_restored(model):
-                run_model(model, example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
 
 
 def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
@@ -148,27 +94,28 @@ def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 class _CallRecorder(TorchFunctionMode):
     """While entered, notes every execution of the sites.
 
-    A region with functional sites is interpreted node by node on the inputs that it
-    gets, which shows all of its sites in order; the real run that follows is not noted.
+    A GraphModule with functional sites runs node by node, which shows which node each call is.
     """
 
     def __init__(
         self,
         model: nn.Module,
         modules: Mapping[str, nn.Module],
-        functions: Sequence[GraphFunctions],
+        functions: Sequence[GraphFunctionSite],
         log: FunctionLog,
     ) -> None:
         super().__init__()
         self._log = log
         self._model = model
         self._modules = modules
-        self._functions = functions
+        self._names_in: dict[Region, dict[fx.Node, str]] = {}
+        for site in functions:
+            names = self._names_in.setdefault(site.region, {})
+            names.update(dict.fromkeys(site.nodes, site.name))
         self._calls: dict[int | str, list[Call]] = {}
         self._around: dict[int | str, list[tuple[str, int]]] = {}
-        self._interprets = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._regions_noted = 0
+        self._graphs_running = 0
         self._running: list[tuple[str, int]] = []
         self._run_numbers = itertools.count()
 
@@ -184,14 +131,10 @@ class _CallRecorder(TorchFunctionMode):
         for name, module in self._modules.items():
             hook = _in_this_thread(functools.partial(self._after_module, name))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        for traced in self._functions:
-            pre_hook = _in_this_thread(functools.partial(self._before_region, traced))
-            self._handles += [
-                traced.module.register_forward_pre_hook(pre_hook, with_kwargs=True),
-                traced.module.register_forward_hook(
-                    _in_this_thread(self._after_region), always_call=True
-                ),
-            ]
+        # Of two names of one GraphModule the first counts.
+        for region, names in reversed(self._names_in.items()):
+            # Taken off again as everything that a forward pass leaves behind in a model.
+            vars(region.module)["forward"] = self._node_by_node(region, names)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -226,12 +169,11 @@ class _CallRecorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if not self._interprets:
-            in_graph = bool(self._regions_noted)
-            own = self._log.note(func, args, kwargs or {}, output, self._running, in_graph=in_graph)
-            if own is not None:
-                weight, source = own
-                self._note(id(weight), source, output, weight.dim() - 2)
+        in_graph = bool(self._graphs_running)
+        own = self._log.note(func, args, kwargs or {}, output, self._running, in_graph=in_graph)
+        if own is not None:
+            weight, source = own
+            self._note(id(weight), source, output, weight.dim() - 2)
         return output
 
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -248,8 +190,6 @@ class _CallRecorder(TorchFunctionMode):
         ndim: int,
         padded: Sequence[tuple[int, int]] = (),
     ) -> None:
-        if self._regions_noted:
-            return
         call = _call(source, output, ndim)
         if padded:
             size = [
@@ -274,60 +214,21 @@ class _CallRecorder(TorchFunctionMode):
         source = args[0] if args else next(iter(kwargs.values()))
         self._note(name, source, output, len(cast(_ConvNd, module).kernel_size))
 
-    def _before_region(
-        self,
-        traced: GraphFunctions,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        recorder, names = self, traced.names
+    def _node_by_node(self, region: Region, names: Mapping[fx.Node, str]) -> Callable[..., Any]:
+        """The forward of a GraphModule that notes its functional sites."""
+        plain, thread = region.module.forward, threading.get_ident()
 
-        class Interpreter(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if n in names:
-                    weight = self.env[conv_arguments(n)["weight"]]
-                    source = self.env[conv_arguments(n)["input"]]
-                    recorder._note(names[n], source, result, weight.dim() - 2, _padding_amounts(n))
-                return result
-
-        if not self._regions_noted:
-            is_graph = isinstance(module, fx.GraphModule)
-            runnable = module if is_graph else fx.GraphModule(module, traced.graph)
-            inputs = _placeholder_values(traced.graph, is_graph, args, kwargs)
-            self._interprets = True
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:  # which may be running the same model
+                return plain(*args, **kwargs)
+            self._graphs_running += 1
             try:
-                Interpreter(runnable).run(*inputs, enable_io_processing=False)
+                return NodeByNode(region, names, self._note).run_call(args, kwargs)
             finally:
-                self._interprets = False
-        self._regions_noted += 1
+                self._graphs_running -= 1
 
-    def _after_region(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._regions_noted -= 1
-
-
-def _padding_amounts(node: fx.Node) -> Sequence[tuple[int, int]]:
-    """Pixels by which the module that calls a functional convolution has padded its input."""
-    try:
-        return function_input(node).own.amounts
-    except PatchError:
-        return ()
+        return forward
 
 
 def _call(source: Tensor, output: Tensor, ndim: int) -> Call:
     return Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))
-
-
-def _placeholder_values(
-    graph: fx.Graph, exported: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """A call's arguments in the order of a graph's placeholders."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    if exported and isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
-        # Programs of torch.export take nested arguments apart.
-        return pytree.arg_tree_leaves(*args, **kwargs)
-    values = list(args)
-    for node in placeholders[len(args) :]:
-        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-    return values

@@ -13,17 +13,19 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from coordconv_patch.arguments import given
 from coordconv_patch.errors import SelectionError, listing
-from coordconv_patch.layers.geometry import ConvGeometry
-from coordconv_patch.sites.find import Site, SiteMap
+from coordconv_patch.layers.chosen_calls import ChosenCalls
+from coordconv_patch.sites.chosen_calls import choose_calls, split_indices
+from coordconv_patch.sites.presets import PRESETS, first_site, unusable
+from coordconv_patch.sites.site import ModuleSite, Site, SiteMap
 
-__all__ = ["PRESETS", "Choice", "Where", "not_chosen", "select"]
+__all__ = ["Choice", "Where", "not_chosen", "select"]
 
 Selector: TypeAlias = "str | type[nn.Module] | Callable[[Site], bool]"
 Where: TypeAlias = "Selector | Sequence[Selector]"
@@ -38,14 +40,14 @@ class Choice:
         site: The site.
         chosen: Whether it was chosen.
         reason: Why, or why not.
-        calls: Which of its calls were chosen, from 0; ``None``: every one.
+        chosen_calls: Which of its calls were chosen; ``None``: every one.
         skipped: Whether a selector describes it, but it cannot be patched.
     """
 
     site: Site
     chosen: bool
     reason: str
-    calls: tuple[int, ...] | None = None
+    chosen_calls: ChosenCalls | None = None
     skipped: bool = False
 
 
@@ -60,7 +62,7 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
             - ``"all"``: every convolution;
             - an exact qualified name, or a glob (``"layer1.*.conv1"``; ``*`` crosses dots);
             - ``"re:..."``: a regular expression that matches the whole name;
-            - ``"stem"``, ``"neck"``, ``"head"``: see :data:`PRESETS`;
+            - ``"stem"``, ``"neck"``, ``"head"``: see :data:`coordconv_patch.sites.presets.PRESETS`;
             - a module type, or a callable that takes a :class:`Site` and returns a bool;
             - a name, glob or regular expression and ``@`` and numbers, ``"head.conv@0,3"``:
               of its calls, counted from 0 in order of execution, those alone. Needs sites
@@ -78,33 +80,45 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
     selectors = list(where) if isinstance(where, (list, tuple)) else [where]
     if not selectors:
         raise SelectionError("where=[] selects nothing; write 'first', 'all' or names of sites")
-    found: dict[str, Choice] = {}
+    choices: dict[str, Choice] = {}
     skipped: set[str] = set()
     for selector in selectors:
-        plain, calls = _split_calls(site_map, selector)
+        plain, indices = _split_indices(site_map, selector)
         matched = _match(site_map, plain)
         usable = [site for site in matched if not site.obstacle and not site.patched]
         insists = isinstance(plain, str) and (
-            plain == "first" or any(plain in _names(site) for site in matched)
+            plain == "first" or any(plain in site.names for site in matched)
         )
         if not usable or (insists and len(usable) < len(matched)):
-            raise SelectionError(_unusable(selector, matched))
+            raise SelectionError(unusable(_show(selector), matched))
         skipped |= {site.name for site in matched if site.obstacle}
         for site in usable:
-            if calls is not None:
-                _check_calls(site, calls, selector)
+            calls = None if indices is None else choose_calls(site, indices, _show(selector))
             choice = Choice(site, True, f"matches {_show(selector)}", calls)
-            found[site.name] = _union(found[site.name], choice) if site.name in found else choice
+            choices[site.name] = _union(choices.get(site.name), choice)
     return tuple(
-        found.get(site.name) or not_chosen(site, skipped=site.name in skipped)
+        choices.get(site.name) or not_chosen(site, skipped=site.name in skipped)
         for site in site_map.sites
     )
 
 
-def _union(first: Choice, second: Choice) -> Choice:
-    if first.calls is None or second.calls is None:
-        return first if first.calls is None else second
-    calls = tuple(sorted({*first.calls, *second.calls}))
+def _split_indices(site_map: SiteMap, selector: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """A selector, and which calls it chooses; a name of a site that ends in ``@0`` is a name."""
+    if not isinstance(selector, str) or any(selector in site.names for site in site_map.sites):
+        return selector, None
+    return split_indices(selector)
+
+
+def _union(first: Choice | None, second: Choice) -> Choice:
+    """What two selectors choose of one site."""
+    if first is None:
+        return second
+    if first.chosen_calls is None:
+        return first
+    if second.chosen_calls is None:
+        return second
+    indices = {*first.chosen_calls.indices, *second.chosen_calls.indices}
+    calls = replace(first.chosen_calls, indices=tuple(sorted(indices)))
     return Choice(first.site, True, f"{first.reason}, {second.reason}", calls)
 
 
@@ -115,95 +129,16 @@ def not_chosen(site: Site, *, skipped: bool = False) -> Choice:
     return Choice(site, False, site.obstacle or "not selected", skipped=skipped)
 
 
-_CALLS = re.compile(r"(?P<sites>.+)@(?P<calls>\d+(?:\s*,\s*\d+)*)", re.DOTALL)
-
-
-def _split_calls(site_map: SiteMap, selector: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """``"conv@0,3"`` as ``"conv"`` and (0, 3); other selectors as they are."""
-    split = _CALLS.fullmatch(selector) if isinstance(selector, str) else None
-    if split is None or any(selector in _names(site) for site in site_map.sites):
-        return selector, None
-    return split["sites"], tuple(sorted({int(number) for number in split["calls"].split(",")}))
-
-
-def _default_output_size(geometry: ConvGeometry, input_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Output size of a transposed convolution that is asked for none."""
-    padding = geometry.padding
-    assert not isinstance(padding, str)
-    return tuple(
-        (length - 1) * stride - 2 * pad + dilation * (kernel - 1) + extra + 1
-        for length, stride, pad, dilation, kernel, extra in zip(
-            input_size,
-            geometry.stride,
-            padding,
-            geometry.dilation,
-            geometry.kernel_size,
-            geometry.output_padding,
-            strict=True,
-        )
-    )
-
-
-def _check_calls(site: Site, calls: tuple[int, ...], selector: object) -> None:
-    if site.calls is None:
-        raise SelectionError(
-            f"where={_show(selector)}: the calls of {site.name} are not known: pass "
-            "example_inputs=..., on which they are counted"
-        )
-    beyond = [index for index in calls if index >= len(site.calls)]
-    if beyond:
-        sizes = [
-            f"@{index} at " + "\u00d7".join(map(str, call.input_size))
-            for index, call in enumerate(site.calls)
-        ]
-        raise SelectionError(
-            f"where={_show(selector)}: {site.name} has no call {beyond[0]}; on the example inputs "
-            f"it is called {len(site.calls)} times: {listing(sizes, 8)}"
-        )
-    if site.geometry is not None and site.geometry.transposed:
-        for index in calls:
-            if site.calls[index].output_size != _default_output_size(
-                site.geometry, site.calls[index].input_size
-            ):
-                raise SelectionError(
-                    f"where={_show(selector)}: call {index} of {site.name} asks for an output_size "
-                    "of its own, which chosen calls do not follow: choose all calls"
-                )
-    if site.owned is not None:
-        if not _is_in_one_run(site):
-            raise SelectionError(
-                f"where={_show(selector)}: the {len(site.calls)} calls of {site.name} happen in "
-                f"several runs of {site.owned.owner or 'the model'}, which cannot be told apart: "
-                "choose all calls"
-            )
-    elif site.kind == "function":
-        if len(site.nodes) != len(site.calls):
-            raise SelectionError(
-                f"where={_show(selector)}: {site.name} is called at {len(site.nodes)} places of a "
-                f"graph that runs several times ({len(site.calls)} calls in all), whose runs "
-                "cannot be told apart: choose all calls"
-            )
-    elif site.caller is None:
-        raise SelectionError(
-            f"where={_show(selector)}: the calls of {site.name} cannot be counted, because only "
-            "GraphModules call it, which lose their hooks when they are copied: choose all calls, "
-            "or patch the model before it is traced"
-        )
-
-
-def _is_in_one_run(site: Site) -> bool:
-    """Whether all calls of a functional site happen in one forward of the module that calls."""
-    owner = site.owned.owner if site.owned is not None else ""
-    caller = site.caller
-    return caller is not None and (not owner or f"{caller}.".startswith(f"{owner}."))
-
-
 def _match(site_map: SiteMap, selector: object) -> list[Site]:
     """The sites that one selector describes; never empty."""
     sites = site_map.sites
     if isinstance(selector, type):
-        found = [site for site in sites if isinstance(site.module, selector)]
-        return found or _nothing(
+        of_type: list[Site] = [
+            site
+            for site in sites
+            if isinstance(site, ModuleSite) and isinstance(site.module, selector)
+        ]
+        return of_type or _nothing(
             selector, f"its convolutions are of {listing({s.class_name for s in sites})}"
         )
     if callable(selector) and not isinstance(selector, nn.Module):
@@ -218,19 +153,17 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
     if selector == "all":
         return list(sites)
     if selector == "first":
-        return [_first(site_map)]
+        return first_site(site_map)
     if selector.startswith("re:"):
         return _match_regex(sites, selector)
-    exact = [site for site in sites if selector in _names(site)]
+    exact = [site for site in sites if selector in site.names]
     if exact:
         return exact
     if selector in PRESETS:
         return PRESETS[selector](site_map) or _nothing(
             selector, f"this model's sites are {listing(site.name for site in sites)}"
         )
-    globbed = [
-        site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in _names(site))
-    ]
+    globbed = [site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in site.names)]
     return globbed or _nothing(selector, _close_names(sites, selector))
 
 
@@ -249,98 +182,19 @@ def _match_regex(sites: Sequence[Site], selector: str) -> list[Site]:
         pattern = re.compile(selector.removeprefix("re:"))
     except re.error as error:
         raise SelectionError(f"where={selector!r} is no regular expression: {error}") from error
-    found = [site for site in sites if any(pattern.fullmatch(name) for name in _names(site))]
-    return found or _nothing(
+    matched = [site for site in sites if any(map(pattern.fullmatch, site.names))]
+    return matched or _nothing(
         selector,
         f"it must match the whole name; {_close_names(sites, selector.removeprefix('re:'))}",
     )
-
-
-def _names(site: Site) -> tuple[str, ...]:
-    return (site.name, *site.aliases)
-
-
-def _first(site_map: SiteMap) -> Site:
-    if all(site.obstacle for site in site_map.sites):
-        raise SelectionError(_unusable("first", site_map.sites))
-    if not site_map.order_known:
-        raise SelectionError(
-            "cannot tell which convolution runs first: the model cannot be traced whole "
-            f"({site_map.untraced}). Pass example_inputs=..., or name the site; the first "
-            f"registered one is {site_map.sites[0].name!r}"
-        )
-    if site_map.sites[0].order is None:
-        raise SelectionError("no convolution is executed in the forward pass")
-    return site_map.sites[0]
-
-
-def _neck(site_map: SiteMap) -> list[Site]:
-    return [
-        site
-        for site in site_map.sites
-        if _in_module_named(site.name, _NECK) and set(site.kernel_size) == {1}
-    ]
-
-
-def _head(site_map: SiteMap) -> list[Site]:
-    firsts: dict[str, Site] = {}
-    for site in site_map.sites:
-        tower = _in_module_named(site.name, _HEAD)
-        if tower:
-            firsts.setdefault(tower, site)
-    return list(firsts.values())
-
-
-_NECK = re.compile(r"(fpn|neck|pan|bifpn|\w+_(fpn|neck)|(fpn|neck)_\w+)", re.IGNORECASE)
-_HEAD = re.compile(r"(heads?|decode_head|detect|\w+_head|head_\w+)", re.IGNORECASE)
-
-
-def _in_module_named(name: str, pattern: re.Pattern[str]) -> str:
-    """The name up to its innermost module that matches, ``""`` if none does."""
-    parts = name.split(".")[:-1]
-    for end in range(len(parts), 0, -1):
-        if pattern.fullmatch(parts[end - 1]):
-            return ".".join(parts[:end])
-    return ""
-
-
-PRESETS: dict[str, Callable[[SiteMap], list[Site]]] = {
-    "stem": lambda site_map: [_first(site_map)],
-    "neck": _neck,
-    "head": _head,
-}
-"""Named choices that the literature backs.
-
-- ``"stem"``: the first executed convolution, where the paper puts coordinates for
-  ImageNet and detection.
-- ``"neck"``: every 1x1 convolution of a module called fpn, neck, pan, ... (PP-YOLO,
-  https://arxiv.org/abs/2007.12099).
-- ``"head"``: the first convolution of each detection or segmentation head (PP-YOLO;
-  SOLO, https://arxiv.org/abs/1912.04488).
-"""
 
 
 def _nothing(selector: object, hint: str) -> list[Site]:
     raise SelectionError(f"where={_show(selector)} matches no convolution of this model; {hint}")
 
 
-def _unusable(selector: object, matched: Sequence[Site]) -> str:
-    if all(site.patched for site in matched):
-        names = listing(site.name for site in matched)
-        return (
-            f"where={_show(selector)}: already patched: {names}. Choose other sites, or unpatch "
-            "the model first"
-        )
-    lines = [
-        f"  {site.name or 'the model'}: {'already patched' if site.patched else site.obstacle}"
-        for site in matched
-        if site.patched or site.obstacle
-    ]
-    return f"where={_show(selector)} cannot be patched:\n" + "\n".join(lines)
-
-
 def _close_names(sites: Sequence[Site], text: str) -> str:
-    names = [name for site in sites for name in _names(site)]
+    names = [name for site in sites for name in site.names]
     plain = text.replace("*", "").replace("?", "").strip(".")
     close = difflib.get_close_matches(plain, [*names, *PRESETS, "first", "all"], n=3, cutoff=0.5)
     close += [name for name in names if plain and plain in name and name not in close]

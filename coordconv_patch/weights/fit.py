@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coordconv_patch.errors import WeightsError, excerpt, listing
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.running.wrappers import clean_name
-from coordconv_patch.sites.find import Site
+from coordconv_patch.sites.site import GraphFunctionSite, ModuleSite, Site
 from coordconv_patch.weights.coords_file import CoordsFile
 
 __all__ = ["check_norms", "check_sites"]
@@ -82,10 +82,10 @@ def _check_chosen_calls(
         )
     if wanted is None:
         return
-    calls = _calls_in_graph(site)
-    if calls is not None and calls != wanted.total:
+    in_graph = _number_of_calls_in_graph(site)
+    if in_graph is not None and in_graph != wanted.total:
         raise WeightsError(
-            f"{name}: the file has coordinates at {wanted}, this model's graph has {calls} calls"
+            f"{name}: the file has coordinates at {wanted}, this model's graph has {in_graph} calls"
         )
     if layer is None and wanted.caller not in dict(model.named_modules()):
         raise WeightsError(
@@ -94,11 +94,11 @@ def _check_chosen_calls(
         )
 
 
-def _calls_in_graph(site: Site) -> int | None:
+def _number_of_calls_in_graph(site: Site) -> int | None:
     """How often a site is called, as far as its graph tells."""
-    if site.nodes:
+    if isinstance(site, GraphFunctionSite):
         return len(site.nodes)
-    if site.region is None or site.module is None:
+    if site.region is None or not isinstance(site, ModuleSite):
         return None
     modules = dict(site.region.module.named_modules(remove_duplicate=False))
     nodes = site.region.graph.find_nodes(op="call_module", sort=False)

@@ -16,7 +16,7 @@ from coordconv_patch.errors import WeightsError, excerpt
 from coordconv_patch.owners.call_owners import geometry_of_calls, owned_calls, owner_obstacle
 from coordconv_patch.owners.owned_calls import OwnedCalls
 from coordconv_patch.running.wrappers import clean_name
-from coordconv_patch.sites.find import Site, SiteMap
+from coordconv_patch.sites.site import OwnedFunctionSite, SiteMap
 from coordconv_patch.weights.coords_file import CoordsFile
 from coordconv_patch.weights.header import SiteRecord
 
@@ -50,7 +50,7 @@ def with_recorded_functions(site_map: SiteMap, file: CoordsFile, model: nn.Modul
 
 def _recorded_site(
     file: CoordsFile, name: str, record: SiteRecord, function: OwnedCalls, model: nn.Module
-) -> Site:
+) -> OwnedFunctionSite:
     try:
         owner = model.get_submodule(function.owner)
         weight = next(model.parameters(), torch.empty(0))
@@ -62,9 +62,8 @@ def _recorded_site(
             f"{excerpt(function.owner or 'the model')} calls, which this model does not have: "
             f"{error}"
         ) from error
-    return Site(
+    return OwnedFunctionSite(
         name=name,
-        kind="function",
         class_name=function.function,
         geometry=record.geometry,
         padding=function.padding.rule,

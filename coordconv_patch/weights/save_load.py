@@ -32,7 +32,8 @@ from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import unchanged_on_failure, values_restored_on_failure
 from coordconv_patch.running.untouched import LOOK, copied
 from coordconv_patch.running.wrappers import check_not_wrapped, clean_name, unwrapped
-from coordconv_patch.sites.find import Site, SiteMap, find_sites
+from coordconv_patch.sites.find import find_sites
+from coordconv_patch.sites.site import Site, SiteMap
 from coordconv_patch.training import coord_parameters, coord_parameters_of
 from coordconv_patch.weights.coords_file import COORD_SUFFIX, CoordsFile, read_coords_file
 from coordconv_patch.weights.fit import check_norms, check_sites
@@ -193,9 +194,7 @@ def _with_chosen_calls(plan: Plan, file: CoordsFile) -> Plan:
     return dataclasses.replace(
         plan,
         rows=tuple(
-            dataclasses.replace(row, calls=records[clean_name(row.site.name)].chosen_calls)
-            if row.chosen
-            else row
+            row.of_calls(records[clean_name(row.site.name)].chosen_calls) if row.chosen else row
             for row in plan.rows
         ),
     )

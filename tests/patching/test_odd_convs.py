@@ -207,7 +207,7 @@ def test_plan_shows_the_chosen_calls_and_counts_them_alone(x: Tensor) -> None:
     plan = ccp.plan(pyramid(), ["stem", "head.*@1"], example_inputs=x)
     rows = {row.site.name: row for row in plan.rows}
     assert rows["head.conv"].multiply_adds == 2 * 4 * 9 * 6 * 8
-    assert rows["head.conv"].calls.caller == "head"
+    assert rows["head.conv"].choice.chosen_calls.caller == "head"
     assert "matches 'head.*@1'; call 1 of 3" in str(plan)
     chosen = {site["name"]: site["chosen_calls"] for site in plan.to_dict()["sites"]}
     assert chosen == {"stem": None, "head.conv": [1], "head.out": [1]}
@@ -216,9 +216,9 @@ def test_plan_shows_the_chosen_calls_and_counts_them_alone(x: Tensor) -> None:
 def test_selectors_of_one_site_add_up(x: Tensor) -> None:
     plan = ccp.plan(pyramid(), ["head.conv@2", "head.c*@0"], example_inputs=x)
     (row,) = [row for row in plan.rows if row.chosen]
-    assert row.calls.indices == (0, 2)
+    assert row.choice.chosen_calls.indices == (0, 2)
     plan = ccp.plan(pyramid(), ["head.conv@2", "head.conv"], example_inputs=x)
-    assert [row.calls for row in plan.rows if row.chosen] == [None]
+    assert [row.choice.chosen_calls for row in plan.rows if row.chosen] == [None]
 
 
 @pytest.mark.parametrize(

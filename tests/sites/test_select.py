@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import SelectionError
-from coordconv_patch.sites.find import Site, find_sites
+from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import select
+from coordconv_patch.sites.site import Site
 
 
 def _name(value: object) -> str:

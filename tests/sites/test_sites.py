@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError, SelectionError
 from coordconv_patch.layers.geometry import Call
-from coordconv_patch.sites.find import Site, find_sites
+from coordconv_patch.sites.find import find_sites
+from coordconv_patch.sites.site import Site
 
 
 class Functional(nn.Module):
@@ -213,15 +214,45 @@ def test_convolution_outside_every_region_is_a_site(x: Tensor) -> None:
     assert (site.name, site.region) == ("part0", None)
 
 
-def test_a_call_on_the_example_inputs_makes_a_region_where_tracing_fails(x: Tensor) -> None:
-    model = Untraceable(nn.Conv2d(3, 3, 1))
-    (site,) = find_sites(model, x).sites
-    assert site.order == 0
-    assert site.region is not None
-    assert (site.region.name, site.region.of_one_call) == ("", True)
-    assert [node.target for node in site.region.graph.nodes if node.op == "call_module"] == [
-        "part0"
-    ]
+class Counted(Untraceable):
+    """Counts its forward passes on tensors."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).runs += type(x) is Tensor  # and not a proxy
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "part", [nn.Conv2d(3, 4, 1), Functional(), Untraceable(nn.Conv2d(3, 4, 1))]
+)
+def test_a_model_that_cannot_be_traced_is_run_once(part: nn.Module, x: Tensor) -> None:
+    Counted.runs = 0
+    (site,) = find_sites(Counted(part), x).sites
+    assert (site.order, site.calls) == (0, (Call((8, 10), (8, 10)),))
+    assert Counted.runs == 1
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_graph_with_functional_convolutions_is_run_once(exported: bool, x: Tensor) -> None:
+    model = nn.Sequential(Functional(), nn.Conv2d(3, 4, 1), nn.Softsign())
+    graph: Any = torch.export.export(model, (x,)).module() if exported else fx.symbolic_trace(model)
+    runs = 0
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal runs
+            runs += func in (F.softsign, torch.ops.aten.abs.default)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        sites = find_sites(graph, x).sites
+    assert [site.calls for site in sites] == [(Call((8, 10), (8, 10)),)] * 2
+    assert runs == 1
+    assert "forward" not in vars(graph)
 
 
 def test_functional_convolution_in_a_region_is_a_site(x: Tensor) -> None:

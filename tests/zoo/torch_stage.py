@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_map_only
 
 import coordconv_patch as ccp
 from coordconv_patch.owners.call_owners import CallOwner
-from coordconv_patch.sites.find import SiteMap, find_sites
+from coordconv_patch.sites.find import find_sites
+from coordconv_patch.sites.site import SiteMap
 from zoo.concatenating import concatenate_coordinates_
 from zoo.entry import Entry
 from zoo.running import (

@@ -1,0 +1,62 @@
+"""The convolution modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.call_hooks import chosen_calls_of
+from coordconv_patch.layers.conversion import check_convertible
+from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.geometry import DECLARED, ConvGeometry, Padding
+from coordconv_patch.sites.obstacles import (
+    adapter_obstacle,
+    foreign_convolutions,
+    quantization_obstacle,
+)
+from coordconv_patch.sites.regions import Regions, names_by_module
+from coordconv_patch.sites.site import ForeignSite, ModuleSite
+
+__all__ = ["foreign_sites", "module_sites"]
+
+
+def module_sites(model: nn.Module, regions: Regions) -> Iterator[ModuleSite]:
+    """The convolution modules of torch.nn and its subclasses, in order of registration."""
+    for module, (name, *aliases) in names_by_module(model).items():
+        if not isinstance(module, _ConvNd):
+            continue
+        patched = isinstance(module, CoordConvNd) or chosen_calls_of(module) is not None
+        lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
+        obstacle = quantization_obstacle(module) or adapter_obstacle(model, name)
+        padding = DECLARED
+        if patched:
+            padding = getattr(module, "coord_padding", DECLARED)
+        elif not obstacle:
+            padding, obstacle = _padding_or_obstacle(module)
+        yield ModuleSite(
+            name=name,
+            class_name=type(module).__name__,
+            geometry=None if lazy else ConvGeometry.of(module),
+            padding=padding,
+            obstacle=obstacle,
+            patched=patched,
+            module=module,
+            aliases=tuple(aliases),
+            region=regions.around(name),
+        )
+
+
+def _padding_or_obstacle(module: _ConvNd) -> tuple[Padding, str]:
+    try:
+        return check_convertible(module), ""
+    except PatchError as error:
+        return DECLARED, str(error)
+
+
+def foreign_sites(model: nn.Module) -> Iterator[ForeignSite]:
+    """Convolutions that are not torch.nn modules: TorchScript's and quantized ones."""
+    for name, class_name, obstacle in foreign_convolutions(model):
+        yield ForeignSite(name=name, class_name=class_name, geometry=None, obstacle=obstacle)

@@ -1,0 +1,51 @@
+"""The order in which a model runs its convolutions, as far as its graphs tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from coordconv_patch.graphs.functional import join_names
+from coordconv_patch.sites.regions import Regions, may_hold_sites, names_by_module
+from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
+
+__all__ = ["execution_order"]
+
+
+def execution_order(
+    model: nn.Module,
+    regions: Regions,
+    functions: Iterable[GraphFunctionSite | OwnedFunctionSite],
+) -> list[str] | None:
+    """Names of the sites in the order in which a model runs them; ``None`` if it is unknown.
+
+    Args:
+        model: The model.
+        regions: Its traced regions.
+        functions: The functional sites in them.
+    """
+    first_names = {module: names[0] for module, names in names_by_module(model).items()}
+    by_node = {node: site.name for site in functions for node in site.nodes}
+
+    def order_in(name: str, module: nn.Module) -> list[str] | None:
+        if isinstance(module, _ConvNd):
+            return [first_names[module]]
+        if name not in regions.by_name:
+            return None
+        order: list[str] = []
+        for node in regions.by_name[name].graph.nodes:
+            if node in by_node:
+                order.append(by_node[node])
+            elif node.op == "call_module":
+                target = join_names(name, node.target)
+                leaf = model.get_submodule(target)
+                if isinstance(leaf, _ConvNd) or may_hold_sites(leaf):
+                    inner = order_in(target, leaf)
+                    if inner is None:
+                        return None
+                    order += inner
+        return order
+
+    return order_in("", model)

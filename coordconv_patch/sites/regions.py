@@ -1,0 +1,127 @@
+"""The parts of a model that torch.fx can trace.
+
+The model is traced whole; where that fails its children are traced, and so on, so that a
+region is a maximal traceable submodule. A leaf of a trace that may hold convolutions, such as a
+GraphModule, is a region of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+from tqdm.auto import tqdm
+
+from coordconv_patch.errors import first_line
+from coordconv_patch.graphs.functional import join_names
+from coordconv_patch.graphs.tracing import trace
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.running.tracing_gate import TracingBusyError
+
+__all__ = ["Region", "Regions", "may_hold_sites", "names_by_module", "trace_regions"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A maximal submodule that torch.fx can trace.
+
+    Attributes:
+        name: Qualified name of the submodule, ``""`` for the whole model.
+        module: The submodule itself.
+        graph: Its graph, with convolution modules as leaves.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False, compare=False)
+    graph: fx.Graph = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The traced regions of a model.
+
+    Attributes:
+        by_name: The regions by the names of their submodules, outer ones first.
+        untraced: Why the whole model could not be traced; empty if it could.
+    """
+
+    by_name: Mapping[str, Region]
+    untraced: str
+
+    def around(self, name: str) -> Region | None:
+        """The innermost region that a module lies in, itself not counted; ``None`` if in none."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self.by_name:
+                return self.by_name[name]
+        return None
+
+
+def trace_regions(model: nn.Module) -> Regions:
+    """Trace a model by regions. The model is not changed.
+
+    Raises:
+        TracingBusyError: If another thread does not stop tracing.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        return Regions({}, "it is a TorchScript module")
+    names = names_by_module(model)
+    regions: dict[str, Region] = {}
+    failures: dict[str, str] = {}
+    waiting = [("", model)]
+    with tqdm(desc="tracing", unit=" modules", delay=1.0, disable=None, leave=False) as progress:
+        while waiting:
+            name, module = waiting.pop(0)
+            if name in regions or name in failures or isinstance(module, _ConvNd):
+                continue
+            progress.update()
+            try:
+                regions[name] = Region(name, module, trace(module))
+            except TracingBusyError:
+                raise
+            except Exception as error:
+                failures[name] = first_line(error)
+                inner = _children(name, module, names)
+            else:
+                inner = _leaves(model, regions[name])
+            waiting[:0] = [(part, module) for part, module in inner if may_hold_sites(module)]
+    return Regions(regions, failures.get("", ""))
+
+
+def _children(
+    name: str, module: nn.Module, names: Mapping[nn.Module, list[str]]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module, where they are registered first."""
+    for child_name, child in module.named_children():
+        full_name = join_names(name, child_name)
+        if names[child][0] == full_name:
+            yield full_name, child
+
+
+def _leaves(model: nn.Module, region: Region) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a region's graph calls."""
+    for node in region.graph.find_nodes(op="call_module"):
+        name = join_names(region.name, node.target)
+        yield name, model.get_submodule(name)
+
+
+def may_hold_sites(module: nn.Module) -> bool:
+    """Whether tracing into a module can bring sites: torch.nn's own layers hold none."""
+    if isinstance(module, (_ConvNd, CoordBranch, torch.jit.ScriptModule)):
+        return False
+    return any(
+        isinstance(inner, _ConvNd)
+        or not type(inner).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
+        for inner in module.modules()
+    )
+
+
+def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names that each module of a model is registered under, in order of registration."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
