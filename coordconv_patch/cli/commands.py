@@ -25,8 +25,9 @@ from coordconv_patch.errors import (
     PatchError,
     first_line,
 )
+from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.export.opset import check_exporter, check_opset
+from coordconv_patch.export.opset import check_opset
 from coordconv_patch.files.atomic import obstacle_to_writing, replacing
 from coordconv_patch.layers.coordconv import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
