@@ -95,7 +95,7 @@ def _weights_behind(clipped: ir.Value) -> list[ir.Value]:
     weights = []
     for user, position in clipped.uses():
         if user.op_type != "Conv" or position != 0:
-            raise RefusedError(f"{user.name} reads it, which is not a convolution of it")
+            raise RefusedError(f"{user.name} reads it, not as the input of a convolution")
         weight = user.inputs[1]
         if weight is None or not is_own_weight(weight):
             raise RefusedError(f"the weight of {user.name} is not a float32 initializer of its own")

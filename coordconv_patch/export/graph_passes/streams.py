@@ -160,7 +160,7 @@ def _check_reader(reader: Site, first: Site) -> None:
     if reader.channels is not first.channels:
         raise RefusedError(f"{name} reads it with other coordinates")
     if not _is_pointwise(reader.conv):
-        raise RefusedError(f"{name} reads it, which is not a plain 1x1 convolution")
+        raise RefusedError(f"{name} reads it, and is not a plain 1x1 convolution")
     if reader.total.is_graph_output():
         raise RefusedError(f"the sum behind {name} is an output of the graph")
 
@@ -168,7 +168,7 @@ def _check_reader(reader: Site, first: Site) -> None:
 def _other_term(node: ir.Node, value: ir.Value, sites: Sites) -> Site:
     """The site whose output a residual sum adds to a value, and nothing else reads."""
     if not is_addition(node):
-        raise RefusedError(f"{node.name} reads it, which is not a 1x1 convolution with coordinates")
+        raise RefusedError(f"{node.name} reads it, and is not a 1x1 convolution with coordinates")
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
     assert other is not None
     site = sites.with_total(other)
