@@ -172,12 +172,12 @@ def export_onnx(
 
 
 def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:
-    found: dict[Window, tuple[str, ...]] = {}
+    sites: dict[Window, tuple[str, ...]] = {}
     for name, layer in coord_layers(model).items():
         window = layer.coords.window
         if window is not None:
-            found[window] = (*found.get(window, ()), name)
-    return found
+            sites[window] = (*sites.get(window, ()), name)
+    return sites
 
 
 def _notes_on(

@@ -74,13 +74,13 @@ _KEEP_BLOCKS = frozenset(
 
 def _values_in_blocks(graph: ir.Graph, independent: set[ir.Value]) -> set[ir.Value]:
     """The activations that ONNX Runtime's CPU provider keeps in blocks of channels."""
-    found: set[ir.Value] = set()
+    in_blocks: set[ir.Value] = set()
     for node in graph:
         inputs = [value for value in node.inputs if value is not None and value not in independent]
-        keeps = node.op_type in _KEEP_BLOCKS and inputs and all(v in found for v in inputs)
+        keeps = node.op_type in _KEEP_BLOCKS and inputs and all(v in in_blocks for v in inputs)
         if node.op_type in _MAKE_BLOCKS or keeps:
-            found.update(node.outputs)
-    return found
+            in_blocks.update(node.outputs)
+    return in_blocks
 
 
 def _continues(value: ir.Value) -> bool:

@@ -118,7 +118,7 @@ class Recipes:
         ]
         *others, last = zip(*bands, strict=True)
         columns = self._lines(f"{name}_axis_{len(others)}", last)
-        found = []
+        products = []
         for number, band in enumerate(names):
             rows = [
                 self._lines(f"{band}_axis_{axis}", [factors[number]])[0]
@@ -129,8 +129,8 @@ class Recipes:
             wanted = np.array((first, 1, *sizes, images * width), dtype=np.int64)
             shape = self._coordinates(f"{band}_shape", wanted)
             product = self._multiplied([*rows, columns[number]])
-            found.append(self._node("Reshape", [product, shape]))
-        return found
+            products.append(self._node("Reshape", [product, shape]))
+        return products
 
     def _lines(self, name: str, factors: Sequence[np.ndarray]) -> list[ir.Value]:
         """Factors whose next to last axis counts images; every line that they have is stored once.
