@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.export.axes import ExportRequest
-from coordconv_patch.export.exporters import write_graph
+from coordconv_patch.export.exporters import export_graph
+from coordconv_patch.export.model_file import write_model
 from coordconv_patch.runtime.providers import CPU
 
 __all__ = ["write_plainly", "write_verified"]
@@ -36,4 +37,4 @@ def write_plainly(model: nn.Module, example: Tensor, path: Path) -> None:
     """
     # A copy: an export leaves tensors without values in models that keep some (ultralytics').
     model = copy.deepcopy(model)
-    write_graph(ExportRequest(model, example, True, False, None, None, None), path, "auto")
+    write_model(export_graph(model, ExportRequest(example), "auto").model, path)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from coordconv_patch.export.axes import ExportRequest
-from coordconv_patch.export.exporters import evaluation_copy, write_graph
+from coordconv_patch.export.exporters import evaluation_copy, export_graph
+from coordconv_patch.export.model_file import write_model
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS
@@ -56,7 +57,7 @@ def export_naive(
         tolerance: Largest difference allowed, relative to the largest output.
 
     Returns:
-        Bytes of the file.
+        Bytes of the file, with the weights beside it if there are such.
 
     Raises:
         ExportError: If a patched convolution has no such form (functional ones have none),
@@ -67,10 +68,10 @@ def export_naive(
     _widen_(widened)
     lower_(widened, inputs, lambda site: "channels")
     run_torch(widened, inputs)  # fills the buffers
-    request = ExportRequest(widened, inputs, dynamic_batch, False, None, None, None)
-    write_graph(request, Path(path), "auto")
+    exported = export_graph(widened, ExportRequest(inputs, dynamic_batch), "auto")
+    files = write_model(exported.model, Path(path))
     verify_onnx(path, model, inputs, providers=providers, tolerance=tolerance)
-    return Path(path).stat().st_size
+    return sum(file.stat().st_size for file in files)
 
 
 class _Concatenating(nn.Module):

@@ -44,8 +44,9 @@ from coordconv_patch.errors import (
     ExportError,
     PatchError,
 )
+from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.export.opset import check_exporter, check_opset
+from coordconv_patch.export.opset import check_opset
 from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates

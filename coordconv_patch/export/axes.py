@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
+import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -32,22 +32,25 @@ _SIZE_STEP = 32
 """Other sizes to check a dynamic graph at differ by multiples of this: strides rarely exceed it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportRequest:
-    """The arguments of one export, checked."""
+    """The arguments of one export but the model, checked.
 
-    model: nn.Module
+    Attributes:
+        axes: The names of the dynamic axes of each input tensor, in pytree order.
+    """
+
     example_inputs: Any
-    dynamic_batch: bool
-    dynamic_size: bool
-    opset: int | None
-    input_names: Sequence[str] | None
-    output_names: Sequence[str] | None
-    axes: list[dict[int, str]] = field(init=False)
-    """Dynamic axes of each input tensor, in pytree order."""
+    dynamic_batch: bool = True
+    dynamic_size: bool = False
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    axes: tuple[dict[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.axes = dynamic_axes(self.example_inputs, self.dynamic_batch, self.dynamic_size)
+        axes = dynamic_axes(self.example_inputs, self.dynamic_batch, self.dynamic_size)
+        object.__setattr__(self, "axes", tuple(axes))
 
     @property
     def is_dynamic(self) -> bool:
@@ -94,25 +97,24 @@ def batch_size(tensors: Sequence[Tensor]) -> int:
     return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
 
 
-def check_axes(request: ExportRequest, proto: onnx.ModelProto) -> dict[str, dict[int, str]]:
+def check_axes(request: ExportRequest, model: onnx_ir.Model) -> dict[str, dict[int, str]]:
     """The graph's dynamic axes; all that were asked for must be among them."""
-    found: dict[str, dict[int, str]] = {}
-    initializers = {initializer.name for initializer in proto.graph.initializer}
-    values = [value for value in proto.graph.input if value.name not in initializers]
+    dynamic: dict[str, dict[int, str]] = {}
+    values = [value for value in model.graph.inputs if not value.is_initializer()]
     for value, wanted in zip(values, request.axes, strict=False):
-        dims = value.type.tensor_type.shape.dim
-        found[value.name] = {
-            index: dim.dim_param or "?"
-            for index, dim in enumerate(dims)
-            if not dim.HasField("dim_value")
+        axes = {
+            index: dim.value or "?"
+            for index, dim in enumerate(value.shape or ())
+            if isinstance(dim, onnx_ir.SymbolicDim)
         }
-        fixed = [name for index, name in wanted.items() if index not in found[value.name]]
+        fixed = [name for index, name in wanted.items() if index not in axes]
         if fixed:
             raise ExportError(
                 f"the {' and '.join(fixed)} of input {value.name!r} came out fixed, although asked "
                 f"to be dynamic: the model's code depends on it. {_static_hint(fixed)}"
             )
-    return {name: axes for name, axes in found.items() if axes}
+        dynamic[str(value.name)] = axes
+    return {name: axes for name, axes in dynamic.items() if axes}
 
 
 def _static_hint(names: Sequence[str]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 
 from coordconv_patch.errors import ArgumentError, ExportError
 
-__all__ = ["check_exporter", "check_opset", "opset_of", "require_opset"]
+__all__ = ["check_opset", "opset_of", "require_opset"]
 
 _OLDEST = 7
 """ONNX Runtime promises to read operator sets from this one on."""
@@ -17,15 +17,7 @@ _OLDEST = 7
 _NEWEST_OF_TORCHSCRIPT = 23
 """The TorchScript exporter of torch 2.14 refuses newer ones; the other one writes what it can."""
 
-
-def check_exporter(exporter: Any) -> None:
-    """Check the name of an exporter.
-
-    Raises:
-        ArgumentError: If there is no such exporter.
-    """
-    if exporter not in ("auto", "dynamo", "torchscript"):
-        raise ArgumentError(f"exporter={exporter!r}: write 'auto', 'dynamo' or 'torchscript'")
+_OWN_DOMAIN = ("", "ai.onnx")
 
 
 def check_opset(opset: Any, exporter: str) -> None:
@@ -47,15 +39,13 @@ def check_opset(opset: Any, exporter: str) -> None:
         )
 
 
-def opset_of(model: onnx.ModelProto | Path) -> int:
-    """The operator set of ONNX's own domain that a graph, or a file, is written in."""
-    if isinstance(model, Path):
-        model = onnx.load(model, load_external_data=False)
-    return max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+def opset_of(model: onnx_ir.Model) -> int:
+    """The operator set of ONNX's own domain that a graph is written in."""
+    return max(version for domain, version in model.opset_imports.items() if domain in _OWN_DOMAIN)
 
 
-def require_opset(model: onnx.ModelProto | Path, opset: int | None) -> None:
-    """Check that a graph, or a file, has the operator set that was asked for.
+def require_opset(model: onnx_ir.Model, opset: int | None) -> None:
+    """Check that a graph has the operator set that was asked for.
 
     torch.export's exporter writes graphs of operator set 18 or newer, and converts them down
     where it can; where it cannot, it writes what it has, and says nothing.
@@ -63,10 +53,10 @@ def require_opset(model: onnx.ModelProto | Path, opset: int | None) -> None:
     Raises:
         ExportError: If it has another.
     """
-    found = opset_of(model)
-    if opset is not None and found != opset:
+    written = opset_of(model)
+    if opset is not None and written != opset:
         raise ExportError(
             f"opset={opset} was asked for, but torch.export's exporter could only write "
-            f"operator set {found} for this model: pass opset={found} or None, or "
+            f"operator set {written} for this model: pass opset={written} or None, or "
             f"exporter='torchscript' ({_OLDEST} to {_NEWEST_OF_TORCHSCRIPT})"
         )

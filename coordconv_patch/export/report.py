@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from coordconv_patch.errors import listing
 from coordconv_patch.export.autotune import Trial
+from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.layers.window import Window
 from coordconv_patch.verification.check import Check
 
@@ -41,6 +43,8 @@ class ExportReport:
         trials: What ``lowering="autotune"`` timed, in order.
         windows: The windows whose coordinates are in the file, each with its site names: such a
             file is for that part of an image alone. Empty where inputs are whole images.
+        refusals: What could not be rewritten for the runtime, place by place, and why. The file
+            is right all the same, but may be slower or larger there.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class ExportReport:
     coordinate_nodes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     windows: dict[Window, tuple[str, ...]] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
 
     @property
     def worst_difference(self) -> float:
@@ -91,6 +96,8 @@ class ExportReport:
             table.add_row(f"  {check.inputs}", _outcome(check))
         for trial in self.trials:
             table.add_row(f"  {trial.group}, {trial.sites} sites", _result(trial))
+        for (rewrite, reason), places in _by_reason(self.refusals).items():
+            table.add_row("not rewritten", f"{rewrite} at {listing(places)}: {reason}")
         for note in self.notes:
             table.add_row("note", note)
         return table
@@ -100,6 +107,13 @@ class ExportReport:
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _by_reason(refusals: Iterable[Refusal]) -> dict[tuple[str, str], list[str]]:
+    places: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        places.setdefault((refusal.rewrite, refusal.reason), []).append(refusal.place)
+    return places
 
 
 def _result(trial: Trial) -> str:

@@ -10,12 +10,14 @@ import os
 import re
 import resource
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import timm
@@ -28,10 +30,12 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError
-from coordconv_patch.export import exporters as export_module
+from coordconv_patch.export import model_file
 from coordconv_patch.export import onnx as onnx_module
 from coordconv_patch.export.axes import ExportRequest
-from coordconv_patch.export.external_weights import gather_weights
+from coordconv_patch.export.exporters import EXPORTERS as TORCHS
+from coordconv_patch.export.exporters import Exporter, export_graph
+from coordconv_patch.export.model_file import write_model
 from coordconv_patch.layers.coord_layer import coord_layers
 
 CPU = ["CPUExecutionProvider"]
@@ -371,7 +375,7 @@ def test_a_model_that_fixes_its_batch_is_an_error_not_a_static_file(
 def test_an_axis_that_came_out_fixed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_export_torchscript", _export_without_axes)
+    replace_exporter(monkeypatch, "torchscript", _export_without_axes)
     for size, axis in ((False, "batch"), (True, "batch and height and width")):
         with pytest.raises(ExportError, match=f"the {axis} of input 'x' came out fixed"):
             ccp.export_onnx(
@@ -385,10 +389,21 @@ def test_an_axis_that_came_out_fixed_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def _export_without_axes(request: Any, path: Path) -> None:
-    torch.onnx.export(
-        request.model, (images(2),), str(path), dynamo=False, input_names=["x"], opset_version=17
-    )
+def _export_without_axes(model: nn.Module, request: ExportRequest) -> ir.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fixed.onnx"
+        torch.onnx.export(
+            model, (images(2),), str(path), dynamo=False, input_names=["x"], opset_version=17
+        )
+        return ir.load(path)
+
+
+def replace_exporter(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    export: Callable[[nn.Module, ExportRequest], ir.Model],
+) -> None:
+    monkeypatch.setitem(TORCHS, name, Exporter(TORCHS[name].title, export))
 
 
 class OneSize(nn.Module):
@@ -509,7 +524,7 @@ def test_the_windows_of_a_file_are_named(tmp_path: Path) -> None:
 def test_weights_too_large_for_the_file_lie_beside_it(
     lowering: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
     model, path = net(), tmp_path / "large.onnx"
     report = ccp.export_onnx(model, path, images(2), lowering=lowering, providers=CPU)
     (beside,) = set(tmp_path.iterdir()) - {path}
@@ -530,7 +545,7 @@ def weights_of(path: Path) -> set[str]:
 def test_a_large_file_is_replaced_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
     path, model = tmp_path / "large.onnx", net()
     ccp.export_onnx(model, path, images(2), providers=CPU)
     (first,) = weights_of(path)
@@ -561,7 +576,7 @@ def test_a_large_file_is_replaced_with_its_weights(
 def test_a_link_to_a_large_file_is_told_in_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_MAX_PROTOBUF_BYTES", 0)
+    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
     (tmp_path / "real").mkdir()
     link = tmp_path / "link.onnx"
     link.symlink_to("real/large.onnx")
@@ -588,12 +603,13 @@ def test_a_file_that_cannot_grow_is_an_error_with_the_path(exporter: Any, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_in_many_files_are_gathered_into_one(tmp_path: Path) -> None:
+def test_weights_in_many_files_are_gathered_into_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As TorchScript's exporter leaves them: a file for each tensor, with the tensor's name."""
     path, model = tmp_path / "in" / "many.onnx", net()
     path.parent.mkdir()
     ccp.export_onnx(model, path, images(2), providers=CPU)
-    assert gather_weights(path) is None  # they are in the graph's own file
     expected = run(path, images(3))[0]
     proto = onnx.load(path)
     onnx.save(
@@ -604,11 +620,14 @@ def test_weights_in_many_files_are_gathered_into_one(tmp_path: Path) -> None:
         size_threshold=0,
     )
     assert len(list(path.parent.iterdir())) > 5
-    part = gather_weights(path)
-    assert part is not None
-    assert weights_of(path) == {part.name}
-    assert set(path.parent.iterdir()) == {path, part}
-    assert np.array_equal(run(path, images(3))[0], expected)
+    gathered = tmp_path / "out" / "one.onnx"
+    gathered.parent.mkdir()
+    assert write_model(ir.load(path), gathered) == (gathered,)  # they are in the graph's own file
+    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
+    _, part = write_model(ir.load(path), gathered)
+    assert weights_of(gathered) == {part.name}
+    assert set(gathered.parent.iterdir()) == {gathered, part}
+    assert np.array_equal(run(gathered, images(3))[0], expected)
 
 
 def test_an_export_follows_a_link_and_replaces_what_it_points_to(tmp_path: Path) -> None:
@@ -868,11 +887,10 @@ def test_the_note_on_a_fallback_gives_a_reason_without_terminal_codes(tmp_path: 
 def test_when_both_exporters_fail_both_reasons_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(request: Any, path: Path) -> None:
-        path.write_bytes(b"half a fi")
+    def refuse(model: nn.Module, request: ExportRequest) -> ir.Model:
         raise ValueError("no such operator")
 
-    monkeypatch.setattr(export_module, "_export_dynamo", refuse)
+    replace_exporter(monkeypatch, "dynamo", refuse)
     monkeypatch.setattr(torch.onnx, "export", _raise_unsupported)
     with pytest.raises(ExportError) as caught:
         ccp.export_onnx(net(), tmp_path / "n.onnx", images(2), providers=CPU)
@@ -888,12 +906,7 @@ def _raise_unsupported(*args: Any, **kwargs: Any) -> None:
 def test_nothing_of_a_failed_first_exporter_stays_beside_the_second_ones_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(request: Any, path: Path) -> None:
-        path.write_bytes(b"half a fi")
-        path.with_name(path.name + ".data").write_bytes(b"weights")
-        raise ValueError("interrupted")
-
-    monkeypatch.setattr(export_module, "_export_dynamo", half)
+    replace_exporter(monkeypatch, "dynamo", _interrupted)
     report = ccp.export_onnx(net(), tmp_path / "n.onnx", images(2), providers=CPU)
     assert report.exporter == "torchscript"
     assert "interrupted" in report.notes[0]
@@ -901,18 +914,18 @@ def test_nothing_of_a_failed_first_exporter_stays_beside_the_second_ones_file(
     assert report.file_size == report.path.stat().st_size
 
 
+def _interrupted(model: nn.Module, request: ExportRequest) -> ir.Model:
+    raise ValueError("interrupted")
+
+
 def test_a_fallback_leaves_other_files_of_the_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(request: Any, path: Path) -> None:
-        path.with_name(path.name + ".data").write_bytes(b"weights")
-        raise ValueError("interrupted")
-
-    monkeypatch.setattr(export_module, "_export_dynamo", half)
+    replace_exporter(monkeypatch, "dynamo", _interrupted)
     (tmp_path / "other.onnx").write_bytes(b"mine")
-    request = ExportRequest(net(), images(2), True, False, None, None, None)
-    used, _ = export_module.write_graph(request, tmp_path / "n.onnx", "auto")
-    assert used == "torchscript"
+    exported = export_graph(net(), ExportRequest(images(2)), "auto")
+    write_model(exported.model, tmp_path / "n.onnx")
+    assert exported.exporter == "torchscript"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n.onnx", "other.onnx"]
     assert (tmp_path / "other.onnx").read_bytes() == b"mine"
 
@@ -1082,25 +1095,26 @@ def test_training_mode_is_not_what_gets_exported(exporter: str, tmp_path: Path) 
 # --- a file that does not agree -----------------------------------------------------------------
 
 
-def corrupt(path: Path) -> None:
-    """Change one weight of the file, as a wrong exporter would."""
-    proto = onnx.load(path)
-    weight = next(t for t in proto.graph.initializer if t.name.endswith("head.weight"))
-    array = onnx.numpy_helper.to_array(weight).copy()
+def corrupt(graph: ir.Model) -> None:
+    """Change one weight of the graph, as a wrong exporter would."""
+    stored = graph.graph.initializers
+    weight = next(value for name, value in stored.items() if name.endswith("head.weight"))
+    assert weight.const_value is not None
+    array = weight.const_value.numpy().copy()
     array.flat[0] += 0.5
-    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
-    onnx.save(proto, path)
+    weight.const_value = ir.tensor(array, name=weight.name)
 
 
 @pytest.fixture
 def corrupting(monkeypatch: pytest.MonkeyPatch) -> None:
-    export = export_module._export_torchscript
+    export = TORCHS["torchscript"].export
 
-    def export_wrongly(request: Any, path: Path) -> None:
-        export(request, path)
-        corrupt(path)
+    def export_wrongly(model: nn.Module, request: ExportRequest) -> ir.Model:
+        graph = export(model, request)
+        corrupt(graph)
+        return graph
 
-    monkeypatch.setattr(export_module, "_export_torchscript", export_wrongly)
+    replace_exporter(monkeypatch, "torchscript", export_wrongly)
 
 
 def test_a_wrong_file_is_an_error_with_the_difference_and_leaves_nothing(

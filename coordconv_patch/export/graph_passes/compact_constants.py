@@ -25,50 +25,52 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.graph_passes.order_additions import is_read_once
 from coordconv_patch.export.graph_passes.recipes import Recipes, array_of
+from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
+from coordconv_patch.export.graph_passes.vocabulary import (
+    is_read_once,
+    mark_as_coordinates_,
+    stored_numbers,
+)
 from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.strips import Strip
 
-__all__ = ["compact_constants_", "constant_bytes"]
+__all__ = ["CompactConstants"]
 
 
-def constant_bytes(graph: ir.Graph, constants: Sequence[CoordConstant], batch: int) -> int:
-    """Bytes of the stored values of a graph that hold coordinate constants."""
-    return sum(_bytes_of(value) for value, _ in _found(graph, constants, batch))
+class CompactConstants(ir.passes.InPlacePass):
+    """Replaces coordinate constants by what they are made of, where that is smaller.
 
-
-def compact_constants_(
-    graph: ir.Graph,
-    constants: Sequence[CoordConstant],
-    batch: int,
-    kernels: Sequence[CoordKernel] = (),
-) -> int:
-    """Replace coordinate constants by what they are made of, where that is smaller, in place.
-
-    The last of the passes: the weight of a strip is no initializer any more afterwards.
+    Constants must be initializers: onnx-ir's ``LiftConstantsToInitializersPass`` makes them so.
+    The last of the rewrites, as weights are computed afterwards. All that it leaves in the graph
+    of coordinates is marked, see :mod:`coordconv_patch.export.graph_passes.vocabulary`.
 
     Args:
-        graph: An exported graph.
         constants: What the lowering stored.
-        batch: The batch size of the example: with a fixed batch exporters expand constants.
         kernels: The kernels of strips that the lowering stored.
-
-    Returns:
-        Bytes of coordinate constants that the graph holds now.
+        batch: The batch size of the example: with a fixed batch exporters expand constants.
     """
-    first = next((node for node in graph if node.op_type != "Constant"), None)
-    if first is None:
-        return constant_bytes(graph, constants, batch)
-    of_maps = [constant.map_of[1] for constant in constants if constant.map_of is not None]
-    compactor = _Compactor(Recipes(graph, first), _cheap_products([*kernels, *of_maps]))
-    whole = 0
-    for value, constant in list(_found(graph, constants, batch)):
-        if _is_replaceable(value, constant):
-            compactor.compact_(value, constant)
-        else:
-            whole += _bytes_of(value)
-    return whole + compactor.recipes.stored_bytes
+
+    def __init__(
+        self, constants: Sequence[CoordConstant], kernels: Sequence[CoordKernel], batch: int
+    ) -> None:
+        super().__init__()
+        self.constants = constants
+        self.batch = batch
+        of_maps = [constant.map_of[1] for constant in constants if constant.map_of is not None]
+        self.products = _cheap_products([*kernels, *of_maps])
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        graph, tally = model.graph, Tally("compact_constants")
+        compactor = _Compactor(Recipes(graph), self.products)
+        for value, constant in tuple(_stored_in(graph, self.constants, self.batch)):
+            mark_as_coordinates_(value)
+            if value.uses() and _compact_bytes(constant) < stored_numbers(value).nbytes:
+                with tally.attempt(value):
+                    _check_replaceable(value, constant)
+                    compactor.compact_(value, constant)
+                    tally.count += 1
+        return tally.result(model)
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,11 @@ class _Compactor:
         """Store the kernels that convolve a strip as products, or without empty places."""
         for convolution in _convolutions_of(value):
             kernel = convolution.inputs[1]
-            tensor = ir.convenience.get_const_tensor(kernel) if kernel is not None else None
-            if kernel is None or tensor is None:
+            if kernel is None or not kernel.is_initializer() or kernel.is_graph_input():
                 continue
-            if kernel.is_graph_input() or not is_read_once(kernel):
+            if not is_read_once(kernel):
                 continue
-            name, numbers = f"{kernel.name}", tensor.numpy()
+            name, numbers = str(kernel.name), stored_numbers(kernel)
             product = self.products.get(_digest(numbers))
             if product is not None:
                 result = self.recipes.kernel_of_taps(name, product)
@@ -120,19 +121,13 @@ class _Compactor:
                 result = self.recipes.kernel_of_images(name, numbers, strip)
             else:
                 continue
-            kernel.type, kernel.shape = ir.TensorType(tensor.dtype), ir.Shape(numbers.shape)
             self._put_in_place_of(kernel, result)
 
     def _put_in_place_of(self, value: ir.Value, result: ir.Value) -> None:
         """Let a computed value be read where a stored one was, which is removed."""
-        graph, producer = self.recipes.graph, value.producer()
         result.type, result.shape = value.type, value.shape
         value.replace_all_uses_with(result)
-        if producer is None:
-            assert value.name is not None
-            del graph.initializers[value.name]
-        else:
-            graph.remove(producer, safe=True)
+        del self.recipes.graph.initializers[str(value.name)]
 
 
 def _cheap_products(kernels: Iterable[CoordKernel]) -> dict[str, CoordKernel]:
@@ -143,24 +138,24 @@ def _cheap_products(kernels: Iterable[CoordKernel]) -> dict[str, CoordKernel]:
     by_site: dict[int, list[CoordKernel]] = {}
     for kernel in kernels:
         by_site.setdefault(id(kernel.weight), []).append(kernel)
-    found: dict[str, CoordKernel] = {}
+    products: dict[str, CoordKernel] = {}
     for calls in by_site.values():
         weight = calls[0].weight
         itemsize = weight.element_size()
         as_products = weight.nbytes + sum(kernel.coefficients.nbytes for kernel in calls)
         by_images = sum(len(weight) * kernel.num_images * itemsize for kernel in calls)
         if itemsize >= 4 and as_products < by_images:
-            found |= {_digest(array_of(kernel.tensor)): kernel for kernel in calls}
-    return found
+            products |= {_digest(array_of(kernel.tensor)): kernel for kernel in calls}
+    return products
 
 
-def _is_replaceable(value: ir.Value, constant: CoordConstant) -> bool:
-    """Whether a recipe is smaller, and can stand where a stored value stands."""
-    return (
-        _compact_bytes(constant) < _bytes_of(value)
-        and _shape(value) == tuple(constant.tensor.shape)
-        and not (value.is_graph_input() or value.is_graph_output())
-    )
+def _check_replaceable(value: ir.Value, constant: CoordConstant) -> None:
+    """Check that a recipe can stand where a stored value stands."""
+    shape, wanted = stored_numbers(value).shape, tuple(constant.tensor.shape)
+    if shape != wanted:
+        raise RefusedError(f"the exporter expanded it from {wanted} to {shape}")
+    if value.is_graph_input() or value.is_graph_output():
+        raise RefusedError("it is an input or an output of the graph")
 
 
 def _compact_bytes(constant: CoordConstant) -> float:
@@ -172,35 +167,23 @@ def _compact_bytes(constant: CoordConstant) -> float:
     return sum(factor.nbytes for band in constant.factors for factor in band)
 
 
-def _found(
+def _stored_in(
     graph: ir.Graph, constants: Sequence[CoordConstant], batch: int
 ) -> Iterator[tuple[ir.Value, CoordConstant]]:
-    """Stored values that hold a constant, found by their numbers: exporters rename them."""
-    wanted: dict[str, CoordConstant] = {}  # by the digest of their type and numbers
+    """Initializers that hold a constant, told by their numbers: exporters rename them."""
+    by_digest: dict[str, CoordConstant] = {}  # of type and numbers
     lengths = set()
     for constant in constants:
         tensor = constant.tensor.detach()
         for form in (tensor, tensor.expand(batch, *tensor.shape[1:])):
             array = array_of(form)
-            wanted.setdefault(_digest(array), constant)
+            by_digest.setdefault(_digest(array), constant)
             lengths.add(array.nbytes)
-    for value in _stored_values(graph):
-        assert value.const_value is not None
-        if value.const_value.nbytes in lengths:
-            found = wanted.get(_digest(value.const_value.numpy()))
-            if found is not None:
-                yield value, found
-
-
-def _stored_values(graph: ir.Graph) -> Iterator[ir.Value]:
     for value in graph.initializers.values():
-        if value.const_value is not None:
-            yield value
-    for node in graph:
-        if node.op_type == "Constant" and "value" in node.attributes:
-            output = node.outputs[0]
-            output.const_value = node.attributes["value"].as_tensor()
-            yield output
+        if value.const_value is not None and value.const_value.nbytes in lengths:
+            held = by_digest.get(_digest(stored_numbers(value)))
+            if held is not None:
+                yield value, held
 
 
 def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
@@ -210,16 +193,6 @@ def _convolutions_of(value: ir.Value) -> Iterator[ir.Node]:
             yield from _convolutions_of(user.outputs[0])
         elif user.op_type == "Conv" and position == 0:
             yield user
-
-
-def _bytes_of(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.nbytes
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return value.const_value.numpy().shape
 
 
 def _digest(array: np.ndarray) -> str:

@@ -15,94 +15,88 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.graph_passes.order_additions import (
-    is_branch,
+from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
+from coordconv_patch.export.graph_passes.vocabulary import (
+    coordinate_sum,
     is_own_weight,
     is_read_once,
     stored_numbers,
+    stored_tensor,
     values_without_inputs,
 )
 
-__all__ = ["fold_scales_"]
+__all__ = ["FoldScales"]
 
 
-def fold_scales_(graph: ir.Graph) -> int:
-    """Fold scales of sums of a convolution and its coordinate branch, in place.
+class FoldScales(ir.passes.InPlacePass):
+    """Folds scales of sums of a convolution and its coordinate branch.
 
     A scale stays where something else reads the sum or its terms, or where weights are not
     float32 initializers that the convolutions have for themselves.
-
-    Returns:
-        How many were folded.
     """
-    independent = values_without_inputs(graph)
-    count = 0
-    for node in list(graph):
-        found = _scaled_sum(node)
-        if found is None:
-            continue
-        addition, scale = found
-        convolutions = _own_convolutions(addition)
-        if convolutions is None or not any(
-            is_branch(convolution.outputs[0], independent) for convolution in convolutions
-        ):
-            continue
-        by_channel = _by_channel(scale, convolutions[0])
-        if by_channel is None:
-            continue
-        for convolution in convolutions:
-            _multiply_(convolution, by_channel)
-        node.outputs[0].replace_all_uses_with(addition.outputs[0])
-        graph.remove(node, safe=True)
-        count += 1
-    return count
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        graph, tally = model.graph, Tally("fold_scales")
+        independent = values_without_inputs(graph)
+        for node in tuple(graph):
+            scaled = _scaled_sum(node, independent)
+            if scaled is not None:
+                with tally.attempt(node):
+                    _fold_(graph, node, *scaled)
+                    tally.count += 1
+        return tally.result(model)
 
 
-def _scaled_sum(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
-    """The addition that a node multiplies by stored float32 numbers, and these."""
-    if node.op_type != "Mul" or node.domain or node.outputs[0].is_graph_output():
+def _scaled_sum(
+    node: ir.Node, independent: set[ir.Value]
+) -> tuple[ir.Node, ir.TensorProtocol] | None:
+    """The coordinate sum that a node multiplies by stored numbers, and these."""
+    if node.op_type != "Mul" or node.domain:
         return None
     for value, factor in (node.inputs, node.inputs[::-1]):
-        addition = value.producer() if value is not None else None
-        tensor = ir.convenience.get_const_tensor(factor) if factor is not None else None
-        if (
-            addition is not None
-            and addition.op_type == "Add"
-            and addition.domain == ""
-            and is_read_once(addition.outputs[0])
-            and tensor is not None
-            and tensor.dtype is ir.DataType.FLOAT
-        ):
-            return addition, tensor.numpy()
+        addition, scale = coordinate_sum(value, independent), stored_tensor(factor)
+        if addition is not None and scale is not None:
+            return addition, scale
     return None
 
 
-def _own_convolutions(addition: ir.Node) -> list[ir.Node] | None:
-    """The convolutions that an addition adds up, if their weights and biases may change."""
-    found = []
-    for value in addition.inputs:
-        node = value.producer() if value is not None else None
-        if (
-            value is None
-            or node is None
-            or node.op_type != "Conv"
-            or not is_read_once(value)
-            or not all(is_own_weight(weight) for weight in node.inputs[1:] if weight is not None)
-        ):
-            return None
-        found.append(node)
-    return found
+def _fold_(graph: ir.Graph, product: ir.Node, addition: ir.Node, scale: ir.TensorProtocol) -> None:
+    if product.outputs[0].is_graph_output():
+        raise RefusedError("the product is an output of the graph")
+    if not is_read_once(addition.outputs[0]):
+        raise RefusedError("the sum is read elsewhere too")
+    if scale.dtype is not ir.DataType.FLOAT:
+        raise RefusedError(f"the scale is {scale.dtype}, not FLOAT")
+    convolutions = [_own_convolution(value) for value in addition.inputs]
+    by_channel = _by_channel(scale.numpy(), convolutions[0])
+    for convolution in convolutions:
+        _multiply_(convolution, by_channel)
+    product.outputs[0].replace_all_uses_with(addition.outputs[0])
+    graph.remove(product, safe=True)
 
 
-def _by_channel(scale: np.ndarray, convolution: ir.Node) -> np.ndarray | None:
-    """One number an output channel, if a factor is constant along all other axes."""
+def _own_convolution(term: ir.Value | None) -> ir.Node:
+    """The convolution that makes a term of the sum, whose weight and bias may change."""
+    convolution = term.producer() if term is not None else None
+    if term is None or convolution is None or convolution.op_type != "Conv":
+        kind = "not computed" if convolution is None else f"a {convolution.op_type}"
+        raise RefusedError(f"a term of the sum is {kind}, not a Conv")
+    if not is_read_once(term):
+        raise RefusedError(f"the output of {convolution.name} is read elsewhere too")
+    if not all(is_own_weight(value) for value in convolution.inputs[1:] if value is not None):
+        raise RefusedError(f"weights of {convolution.name} are not float32 initializers of its own")
+    return convolution
+
+
+def _by_channel(scale: np.ndarray, convolution: ir.Node) -> np.ndarray:
+    """One number for each output channel; the scale must be constant along all other axes."""
     weight = stored_numbers(convolution.inputs[1])
-    if scale.ndim > weight.ndim:
-        return None
     channels = len(weight)
+    if scale.ndim > weight.ndim:
+        raise RefusedError(f"the scale has {scale.ndim} axes, more than the sum's {weight.ndim}")
     shape = (1,) * (weight.ndim - scale.ndim) + scale.shape
     if shape[1] not in (1, channels) or any(length != 1 for length in shape[:1] + shape[2:]):
-        return None
+        raise RefusedError(f"the scale has shape {scale.shape}, not one number for each channel")
     return np.broadcast_to(scale.reshape(-1), channels)
 
 

@@ -15,79 +15,47 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from coordconv_patch.export.graph_passes.order_additions import (
-    is_branch,
+from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
+from coordconv_patch.export.graph_passes.vocabulary import (
+    coordinate_sum,
     is_own_weight,
+    is_read_once,
+    stored_numbers,
+    stored_tensor,
     values_without_inputs,
 )
 
-__all__ = ["fuse_clips_"]
+__all__ = ["FuseClips"]
 
 _MAX_LIMIT = 1e6
 """Weights times the limit must not overflow; activations that are really clipped have 1 or 6."""
 
 
-def fuse_clips_(graph: ir.Graph) -> int:
-    """Replace clips from zero behind coordinate sums, in place.
+class FuseClips(ir.passes.InPlacePass):
+    """Replaces clips from zero behind coordinate sums.
 
     A clip stays where something else than convolutions with stored weights of their own
     reads it, or where numbers are not float32.
-
-    Returns:
-        How many were replaced.
     """
-    independent = values_without_inputs(graph)
-    count = 0
-    for node in list(graph):
-        limit = _upper_limit(node)
-        if limit is None or not _follows_a_branch(node, independent):
-            continue
-        weights = _weights_behind(node.outputs[0])
-        if weights is not None:
-            _replace_(graph, node, limit, weights)
-            count += 1
-    return count
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        graph, tally = model.graph, Tally("fuse_clips")
+        independent = values_without_inputs(graph)
+        for node in tuple(graph):
+            if node.op_type == "Clip" and not node.domain:
+                addition = coordinate_sum(node.inputs[0], independent)
+                if addition is not None:
+                    with tally.attempt(node):
+                        _fuse_(graph, node, addition)
+                        tally.count += 1
+        return tally.result(model)
 
 
-def _upper_limit(node: ir.Node) -> float | None:
-    """M of a float32 clip from 0 to a positive M."""
-    if node.op_type != "Clip" or node.domain or len(node.inputs) != 3:
-        return None
-    low, high = (_scalar(value) for value in node.inputs[1:])
-    return high if low == 0 and high is not None and 0 < high <= _MAX_LIMIT else None
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.dtype is not ir.DataType.FLOAT:
-        return None
-    return float(tensor.numpy().reshape(()))
-
-
-def _follows_a_branch(node: ir.Node, independent: set[ir.Value]) -> bool:
-    before = node.inputs[0]
-    addition = before.producer() if before is not None else None
-    return (
-        before is not None
-        and len(before.uses()) == 1
-        and addition is not None
-        and addition.op_type == "Add"
-        and any(value is not None and is_branch(value, independent) for value in addition.inputs)
-    )
-
-
-def _weights_behind(value: ir.Value) -> list[ir.Value] | None:
-    """The weights of the convolutions that read a value, if nothing else reads it or them."""
-    weights = []
-    for user, position in value.uses():
-        weight = user.inputs[1] if user.op_type == "Conv" and position == 0 else None
-        if weight is None or not is_own_weight(weight):
-            return None
-        weights.append(weight)
-    return weights if weights and not value.is_graph_output() else None
-
-
-def _replace_(graph: ir.Graph, clip: ir.Node, limit: float, weights: list[ir.Value]) -> None:
+def _fuse_(graph: ir.Graph, clip: ir.Node, addition: ir.Node) -> None:
+    if not is_read_once(addition.outputs[0]):
+        raise RefusedError("the sum is read elsewhere too")
+    limit = _upper_limit(clip)
+    weights = _weights_behind(clip.outputs[0])
     sigmoid = ir.node(
         "HardSigmoid", [clip.inputs[0]], attributes={"alpha": 1.0 / limit, "beta": 0.0}
     )
@@ -97,6 +65,41 @@ def _replace_(graph: ir.Graph, clip: ir.Node, limit: float, weights: list[ir.Val
     old.replace_all_uses_with(new)
     graph.remove(clip, safe=True)
     for weight in weights:
-        assert weight.const_value is not None
-        scaled = weight.const_value.numpy() * np.float32(limit)
+        scaled = stored_numbers(weight) * np.float32(limit)
         weight.const_value = ir.tensor(scaled, name=weight.name)
+
+
+def _upper_limit(clip: ir.Node) -> float:
+    """M of a float32 clip from 0 to a positive M."""
+    if len(clip.inputs) != 3:
+        raise RefusedError("it does not have two limits as inputs")
+    low, high = (_scalar(value) for value in clip.inputs[1:])
+    if low != 0 or not 0 < high <= _MAX_LIMIT:
+        raise RefusedError(f"it clips to [{low:g}, {high:g}], not from 0 to at most {_MAX_LIMIT:g}")
+    return high
+
+
+def _scalar(limit: ir.Value | None) -> float:
+    tensor = stored_tensor(limit)
+    if tensor is None:
+        raise RefusedError("a limit is not stored in the graph")
+    if tensor.dtype is not ir.DataType.FLOAT:
+        raise RefusedError(f"its limits are {tensor.dtype}, not FLOAT")
+    return float(tensor.numpy().reshape(()))
+
+
+def _weights_behind(clipped: ir.Value) -> list[ir.Value]:
+    """The weights of the convolutions that read a value; nothing else may read it or them."""
+    if clipped.is_graph_output():
+        raise RefusedError("it is an output of the graph")
+    weights = []
+    for user, position in clipped.uses():
+        if user.op_type != "Conv" or position != 0:
+            raise RefusedError(f"{user.name} reads it, not as the input of a convolution")
+        weight = user.inputs[1]
+        if weight is None or not is_own_weight(weight):
+            raise RefusedError(f"the weight of {user.name} is not a float32 initializer of its own")
+        weights.append(weight)
+    if not weights:
+        raise RefusedError("nothing reads it")
+    return weights

@@ -1,4 +1,7 @@
-"""Nodes that make coordinate constants of the little that a file stores, see :mod:`.constants`."""
+"""Nodes that make coordinate constants of the little that a file stores.
+
+See :mod:`coordconv_patch.export.graph_passes.compact_constants`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from coordconv_patch.export.graph_passes.vocabulary import mark_as_coordinates_
 from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.strips import Strip
 
@@ -35,15 +39,16 @@ class Recipes:
     what is stored for a recipe.
 
     Attributes:
-        graph: The graph.
-        before: The node that new nodes are put before, in the order in which they are made.
-        stored_bytes: Of what was stored and counts as coordinates; weights do not.
+        graph: The graph; new nodes are put before its others, in the order in which they are made.
     """
 
     graph: ir.Graph
-    before: ir.Node
-    stored_bytes: int = 0
     _made: dict[tuple[str, int], tuple[object, ir.Value]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _first(self) -> ir.Node:
+        """The first node of the graph before any recipe."""
+        return self.graph[0]
 
     def product(self, name: str, constant: CoordConstant) -> ir.Value:
         """The products of the factors one below the other, in the constant's shape."""
@@ -113,7 +118,7 @@ class Recipes:
         ]
         *others, last = zip(*bands, strict=True)
         columns = self._lines(f"{name}_axis_{len(others)}", last)
-        found = []
+        products = []
         for number, band in enumerate(names):
             rows = [
                 self._lines(f"{band}_axis_{axis}", [factors[number]])[0]
@@ -124,8 +129,8 @@ class Recipes:
             wanted = np.array((first, 1, *sizes, images * width), dtype=np.int64)
             shape = self._coordinates(f"{band}_shape", wanted)
             product = self._multiplied([*rows, columns[number]])
-            found.append(self._node("Reshape", [product, shape]))
-        return found
+            products.append(self._node("Reshape", [product, shape]))
+        return products
 
     def _lines(self, name: str, factors: Sequence[np.ndarray]) -> list[ir.Value]:
         """Factors whose next to last axis counts images; every line that they have is stored once.
@@ -164,9 +169,10 @@ class Recipes:
         return self._made[key][1]
 
     def _coordinates(self, name: str, array: np.ndarray) -> ir.Value:
-        """Store what counts as coordinates."""
-        self.stored_bytes += array.nbytes
-        return self._stored(name, array)
+        """Store what counts as coordinates; weights do not."""
+        value = self._stored(name, array)
+        mark_as_coordinates_(value)
+        return value
 
     def _stored(self, name: str, array: np.ndarray) -> ir.Value:
         value = ir.Value(
@@ -183,5 +189,5 @@ class Recipes:
     ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)
         node.outputs[0].type = inputs[0].type
-        self.graph.insert_before(self.before, node)
+        self.graph.insert_before(self._first, node)
         return node.outputs[0]

@@ -10,7 +10,7 @@ import pytest
 from onnx_graphs import HandMadeGraph, assert_close, checked, count, run, serialized
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from coordconv_patch.export.graph_passes.carry_coordinates import carry_coordinates_
+from coordconv_patch.export.graph_passes.carry_coordinates import CarryCoordinates
 
 NARROW, WIDE = 24, 32
 
@@ -22,16 +22,19 @@ def relu(graph: HandMadeGraph, value: ir.Value) -> ir.Value:
 def carried(model: ir.Model) -> int:
     """How many branches were carried; the outputs are what they were, and the file is valid."""
     before = run(model)
-    result = carry_coordinates_(model.graph)
+    result = CarryCoordinates()(model)
+    assert result.modified == (result.count > 0)
     RemoveUnusedNodesPass()(model)
     assert_close(run(model), before)
-    return result
+    return result.count
 
 
 def assert_untouched(model: ir.Model) -> None:
     before = serialized(model)
     checked(model)
-    assert carry_coordinates_(model.graph) == 0
+    result = CarryCoordinates()(model)
+    assert result.count == 0
+    assert not result.modified
     assert serialized(model) == before
 
 
@@ -115,7 +118,7 @@ def test_a_sum_of_three_activations() -> None:
     hidden = relu(graph, graph.site(total, (NARROW, WIDE)))
     model = graph.model(hidden)
     before = run(model)
-    carry_coordinates_(model.graph)  # whether it can or not, the sum stays the sum
+    CarryCoordinates()(model)  # whether it can or not, the sum stays the sum
     assert_close(run(model), before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ from onnx_graphs import (
     run,
     serialized,
 )
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from reference import paper_grid
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.export.graph_passes.compact_constants import compact_constants_, constant_bytes
-from coordconv_patch.lowering.constants import CoordConstant
+from coordconv_patch.export.graph_passes.compact_constants import (
+    CompactConstants,
+)
+from coordconv_patch.export.graph_passes.vocabulary import coordinate_bytes
+from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 
@@ -66,10 +71,36 @@ def graph_with(*arrays: np.ndarray, held: str = "initializer") -> ir.Model:
     return graph.model(*(graph.node("Add", graph.x, keep(array)) for array in arrays))
 
 
+def compact(
+    model: ir.Model,
+    constants: Sequence[CoordConstant],
+    batch: int,
+    kernels: Sequence[CoordKernel] = (),
+) -> int:
+    """The bytes of coordinates that remain, where constants may lie in nodes before."""
+    LiftConstantsToInitializersPass(size_limit=0)(model)
+    result = CompactConstants(constants, kernels, batch)(model)
+    assert result.modified == (result.count > 0)
+    return coordinate_bytes(model.graph)
+
+
+def constant_bytes(graph: ir.Graph, constants: list[CoordConstant], batch: int) -> int:
+    """Bytes of the stored values that hold a constant as it is, or expanded to a batch."""
+    arrays = [array_of(constant) for constant in constants]
+    forms = [form for array in arrays for form in (array, np.repeat(array, batch, axis=0))]
+    held = [value.const_value for value in graph.initializers.values()]
+    held += [n.attributes["value"].as_tensor() for n in graph if n.op_type == "Constant"]
+    return sum(
+        tensor.nbytes
+        for tensor in held
+        if any(np.array_equal(tensor.numpy(), form) for form in forms)
+    )
+
+
 def compacted(model: ir.Model, constants: list[CoordConstant], tolerance: float = 0.0) -> int:
     """The bytes that remain; outputs are what they were, and the file is valid."""
     before = run(model)
-    remaining = compact_constants_(model.graph, constants, batch=3)
+    remaining = compact(model, constants, batch=3)
     after = run(model)
     if tolerance:
         assert_close(after, before, tolerance)
@@ -104,7 +135,7 @@ def test_channels_are_a_product_to_the_last_bit(convention: str, held: str) -> N
 def test_channels_evaluate_to_the_paper_s_coordinates() -> None:
     constant = constant_of(site_of(nn.Conv2d(3, 4, 3)), "branch")
     model = graph_with(array_of(constant))
-    compact_constants_(model.graph, [constant], batch=2)
+    compact(model, [constant], batch=2)
     (evaluated,) = run(model, {"x": np.zeros((1, 1, 1, 1), dtype=np.float32)})
     np.testing.assert_allclose(evaluated[0], paper_grid(SIZE).numpy(), rtol=0, atol=1e-7)
 
@@ -291,7 +322,7 @@ def test_an_initializer_that_the_caller_may_replace_stays() -> None:
     graph.inputs.append(stored)
     model = graph.model(graph.node("Add", graph.x, stored))
     before = serialized(model)
-    compact_constants_(model.graph, [constant], 2)
+    compact(model, [constant], 2)
     assert serialized(model) == before
 
 
@@ -316,7 +347,7 @@ def test_narrow_types_keep_their_numbers_and_their_type(dtype: torch.dtype) -> N
         graph.initializers.append(held)
         model = graph.model(graph.node("Add", graph.x, graph.node("Cast", held, to=1)))
         expected = constant.tensor.float().numpy()
-        stored = compact_constants_(model.graph, [constant], batch=1)
+        stored = compact(model, [constant], batch=1)
         assert stored == bytes_
         reference = ReferenceEvaluator(checked(model))
         (evaluated,) = reference.run(None, {"x": np.zeros((1, 1, 1, 1), dtype=np.float32)})
@@ -434,7 +465,7 @@ def test_a_kernel_that_a_pass_has_scaled_is_no_product() -> None:
         outputs.append(graph.node("Add", graph.node("ReduceMean", graph.x), branch))
     model = graph.model(*outputs)
     before = run(model)
-    compact_constants_(model.graph, constants, 3, kernels)
+    compact(model, constants, 3, kernels)
     assert_close(run(model), before, 3e-6)
     assert (count(model, "MatMul"), kernels_of_images(model)) == (2, 1)
 
@@ -442,5 +473,5 @@ def test_a_kernel_that_a_pass_has_scaled_is_no_product() -> None:
 def test_without_constants_nothing_happens() -> None:
     model = graph_with(np.ones((1, 1, 2, 2), dtype=np.float32))
     before = serialized(model)
-    assert compact_constants_(model.graph, [], 1) == 0
+    assert compact(model, [], 1) == 0
     assert serialized(model) == before

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx_graphs import HandMadeGraph, assert_close, checked, count, run, serialized
 
-from coordconv_patch.export.graph_passes.fold_scales import fold_scales_
-from coordconv_patch.export.graph_passes.order_additions import order_additions_
+from coordconv_patch.export.graph_passes.fold_scales import FoldScales
+from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
 
 CHANNELS = 16
 SIZE = (5, CHANNELS)
@@ -23,15 +23,18 @@ def made() -> HandMadeGraph:
 
 def folded(model: ir.Model) -> int:
     before = run(model)
-    result = fold_scales_(model.graph)
+    result = FoldScales()(model)
+    assert result.modified == (result.count > 0)
     assert_close(run(model), before)
-    return result
+    return result.count
 
 
 def assert_untouched(model: ir.Model) -> None:
     before = serialized(model)
     checked(model)
-    assert fold_scales_(model.graph) == 0
+    result = FoldScales()(model)
+    assert result.count == 0
+    assert not result.modified
     assert serialized(model) == before
 
 
@@ -75,8 +78,8 @@ def test_a_residual_behind_the_scale_reaches_the_main_convolution() -> None:
     scaled = graph.node("Mul", graph.site(graph.x, (8, CHANNELS)), scale)
     model = graph.model(graph.node("Relu", graph.node("Add", scaled, residual)))
     before = run(model)
-    assert fold_scales_(model.graph) == 1
-    assert order_additions_(model.graph) == 1
+    assert FoldScales()(model).count == 1
+    assert OrderAdditions()(model).count == 1
     assert_close(run(model), before)
     last = [node for node in model.graph if node.op_type == "Add"][-1]
     first_operand = last.inputs[0]

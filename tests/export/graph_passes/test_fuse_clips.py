@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx_graphs import HandMadeGraph, assert_close, checked, count, run, serialized
 
-from coordconv_patch.export.graph_passes.fuse_clips import fuse_clips_
+from coordconv_patch.export.graph_passes.fuse_clips import FuseClips
 
 CHANNELS = 16
 
@@ -28,15 +28,18 @@ def large_site(graph: HandMadeGraph) -> ir.Value:
 
 def fused(model: ir.Model) -> int:
     before = run(model)
-    result = fuse_clips_(model.graph)
+    result = FuseClips()(model)
+    assert result.modified == (result.count > 0)
     assert_close(run(model), before)
-    return result
+    return result.count
 
 
 def assert_untouched(model: ir.Model) -> None:
     before = serialized(model)
     checked(model)
-    assert fuse_clips_(model.graph) == 0
+    result = FuseClips()(model)
+    assert result.count == 0
+    assert not result.modified
     assert serialized(model) == before
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from coordconv_patch.export.graph_passes.order_additions import order_additions_
+from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
 
 CHANNELS, SIZE = 16, 12
 generator = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_the_branch_comes_first() -> None:
     graph = Graph()
     main, branch = graph.main(), graph.branch()
     model = graph.model(graph.add(main, branch))
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     assert operands(model) == [(branch.name, main.name)]
 
 
@@ -126,7 +126,7 @@ def test_a_residual_goes_to_the_main_convolution(
     outer = graph.add(residual, inner) if residual_first else graph.add(inner, residual)
     model = graph.model(outer)
     before, _ = run(model, tmp_path)
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     first, second = operands(model)
     assert set(first) == {main.name, residual.name}
     assert second[0] == branch.name
@@ -149,7 +149,7 @@ def test_a_residual_that_the_runtime_cannot_fuse_is_added_last(
     outer = graph.add(residual, inner) if residual_first else graph.add(inner, residual)
     model = graph.model(outer)
     before, _ = run(model, tmp_path)
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     first, second = operands(model)
     assert first == (branch.name, main.name)
     assert second[1] == residual.name
@@ -165,7 +165,7 @@ def test_two_branches_of_one_sum(tmp_path: object) -> None:
     right = graph.add(graph.main(), graph.branch())
     model = graph.model(graph.add(left, right))
     before, _ = run(model, tmp_path)
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     after, kinds = run(model, tmp_path)
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4)
     assert "Add" not in kinds
@@ -184,7 +184,7 @@ class TestWhatStaysAsItIs:
     def unchanged(self, graph: Graph, output: ir.Value) -> None:
         model = graph.model(output)
         before = operands(model)
-        assert order_additions_(model.graph) == 0
+        assert OrderAdditions()(model).count == 0
         assert operands(model) == before
 
     def test_sums_without_branches(self) -> None:
@@ -208,7 +208,7 @@ def test_a_sum_that_is_used_twice_stays_a_sum(tmp_path: object) -> None:
     inner = graph.add(main, branch)
     model = graph.model(graph.add(inner, graph.node("Relu", [inner])))
     before, _ = run(model, tmp_path)
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     assert operands(model)[0] == (branch.name, main.name)
     np.testing.assert_allclose(run(model, tmp_path)[0], before, rtol=1e-5, atol=1e-4)
 
@@ -222,7 +222,7 @@ def test_a_partial_sum_of_terms_that_are_broadcast_is_not_said_to_have_the_sums_
     right = graph.initializer("b", constant(1, CHANNELS, 1, width))
     inner = graph.add(left, graph.branch())
     model = graph.model(graph.add(inner, right))
-    assert order_additions_(model.graph) == 1
+    assert OrderAdditions()(model).count == 1
     partial = next(node.outputs[0] for node in model.graph if node.op_type == "Add")
     assert partial.shape == (left.shape if width == 1 else None)
     model.graph.outputs[0].type, model.graph.outputs[0].shape = graph.x.type, graph.x.shape

@@ -1,0 +1,122 @@
+"""The graph of a model in any lowering, rewritten for the runtime; nothing is written to disk."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir
+from torch import nn
+
+from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser
+from coordconv_patch.export.autotune import Trial, autotune
+from coordconv_patch.export.axes import ExportRequest, batch_size
+from coordconv_patch.export.exporters import export_graph
+from coordconv_patch.export.graph_passes.refusals import Refusal
+from coordconv_patch.export.model_file import write_model
+from coordconv_patch.export.targets import passes_for, rewrite_
+from coordconv_patch.lowering.lower import lower_
+from coordconv_patch.lowering.registry import LOWERINGS
+from coordconv_patch.lowering.site import LoweringSite, lowering_sites
+from coordconv_patch.running.inputs import tensors_in
+from coordconv_patch.runtime.binding import BoundRun
+from coordconv_patch.runtime.providers import make_session
+from coordconv_patch.verification.differences import to_array
+
+__all__ = ["GraphMaker", "PatchedGraph"]
+
+
+@dataclass(frozen=True)
+class PatchedGraph:
+    """The graph of a patched model.
+
+    Attributes:
+        model: The graph.
+        exporter: The name of the exporter that made it.
+        notes: What happened on the way.
+        lowerings: The lowering of each site, by site name.
+        refusals: What the graph passes left alone.
+    """
+
+    model: onnx_ir.Model
+    exporter: str
+    notes: tuple[str, ...]
+    lowerings: dict[str, str]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class GraphMaker:
+    """Makes the graph of one model in any lowering.
+
+    Attributes:
+        folded: The model, with its batch norms folded.
+        request: The export.
+        exporter: The exporter that was asked for.
+        providers: The execution providers to run on, best first.
+        target: What the graph is rewritten for, see
+            :func:`~coordconv_patch.export.targets.passes_for`.
+    """
+
+    folded: nn.Module
+    request: ExportRequest
+    exporter: str
+    providers: tuple[str, ...]
+    target: str | None
+
+    def make(self, choose: Callable[[LoweringSite], str]) -> PatchedGraph:
+        """Lower, export and rewrite; the model is left as it was."""
+        model, example = copy.deepcopy(self.folded), self.request.example_inputs
+        lowered = lower_(model, example, choose)
+        exported = export_graph(model, self.request, self.exporter)
+        passes = passes_for(self.target, lowered, batch=batch_size(tensors_in(example)))
+        refusals = rewrite_(exported.model, passes)
+        return PatchedGraph(
+            exported.model, exported.exporter, exported.notes, lowered.lowerings, refusals
+        )
+
+    def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
+        """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
+        request = self.request
+        if lowering == "auto":
+            weights = sum(t.numel() * t.element_size() for t in self.folded.parameters())
+            return Chooser(
+                self.providers[0],
+                request.dynamic_batch,
+                request.dynamic_size,
+                map_budget=MAX_GROWTH * weights,
+            )
+        if LOWERINGS[lowering].expands_to_batch and not request.dynamic_batch:
+            # With a fixed batch exporters fold the branch into the map, with their own rounding.
+            lowering = "map"
+        return lambda site: lowering
+
+    def tuned(
+        self, disabled_optimizers: Sequence[str]
+    ) -> tuple[tuple[Trial, ...], Callable[[LoweringSite], str]]:
+        """The trials on the provider, and the lowerings that were the fastest."""
+        request = self.request
+        arrays = [to_array(tensor) for tensor in tensors_in(request.example_inputs)]
+
+        def make_run(lowerings: Mapping[str, str]) -> BoundRun:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trial.onnx"
+                write_model(self.make(lambda site: lowerings[site.name]).model, path)
+                session = make_session(
+                    path,
+                    self.providers,
+                    disabled_optimizers=disabled_optimizers,
+                    rests_between_runs=True,
+                )
+            return BoundRun(session, arrays)
+
+        tuning = autotune(
+            lowering_sites(copy.deepcopy(self.folded), request.example_inputs),
+            self.rule("auto"),
+            make_run,
+            dynamic_batch=request.dynamic_batch,
+        )
+        return tuning.trials, lambda site: tuning.lowerings[site.name]

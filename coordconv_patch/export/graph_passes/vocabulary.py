@@ -1,0 +1,132 @@
+"""What passes ask of a graph: which values are coordinates, who reads a value, what is stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = [
+    "coordinate_bytes",
+    "coordinate_nodes",
+    "coordinate_sum",
+    "is_addition",
+    "is_branch",
+    "is_own_weight",
+    "is_read_once",
+    "mark_as_coordinates_",
+    "stored_numbers",
+    "stored_tensor",
+    "values_without_inputs",
+]
+
+
+_COORDINATES = "coordconv_patch.coordinates"
+"""Of an initializer's ``meta``, which no file has."""
+
+
+def mark_as_coordinates_(value: ir.Value) -> None:
+    """Note that an initializer holds coordinates, for :func:`coordinate_bytes`."""
+    value.meta[_COORDINATES] = True
+
+
+def coordinate_bytes(graph: ir.Graph) -> int:
+    """Bytes of the initializers that hold coordinates."""
+    return sum(
+        value.const_value.nbytes
+        for value in graph.initializers.values()
+        if _COORDINATES in value.meta and value.const_value is not None
+    )
+
+
+def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:
+    """The values that depend on the shapes of the graph's inputs at most, not on their values."""
+    independent = set(graph.initializers.values()) - set(graph.inputs)
+    for node in graph:
+        if node.op_type == "Shape" or all(v is None or v in independent for v in node.inputs):
+            independent.update(node.outputs)
+    return independent
+
+
+def coordinate_nodes(graph: ir.Graph) -> tuple[ir.Node, ...]:
+    """The convolutions of coordinates, and the nodes that lead to them."""
+    independent = values_without_inputs(graph)
+    nodes: dict[ir.Node, None] = {}
+    pending = [node for node in graph if node.op_type == "Conv" and node.inputs[0] in independent]
+    while pending:
+        node = pending.pop()
+        if node not in nodes and node.outputs[0] in independent:
+            nodes[node] = None
+            before = [value.producer() for value in node.inputs if value is not None]
+            pending += [producer for producer in before if producer is not None]
+    return tuple(nodes)
+
+
+def is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
+    """Whether a value is a convolution of coordinates that one node alone reads.
+
+    Args:
+        value: Any value of the graph.
+        independent: See :func:`values_without_inputs`.
+    """
+    producer = value.producer()
+    return (
+        producer is not None
+        and producer.op_type == "Conv"
+        and producer.inputs[0] in independent
+        and len(value.uses()) == 1
+    )
+
+
+def is_addition(node: ir.Node | None) -> bool:
+    """Whether a node is ONNX's own ``Add``."""
+    return node is not None and node.op_type == "Add" and node.domain == ""
+
+
+def coordinate_sum(value: ir.Value | None, independent: set[ir.Value]) -> ir.Node | None:
+    """The addition of a coordinate branch that a value is the result of, if it is one.
+
+    Args:
+        value: A node's input.
+        independent: See :func:`values_without_inputs`.
+    """
+    addition = value.producer() if value is not None else None
+    if addition is None or not is_addition(addition):
+        return None
+    terms = [term for term in addition.inputs if term is not None]
+    return addition if any(is_branch(term, independent) for term in terms) else None
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether one node alone reads a value, and the graph does not put it out."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def is_own_weight(value: ir.Value | None) -> bool:
+    """Whether a value is a float32 initializer that one node alone reads, so that it may change.
+
+    A value that a Constant node holds is not: its numbers stand in the node.
+    """
+    if value is None:
+        return False
+    tensor = value.const_value
+    return (
+        tensor is not None
+        and tensor.dtype is ir.DataType.FLOAT
+        and value.is_initializer()
+        and not value.is_graph_input()
+        and is_read_once(value)
+    )
+
+
+def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that a graph stores for a value, if its caller cannot replace that."""
+    if value is None or value.is_graph_input():
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def stored_numbers(value: ir.Value | None) -> np.ndarray:
+    """The numbers of an initializer; see :func:`is_own_weight`."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()

@@ -1,0 +1,70 @@
+"""torch's older ONNX exporter, which traces a model with TorchScript."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import nn
+
+from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.running.inputs import split_inputs, tensors_in
+
+__all__ = ["export_torchscript"]
+
+
+def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
+    """The graph of a model by a TorchScript trace; raises whatever torch does.
+
+    Args:
+        model: In evaluation mode.
+        request: The export.
+    """
+    args, kwargs = split_inputs(inputs_for_tracing(request))
+    names = list(request.input_names or _argument_names(model, args, kwargs, request.axes))
+    # The exporter only writes files; of more than 2 GB, one for each tensor.
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "traced.onnx"
+        torch.onnx.export(
+            _scriptable(model),
+            (*args, kwargs) if kwargs else args,
+            str(path),
+            dynamo=False,
+            opset_version=request.opset,
+            input_names=names,
+            output_names=request.output_names,
+            dynamic_axes=dict(zip(names, request.axes, strict=False)),
+        )
+        return onnx_ir.external_data.load_to_model(onnx_ir.load(path))
+
+
+class _Wrapped(nn.Module):
+    """A GraphModule inside a plain module: the TorchScript exporter mistakes its ``graph``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.training = inner.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _scriptable(model: nn.Module) -> nn.Module:
+    return _Wrapped(model) if isinstance(model, torch.fx.GraphModule) else model
+
+
+def _argument_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: Sequence[Any]
+) -> list[str]:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    names = []
+    for name, value in bound.items():
+        count = len(tensors_in(value))
+        names += [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
+    return names if len(names) == len(axes) else [f"input_{index}" for index in range(len(axes))]
