@@ -32,11 +32,14 @@ from coordconv_patch.layers.coordconv import (
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
+from coordconv_patch.lowering.registry import register_lowering
 from coordconv_patch.patching.fx_pass import CoordConvPass
 from coordconv_patch.patching.patch import patch, patch_
 from coordconv_patch.patching.plan import Plan, plan, survey
 from coordconv_patch.patching.unpatch import unpatch, unpatch_
 from coordconv_patch.patching.window import set_window_
+from coordconv_patch.sites.presets import register_selector
+from coordconv_patch.sites.site import Site
 from coordconv_patch.status import LayerStatus, layer_status
 from coordconv_patch.training import (
     add_to_optimizer_,
@@ -69,6 +72,7 @@ __all__ = [
     "PatchError",
     "Plan",
     "SelectionError",
+    "Site",
     "WeightsError",
     "Window",
     "__version__",
@@ -87,6 +91,8 @@ __all__ = [
     "patch_",
     "plan",
     "register_folding_method",
+    "register_lowering",
+    "register_selector",
     "save_coords",
     "set_window_",
     "survey",

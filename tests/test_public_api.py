@@ -28,7 +28,7 @@ PUBLIC = {
     "from_exported",
     *("fold", "fold_with", "register_folding_method", "forget_left_behind_"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
-    *("LayerStatus", "layer_status", "survey"),
+    *("LayerStatus", "Site", "layer_status", "survey", "register_lowering", "register_selector"),
     *(name for name in errors.__all__ if name.endswith("Error")),
     "__version__",
 }

@@ -60,7 +60,7 @@ TAKES_A_MODULE: dict[str, Callable[[Any, Given], Any]] = {
     "fold": lambda wrong, _: ccp.fold(wrong),
     "fold_with": lambda wrong, _: ccp.fold_with(wrong, lambda model: model),
     "export_onnx": lambda wrong, given: ccp.export_onnx(wrong, given.folder / "a.onnx", X),
-    "verify_onnx": lambda wrong, given: ccp.verify_onnx(given.folder / "a.onnx", wrong, X),
+    "verify_onnx": lambda wrong, given: ccp.verify_onnx(wrong, given.folder / "a.onnx", X),
 }
 
 NO_MODULES: list[tuple[Any, str]] = [

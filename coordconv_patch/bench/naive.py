@@ -70,7 +70,7 @@ def export_naive(
     run_torch(widened, inputs)  # fills the buffers
     exported = export_graph(widened, ExportRequest(inputs, dynamic_batch), "auto")
     files = write_model(exported.model, Path(path))
-    verify_onnx(path, model, inputs, providers=providers, tolerance=tolerance)
+    verify_onnx(model, path, inputs, providers=providers, tolerance=tolerance)
     return sum(file.stat().st_size for file in files)
 
 

@@ -103,7 +103,7 @@ def plan_command(
     loaded = loaded_model(model, False, input_shape, trust)
     convention = Coordinates.preset(coords, radius=radius)
     if coord_layers(loaded.model) and not where:
-        decided = survey(loaded.model, convention, loaded.example_inputs)
+        decided = survey(loaded.model, coords=convention, example_inputs=loaded.example_inputs)
     else:
         decided = plan(
             loaded.model,
@@ -231,7 +231,7 @@ def verify_command(
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
-        onnx_file, patched, loaded.example_inputs, providers=provider, tolerance=tolerance
+        patched, onnx_file, loaded.example_inputs, providers=provider, tolerance=tolerance
     )
     console.print(
         f"{onnx_file} agrees with torch on {check.inputs}: differs by {check.difference:.2g} of "

@@ -141,8 +141,8 @@ def export_onnx(
         progress.set_description("verifying")
         progress.update()
         verifier = Verifier(
-            temporary,
             model,
+            temporary,
             providers=working,
             tolerance=tolerance,
             disabled_optimizers=disabled_optimizers,

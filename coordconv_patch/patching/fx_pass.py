@@ -54,7 +54,7 @@ class CoordConvPass(PassBase):
 
     def __init__(
         self,
-        where: Where = "all",
+        where: Where = "first",
         *,
         coords: Coordinates | str | None = None,
         example_inputs: Any = None,

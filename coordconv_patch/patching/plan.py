@@ -226,12 +226,18 @@ def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
     return Plan(coords, rows, site_map)
 
 
-def survey(model: nn.Module, coords: Coordinates, example_inputs: Any = None) -> Plan:
-    """A plan that chooses nothing: the sites of a model, and which of them are patched."""
+def survey(
+    model: nn.Module, *, coords: Coordinates | str | None = None, example_inputs: Any = None
+) -> Plan:
+    """A plan that chooses nothing: the sites of a model, and which of them are patched.
+
+    The arguments, and what they raise, are those of :func:`plan`.
+    """
+    convention = Coordinates.of(coords)
     site_map = find_sites(model, example_inputs)
     choices = [not_chosen(site) for site in site_map.sites]
-    rows = tuple(_row(choice, coords) for choice in choices)
-    return _with_windows(Plan(coords, rows, site_map), model)
+    rows = tuple(_row(choice, convention) for choice in choices)
+    return _with_windows(Plan(convention, rows, site_map), model)
 
 
 def _with_windows(decided: Plan, model: nn.Module) -> Plan:

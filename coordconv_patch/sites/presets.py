@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from coordconv_patch.errors import SelectionError, listing
+from coordconv_patch.arguments import check_callable
+from coordconv_patch.errors import ArgumentError, SelectionError, listing
 from coordconv_patch.sites.site import Site, SiteMap
 
-__all__ = ["PRESETS", "first_site", "unusable"]
+__all__ = ["PRESETS", "first_site", "register_selector", "unusable"]
 
 
 def first_site(site_map: SiteMap) -> list[Site]:
@@ -96,3 +97,24 @@ PRESETS: dict[str, Callable[[SiteMap], list[Site]]] = {
 - ``"head"``: the first convolution of each detection or segmentation head (PP-YOLO;
   SOLO, https://arxiv.org/abs/1912.04488).
 """
+
+
+def register_selector(name: str, choose: Callable[[SiteMap], list[Site]]) -> None:
+    """Let ``where=`` take one more name.
+
+    For choices that need to see all sites at once. One that looks at a site alone needs no name:
+    ``where=`` takes a callable.
+
+    Args:
+        name: What ``where=`` is to take, such as ``"last"``.
+        choose: Gives the sites of a model that the name means; none, if it means none there.
+
+    Raises:
+        ArgumentError: If the name is not a plain word, or is taken.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ArgumentError(f"name={name!r}: write a word of letters, digits and _")
+    if name in ("first", "all", *PRESETS):
+        raise ArgumentError(f"name={name!r}: where= has a selector of this name")
+    check_callable("choose", choose)
+    PRESETS[name] = choose

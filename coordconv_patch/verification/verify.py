@@ -29,8 +29,8 @@ __all__ = ["Verifier", "run_session", "verify_onnx"]
 
 
 def verify_onnx(
-    path: str | os.PathLike[str],
     model: nn.Module,
+    path: str | os.PathLike[str],
     example_inputs: Any,
     *,
     providers: Sequence[str] | None = None,
@@ -44,8 +44,8 @@ def verify_onnx(
     it is computed with other rounding, and reported in ``Check.unstable``.
 
     Args:
-        path: The ONNX file.
         model: The torch model; it is run in evaluation mode.
+        path: The ONNX file.
         example_inputs: As for :func:`coordconv_patch.plan`; a detector of torchvision takes
             a list of images: ``[image]``, each (C, H, W).
         providers: Execution providers; ``None``: those that work here.
@@ -67,8 +67,8 @@ def verify_onnx(
     check_number("tolerance", tolerance)
     check_names("disabled_optimizers", disabled_optimizers)
     verifier = Verifier(
-        check_path("path", path),
         model,
+        check_path("path", path),
         providers=providers,
         tolerance=tolerance,
         disabled_optimizers=disabled_optimizers,
@@ -84,8 +84,8 @@ class Verifier:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
         model: nn.Module,
+        path: str | os.PathLike[str],
         *,
         providers: Sequence[str] | None = None,
         tolerance: float = 1e-4,

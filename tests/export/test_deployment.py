@@ -120,7 +120,7 @@ def test_a_wrong_bfloat16_file_is_found(patched: nn.Module, tmp_path: Path) -> N
     with torch.no_grad():
         ccp.coord_parameters(narrow)[0].fill_(1.0)
     with pytest.raises(ExportError, match="differ on"):
-        ccp.verify_onnx(report.path, narrow, images(2, 23).bfloat16(), providers=CPU)
+        ccp.verify_onnx(narrow, report.path, images(2, 23).bfloat16(), providers=CPU)
 
 
 # --- int8 ---------------------------------------------------------------------------------------

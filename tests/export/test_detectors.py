@@ -361,7 +361,7 @@ def test_the_coordinates_count(tmp_path: Path) -> None:
     path = export(model, tmp_path / "detector.onnx", [ASTRONAUT]).path
     plain = ccp.unpatch(model, discard=True)
     with pytest.raises(ExportError, match=r"in what they detect: picture 0: torch finds box \("):
-        verify_onnx(path, plain, [ASTRONAUT], providers=CPU)
+        verify_onnx(plain, path, [ASTRONAUT], providers=CPU)
 
 
 # --- lists of images -----------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_two_images_of_different_sizes(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"has inputs .*images_1.* example has 1 .*number of images"
     ):
-        verify_onnx(path, model, others[:1], providers=CPU)
+        verify_onnx(model, path, others[:1], providers=CPU)
 
 
 def test_a_dynamic_number_of_images_is_refused(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_another_size_than_the_files_is_an_error_with_the_sizes(tmp_path: Path) 
     model = patched("ssd", "first")
     path = export(model, tmp_path / "fixed.onnx", [ASTRONAUT]).path
     with pytest.raises(ExportError, match=r"cannot run the graph on .*\(3, 72, 96\)"):
-        verify_onnx(path, model, [picture("coffee", 72, 96)], providers=CPU)
+        verify_onnx(model, path, [picture("coffee", 72, 96)], providers=CPU)
 
 
 # --- a wrong file is never accepted --------------------------------------------------------------
@@ -476,8 +476,8 @@ def test_other_post_processing_than_torchs_is_an_error(
     assert hasattr(other, setting)
     setattr(other, setting, change(model))
     with pytest.raises(ExportError, match=reason):
-        verify_onnx(path, other, [ASTRONAUT], providers=CPU)
-    assert verify_onnx(path, model, [ASTRONAUT], providers=CPU).unstable == 0
+        verify_onnx(other, path, [ASTRONAUT], providers=CPU)
+    assert verify_onnx(model, path, [ASTRONAUT], providers=CPU).unstable == 0
 
 
 def test_a_box_whose_score_is_the_threshold_is_no_difference(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_a_box_whose_score_is_the_threshold_is_no_difference(tmp_path: Path) -> 
     other.score_thresh = torch.nextafter(score, torch.tensor(0.0)).item()
     found = [len(each([ASTRONAUT])[0]["scores"]) for each in (model, other)]
     assert found[1] == found[0] + 1
-    checks = [verify_onnx(without, each, [ASTRONAUT], providers=CPU) for each in (model, other)]
+    checks = [verify_onnx(each, without, [ASTRONAUT], providers=CPU) for each in (model, other)]
     assert {check.unstable for check in checks} == {0, 1}
     assert all(check.detections == found[0] for check in checks if check.unstable)
 

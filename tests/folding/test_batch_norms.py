@@ -265,7 +265,7 @@ class TestTheFoldedModel:
         x = torch.randn(2, 3, 6, 6)
         assert torch.equal(copy.deepcopy(folded)(x), folded(x))
         ccp.export_onnx(folded, tmp_path / "folded.onnx", x)
-        ccp.verify_onnx(tmp_path / "folded.onnx", model, x)
+        ccp.verify_onnx(model, tmp_path / "folded.onnx", x)
 
 
 class TiedDecoder(nn.Module):

@@ -35,7 +35,7 @@ def x() -> Tensor:
 def test_pass_patches_the_graph_module_in_place(x: Tensor) -> None:
     graph_module = fx.symbolic_trace(Mixed())
     before = graph_module(x)
-    result = CoordConvPass()(graph_module)
+    result = CoordConvPass("all")(graph_module)
     assert result.graph_module is graph_module
     assert result.modified is True
     assert len(ccp.coord_parameters(graph_module)) == 2
@@ -44,10 +44,10 @@ def test_pass_patches_the_graph_module_in_place(x: Tensor) -> None:
 
 def test_second_run_modifies_nothing() -> None:
     graph_module = fx.symbolic_trace(Mixed())
-    CoordConvPass()(graph_module)
+    CoordConvPass("all")(graph_module)
     weights = ccp.coord_parameters(graph_module)
     code = graph_module.code
-    result = CoordConvPass()(graph_module)
+    result = CoordConvPass("all")(graph_module)
     assert result == PassResult(graph_module, False)
     assert graph_module.code == code
     assert all(a is b for a, b in zip(ccp.coord_parameters(graph_module), weights, strict=True))
@@ -90,7 +90,7 @@ def test_pass_runs_in_a_pass_manager_until_nothing_changes(x: Tensor) -> None:
 
 def test_pass_takes_the_convention() -> None:
     graph_module = fx.symbolic_trace(Mixed())
-    CoordConvPass(coords=ccp.Coordinates(radius=True))(graph_module)
+    CoordConvPass("all", coords=ccp.Coordinates(radius=True))(graph_module)
     assert [weight.shape[1] for weight in ccp.coord_parameters(graph_module)] == [3, 3]
 
 
@@ -104,14 +104,14 @@ def test_another_convention_on_a_patched_site_is_refused() -> None:
 
 def test_window_of_a_patched_site_is_no_other_convention() -> None:
     graph_module = fx.symbolic_trace(Mixed())
-    CoordConvPass()(graph_module)
+    CoordConvPass("all")(graph_module)
     ccp.set_window_(graph_module, ccp.Window((0, 0), (4, 4), (8, 8)))
-    assert CoordConvPass()(graph_module).modified is False
+    assert CoordConvPass("all")(graph_module).modified is False
 
 
 def test_pass_refuses_what_is_no_graph_module() -> None:
     with pytest.raises(PatchError, match="GraphModule, not on Mixed: use patch_"):
-        CoordConvPass()(Mixed())
+        CoordConvPass("all")(Mixed())
 
 
 def test_selector_that_matches_nothing_is_an_error() -> None:

@@ -255,7 +255,7 @@ def test_the_windows_of_patched_sites_are_named_in_plans_and_surveys() -> None:
     window = ccp.Window((0, 8), (8, 8), (16, 16))
     for wanted in (None, window):
         ccp.set_window_(model, wanted)
-        shown = survey(model, ccp.Coordinates())
+        shown = survey(model)
         notes = {row.site.name: row.note for row in shown.rows}
         assert set(notes) == {"conv", "part.kernel"}
         for note in notes.values():

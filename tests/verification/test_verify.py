@@ -342,7 +342,7 @@ def test_outputs_of_a_class_without_field_names_are_compared(tmp_path: Path) -> 
     path = ccp.export_onnx(model, tmp_path / "n.onnx", x, providers=CPU).path
     other = ccp.unpatch(model, discard=True)
     with pytest.raises(ExportError, match="differ"):
-        verify_onnx(path, other, x, providers=CPU)
+        verify_onnx(other, path, x, providers=CPU)
 
 
 def test_a_table_of_sorted_boxes_scores_and_classes_is_found() -> None:
@@ -465,17 +465,17 @@ def test_a_difference_within_the_noise_agrees_and_says_so(tmp_path: Path) -> Non
     check = Check("x", 2 * noise, 1e-9, noise)
     assert check.agrees
     assert not Check("x", 4 * noise, 1e-9, noise).agrees
-    assert verify_onnx(path, model, X, providers=CPU, tolerance=1e-9).agrees
+    assert verify_onnx(model, path, X, providers=CPU, tolerance=1e-9).agrees
 
 
 def test_noise_that_is_not_a_finite_number_excuses_nothing(tmp_path: Path) -> None:
     model = made(Overflows)
     path = exported(tmp_path / "overflow.onnx", model)
-    assert verify_onnx(path, model, X, providers=CPU).difference < 1e-5
+    assert verify_onnx(model, path, X, providers=CPU).difference < 1e-5
     with torch.no_grad():
         model.conv.weight.mul_(3)
     with pytest.raises(ExportError, match="differ"):
-        verify_onnx(path, model, X, providers=CPU)
+        verify_onnx(model, path, X, providers=CPU)
 
 
 def test_an_infinite_difference_never_agrees() -> None:
@@ -488,7 +488,7 @@ def test_an_infinite_difference_never_agrees() -> None:
 
 
 def test_a_right_file_gives_the_figures(file: Path) -> None:
-    check = verify_onnx(file, made(), X, providers=CPU)
+    check = verify_onnx(made(), file, X, providers=CPU)
     assert check.inputs == "a tensor of shape (2, 3, 6, 9), torch.float32"
     assert check.difference < 1e-5
     assert check.tolerance == 1e-4
@@ -501,7 +501,7 @@ def test_another_models_file_is_an_error_with_figures(file: Path) -> None:
     with torch.no_grad():
         other.conv.coord_weight.mul_(1.5)
     with pytest.raises(ExportError) as caught:
-        verify_onnx(file, other, X, providers=CPU)
+        verify_onnx(other, file, X, providers=CPU)
     message = str(caught.value)
     assert "CPUExecutionProvider" in message
     assert "(2, 3, 6, 9)" in message
@@ -516,16 +516,16 @@ def test_the_tolerance_decides(file: Path) -> None:
     other = made()
     with torch.no_grad():
         other.conv.bias.add_(0.01)
-    assert verify_onnx(file, other, X, providers=CPU, tolerance=0.1).difference > 1e-4
+    assert verify_onnx(other, file, X, providers=CPU, tolerance=0.1).difference > 1e-4
     with pytest.raises(ExportError, match=r"allowed are 0\.0001"):
-        verify_onnx(file, other, X, providers=CPU)
+        verify_onnx(other, file, X, providers=CPU)
 
 
 def test_the_model_is_compared_in_evaluation_mode_and_left_in_training(tmp_path: Path) -> None:
     model = nn.Sequential(made(), nn.Dropout(0.5), nn.BatchNorm2d(2)).eval()
     path = exported(tmp_path / "drop.onnx", model)
     model.train()
-    assert verify_onnx(path, model, X, providers=CPU).agrees
+    assert verify_onnx(model, path, X, providers=CPU).agrees
     assert all(module.training for module in model.modules())
     assert model[2].num_batches_tracked == 0
 
@@ -556,7 +556,7 @@ def test_the_cause_of_a_difference_is_named(
     )
     monkeypatch.setattr(verify_module, "run_session", run)
     with pytest.raises(ExportError, match=reason):
-        verify_onnx(file, made(), X, providers=CPU)
+        verify_onnx(made(), file, X, providers=CPU)
 
 
 def test_optimizers_asked_to_be_left_out_are_left_out(
@@ -570,7 +570,7 @@ def test_optimizers_asked_to_be_left_out_are_left_out(
         return make(path, providers, **options)
 
     monkeypatch.setattr(verify_module, "make_session", make_session)
-    verify_onnx(file, made(), X, providers=CPU, disabled_optimizers=["Pad_Fusion"])
+    verify_onnx(made(), file, X, providers=CPU, disabled_optimizers=["Pad_Fusion"])
     assert seen == [{"disabled_optimizers": ["Pad_Fusion"]}]
 
 
@@ -582,7 +582,7 @@ def test_one_session_does_for_all_inputs_of_a_file(
     monkeypatch.setattr(
         verify_module, "make_session", lambda *a, **k: made_sessions.append(a) or make(*a, **k)
     )
-    verifier = Verifier(file, made(), providers=CPU)
+    verifier = Verifier(made(), file, providers=CPU)
     assert verifier.check(X).agrees
     assert verifier.check(-X).agrees
     with pytest.raises(ExportError, match="cannot run the graph"):
@@ -599,7 +599,7 @@ def test_an_output_beside_the_detections_is_still_compared(tmp_path: Path) -> No
 
     model = made(WithFeatures)
     path = exported(tmp_path / "two.onnx", model)
-    assert verify_onnx(path, model, X, providers=CPU).detections == 3
+    assert verify_onnx(model, path, X, providers=CPU).detections == 3
 
     class Wrong(WithFeatures):
         def forward(self, x: Tensor) -> Any:
@@ -607,24 +607,24 @@ def test_an_output_beside_the_detections_is_still_compared(tmp_path: Path) -> No
             return found, torch.cat((y[:1], y[1:] * 1.1))
 
     with pytest.raises(ExportError, match="of the largest output"):
-        verify_onnx(path, made(Wrong), X, providers=CPU)
+        verify_onnx(made(Wrong), path, X, providers=CPU)
 
 
 def test_a_missing_file_is_an_export_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"nothing\.onnx"):
-        verify_onnx(tmp_path / "nothing.onnx", made(), X, providers=CPU)
+        verify_onnx(made(), tmp_path / "nothing.onnx", X, providers=CPU)
 
 
 def test_a_file_that_is_no_onnx_is_an_export_error(tmp_path: Path) -> None:
     path = tmp_path / "garbage.onnx"
     path.write_bytes(b"not a graph" * 50)
     with pytest.raises(ExportError, match=r"garbage\.onnx"):
-        verify_onnx(path, made(), X, providers=CPU)
+        verify_onnx(made(), path, X, providers=CPU)
 
 
 def test_a_graph_that_does_not_take_these_inputs_is_an_export_error(file: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot run the graph on .*\(2, 3, 7, 9\)"):
-        verify_onnx(file, made(), torch.zeros(2, 3, 7, 9), providers=CPU)
+        verify_onnx(made(), file, torch.zeros(2, 3, 7, 9), providers=CPU)
 
 
 def test_another_number_of_inputs_is_an_export_error(file: Path) -> None:
@@ -633,12 +633,12 @@ def test_another_number_of_inputs_is_an_export_error(file: Path) -> None:
             return self.conv(x + y)
 
     with pytest.raises(ExportError, match=r"the ONNX graph has inputs .*, but the example has 2"):
-        verify_onnx(file, made(Pair), (X, X), providers=CPU)
+        verify_onnx(made(Pair), file, (X, X), providers=CPU)
 
 
 def test_inputs_that_the_model_refuses_are_no_raw_error(file: Path) -> None:
     with pytest.raises(CoordConvPatchError, match=r"\(2, 4, 6, 9\)"):
-        verify_onnx(file, made(), torch.zeros(2, 4, 6, 9), providers=CPU)
+        verify_onnx(made(), file, torch.zeros(2, 4, 6, 9), providers=CPU)
 
 
 def test_the_sessions_inputs_are_fed_in_order() -> None:
