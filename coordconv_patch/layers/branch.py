@@ -42,14 +42,14 @@ class CoordBranch(CoordLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.geometry = geometry
+        self.coord_geometry = geometry
         weight = new_coord_weight(geometry, coords, device=device, dtype=dtype)
         self._attach(coords, padding, weight)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
         """Kernel size of the convolution, as a convolution module has it."""
-        return self.geometry.kernel_size
+        return self.coord_geometry.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.coord_weight
@@ -73,10 +73,10 @@ class CoordBranch(CoordLayer):
         self, input_size: Sequence[int], output_size: Sequence[int]
     ) -> tuple[int, ...]:
         """That of the geometry: a functional convolution is told it, and takes no output size."""
-        return self.geometry.output_padding
+        return self.coord_geometry.output_padding
 
     def extra_repr(self) -> str:
-        return f"{self.geometry}, coords={self.coords}"
+        return f"{self.coord_geometry}, coords={self.coords}"
 
     @classmethod
     def _site_of(cls, name: str) -> str:

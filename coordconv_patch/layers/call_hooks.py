@@ -182,7 +182,7 @@ def _follow_padding(name: str, conv: _ConvNd, branch: CoordBranch) -> None:
             f"the padding of {name} was changed after it got coordinates, which cannot follow: "
             f"{error}. Undo the change, or unpatch the model first"
         ) from error
-    branch.geometry = ConvGeometry.of(conv)
+    branch.coord_geometry = ConvGeometry.of(conv)
     branch.__dict__[_FOLLOWED] = _padding_marks(conv)
 
 

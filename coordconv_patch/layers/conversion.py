@@ -42,8 +42,32 @@ def check_convertible(module: _ConvNd) -> Padding:
             "its forward is replaced on the instance (accelerate hooks, perhaps), which would "
             "bypass the coordinates: patch the model before"
         )
+    taken = _OWN_NAMES & {
+        *_names_of(type(module)),
+        *vars(module),
+        *module._parameters,
+        *module._buffers,
+        *module._modules,
+    }
+    if taken:
+        raise PatchError(
+            f"{type(module).__name__} has an attribute {min(taken)!r} of its own, which means "
+            "something else in a coordinate convolution: give it another name"
+        )
     with in_mode(module, training=False):  # a spectral norm in training iterates at every look
         return _padding_if_plain(module)
+
+
+def _names_of(kind: type) -> set[str]:
+    """What a class and its bases define, and what they say that instances have."""
+    names = (vars(base).keys() | vars(base).get("__annotations__", {}) for base in kind.__mro__)
+    return set().union(*names)
+
+
+_OWN_NAMES = frozenset(
+    name for name in _names_of(CoordConvNd) - _names_of(_ConvNd) if not name.startswith("__")
+)
+"""What coordinate convolutions have and torch's do not."""
 
 
 def _padding_if_plain(module: _ConvNd) -> Padding:

@@ -32,7 +32,7 @@ from coordconv_patch.running.inputs import check_is_module
 __all__ = ["CoordLayer", "coord_layers", "new_coord_weight"]
 
 _MAP_ATTRIBUTES = frozenset(
-    {"coords", "coord_padding", "geometry"}
+    {"coords", "coord_padding", "coord_geometry"}
     | {"stride", "padding", "dilation", "padding_mode", "output_padding"}
 )
 """Attributes of a layer that its coordinate map is made from, besides its weight."""
@@ -46,14 +46,14 @@ class CoordLayer(nn.Module):
         coord_weight: Parameter of shape ``(C_out, K, *kernel_size)``, for transposed
             convolutions ``(K, C_out, *kernel_size)``, whatever the groups.
         coord_padding: How the convolution pads its input.
-        geometry: The convolution's geometry.
+        coord_geometry: The convolution's geometry.
         chosen_calls: Which calls of the convolution get coordinates; ``None``: every one.
     """
 
     coords: Coordinates
     coord_weight: nn.Parameter
     coord_padding: Padding
-    geometry: ConvGeometry
+    coord_geometry: ConvGeometry
     chosen_calls: ChosenCalls | None = None
     _map_cache: MapCache
     _followed: Any = None
@@ -62,7 +62,7 @@ class CoordLayer(nn.Module):
     @property
     def _convolution(self) -> Convolution:
         """The convolution that the map is made for."""
-        return self.geometry
+        return self.coord_geometry
 
     def _attach(self, coords: Coordinates, padding: Padding, coord_weight: nn.Parameter) -> None:
         """Give a module what makes it a coordinate layer."""

@@ -75,7 +75,7 @@ class CoordConvNd(PaddingFollower):
         convention = Coordinates.of(coords)
         super().__init__(*args, **kwargs)
         device, dtype = self.weight.device, self.weight.dtype
-        coord_weight = new_coord_weight(self.geometry, convention, device=device, dtype=dtype)
+        coord_weight = new_coord_weight(self.coord_geometry, convention, device=device, dtype=dtype)
         self._attach(convention, DECLARED, coord_weight)
         self._note_change("padding")  # a subclass may pad in its own way
 

@@ -44,7 +44,7 @@ class PaddingFollower(CoordLayer, _ConvNd):
     """Those that a probe has written so far; ``None`` while there is none."""
 
     @property
-    def geometry(self) -> ConvGeometry:  # type: ignore[override]  # a branch's can be set
+    def coord_geometry(self) -> ConvGeometry:  # type: ignore[override]  # a branch's can be set
         """The convolution's geometry, read from its attributes."""
         return ConvGeometry.of(self)
 
@@ -124,4 +124,4 @@ class PaddingFollower(CoordLayer, _ConvNd):
         self.__dict__["_must_follow"] = False
 
     def _short_name(self) -> str:
-        return f"{type(self).__name__} ({self.geometry})"
+        return f"{type(self).__name__} ({self.coord_geometry})"

@@ -54,7 +54,7 @@ def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
 def _has_geometry(weight: Tensor, layer: nn.Module) -> bool:
     """Whether a weight is that of the convolution which a coordinate branch was made for."""
     assert isinstance(layer, CoordBranch)
-    geometry = layer.geometry
+    geometry = layer.coord_geometry
     channels = (geometry.out_channels, geometry.in_channels // geometry.groups)
     if geometry.transposed:
         channels = (geometry.in_channels, geometry.out_channels // geometry.groups)
@@ -68,7 +68,7 @@ def site_of(name: str) -> str:
 
 def layout_of(layer: nn.Module) -> tuple[bool, int]:
     """Whether a convolution is transposed, and its groups."""
-    conv: Any = layer.geometry if isinstance(layer, CoordBranch) else layer
+    conv: Any = layer.coord_geometry if isinstance(layer, CoordBranch) else layer
     return conv.transposed, conv.groups
 
 

@@ -108,7 +108,7 @@ class _ConcatenateCoordinates(TorchFunctionMode):
     def _padded(self, input: Tensor, padding: str | int | Sequence[int]) -> Tensor:
         ndim = input.dim() - 2
         own: Any = (padding,) * ndim if isinstance(padding, int) else padding
-        geometry = dataclasses.replace(self.layer.geometry, padding=own)
+        geometry = dataclasses.replace(self.layer.coord_geometry, padding=own)
         amounts = pad_amounts(DECLARED, input.shape[2:], geometry)
         return pad_by_axis(input, amounts, ("zeros",) * ndim)
 

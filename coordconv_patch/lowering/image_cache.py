@@ -65,7 +65,9 @@ class ImageCache:
 
     def basis(self, layer: CoordLayer, call: Call) -> SeparableBasis | None:
         """The images that a layer's maps are made of in one call, ``None`` if there are none."""
-        geometry = dataclasses.replace(layer.geometry, in_channels=0, out_channels=0, groups=1)
+        geometry = dataclasses.replace(
+            layer.coord_geometry, in_channels=0, out_channels=0, groups=1
+        )
         device = layer.coord_weight.device
         key = _MapKey(layer.coords, layer.coord_padding, geometry, call, device)
         return _once(self._bases, key, lambda: _basis(layer, call))
@@ -100,7 +102,7 @@ class ImageCache:
         key = _GridKey(
             coords=layer.coords,
             padding=layer.coord_padding,
-            padding_mode=layer.geometry.padding_mode,
+            padding_mode=layer.coord_geometry.padding_mode,
             input_size=call.input_size,
             padded_size=tuple(grid.shape[2:]),
             dtype=grid.dtype,
@@ -123,7 +125,7 @@ def _stored_grid(grid: Tensor) -> CoordConstant:
 @torch.no_grad()
 def _basis(layer: CoordLayer, call: Call) -> SeparableBasis | None:
     """The basis of the maps of all taps, each tap's with a weight of one."""
-    geometry, device = layer.geometry, layer.coord_weight.device
+    geometry, device = layer.coord_geometry, layer.coord_weight.device
     channels = layer.coords.num_channels(geometry.ndim)
     num_taps = channels * torch.Size(geometry.kernel_size).numel()
     taps = torch.eye(num_taps, dtype=torch.float64, device=device)

@@ -21,9 +21,9 @@ def grid_of(layer: CoordLayer, call: Call) -> Tensor:
 def padded_grid_of(layer: CoordLayer, call: Call) -> Tensor:
     """The coordinate channels, padded unless the convolution function does that."""
     grid = grid_of(layer, call)
-    if layer.geometry.transposed:
+    if layer.coord_geometry.transposed:
         return grid
-    padded, _ = pad_grid(grid, layer.geometry, layer.coord_padding)
+    padded, _ = pad_grid(grid, layer.coord_geometry, layer.coord_padding)
     return padded
 
 
@@ -50,7 +50,7 @@ def convolve_padded(layer: CoordLayer, call: Call, grid: Tensor) -> Tensor:
     Returns:
         Shape (N, C_out, *output_size).
     """
-    geometry = layer.geometry
+    geometry = layer.coord_geometry
     is_padded = layer.coord_padding.rule != "declared" or geometry.padding_mode != "zeros"
     if is_padded and not geometry.transposed:
         padding = (0,) * geometry.ndim

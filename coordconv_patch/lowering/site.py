@@ -47,7 +47,7 @@ class LoweringSite:
     @property
     def geometry(self) -> ConvGeometry:
         """The convolution's geometry."""
-        return self.layer.geometry
+        return self.layer.coord_geometry
 
     @property
     def num_taps(self) -> int:

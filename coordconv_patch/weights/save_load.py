@@ -93,7 +93,9 @@ def save_coords(
         check_storable(name, tensor)
     functions = functions_to_record(model)
     records = {
-        name: SiteRecord(layer.geometry, layer.coords, layer.chosen_calls, functions.get(layer))
+        name: SiteRecord(
+            layer.coord_geometry, layer.coords, layer.chosen_calls, functions.get(layer)
+        )
         for name, layer in layers.items()
     }
     try:
@@ -288,7 +290,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 def _check_whole(layers: dict[str, CoordLayer]) -> None:
     """Refuse what wrappers that flatten or offload parameters leave in their place."""
     for name, layer in layers.items():
-        geometry = layer.geometry
+        geometry = layer.coord_geometry
         shape = geometry.coord_weight_shape(layer.coords.num_channels(geometry.ndim))
         if layer.coord_weight.is_meta:
             raise WeightsError(

@@ -506,6 +506,29 @@ def test_channels_last_of_a_subclass() -> None:
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("name", ["coords", "coord_geometry", "compute_map", "_followed"])
+@pytest.mark.parametrize("kind", ["attribute", "method", "buffer"])
+def test_an_attribute_that_a_layer_needs_is_not_taken_from_its_owner(name: str, kind: str) -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            factor = getattr(self, name)
+            weight = self.weight * (factor() if callable(factor) else factor)
+            return self._conv_forward(input, weight, self.bias)
+
+    if kind == "method":
+        setattr(Scaled, name, lambda self: 2.5)
+    conv = Scaled(3, 4, 3)
+    if kind == "attribute":
+        conv.__dict__[name] = 2.5
+    elif kind == "buffer":
+        conv.register_buffer(name, torch.tensor(2.5))
+    x = torch.randn(1, 3, 6, 7)
+    before = conv(x)
+    with pytest.raises(PatchError, match=f"has an attribute '{name}' of its own"):
+        check_convertible(conv)
+    assert torch.equal(conv(x), before)
+
+
 # --- capture ------------------------------------------------------------------------------
 
 OTHER_SIZES = [(11, 14), (6, 15), (20, 9), (8, 8)]
