@@ -138,7 +138,7 @@ def read_tensor_file(path: Path, key: str) -> TensorFile:
 
 def _not_safetensors(path: Path, reason: object) -> WeightsError:
     return WeightsError(
-        f"{path} is no safetensors file, or a truncated one ({reason}); save_coords writes them"
+        f"{path} is not a safetensors file, or a truncated one ({reason}); save_coords writes them"
     )
 
 

@@ -56,20 +56,20 @@ def norm_affine(module: nn.Module) -> NormAffine:
     steps = [getattr(module, name, None) for name in ("drop", "act")]
     kept = [s for s in steps if isinstance(s, nn.Module) and not isinstance(s, nn.Identity)]
     rest = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
-    found = NormAffine(scale, beta - mean.double() * scale, rest)
-    _check(module, found)
-    return found
+    affine = NormAffine(scale, beta - mean.double() * scale, rest)
+    _check(module, affine)
+    return affine
 
 
-def _check(module: nn.Module, found: NormAffine) -> None:
+def _check(module: nn.Module, affine: NormAffine) -> None:
     """Compare with the module itself, in float64: a subclass may compute anything."""
-    norm, rest = copy.deepcopy(module).double(), copy.deepcopy(found.rest).double()
+    norm, rest = copy.deepcopy(module).double(), copy.deepcopy(affine.rest).double()
     ndim = {"1d": 1, "3d": 3}.get(type(module).__name__[-2:], 2)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, found.scale.numel(), *[2] * ndim, generator=generator)
-    sample = noise.to(found.scale)
+    noise = torch.randn(2, affine.scale.numel(), *[2] * ndim, generator=generator)
+    sample = noise.to(affine.scale)
     shape = (-1, *[1] * ndim)
-    expected = rest(sample * found.scale.view(shape) + found.shift.view(shape))
+    expected = rest(sample * affine.scale.view(shape) + affine.shift.view(shape))
     if not torch.allclose(norm(sample), expected, rtol=1e-6, atol=1e-9):
         raise PatchError(
             f"{type(module).__name__} computes something else than a batch norm and what follows it"

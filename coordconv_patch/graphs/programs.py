@@ -78,15 +78,15 @@ def _follow_flags_(root: fx.GraphModule) -> None:
             position = _TRAINING_ARGUMENT[node.target]
             flag = bool(node.args[position])
             flags.setdefault(_flag_holder(node), []).append((node, position, flag))
-    training = any(flag for found in flags.values() for _, _, flag in found)
+    training = any(flag for of_holder in flags.values() for _, _, flag in of_holder)
     for part in root.modules():
         part.training = training
     counters = [node for node in root.graph.nodes if _counts_batches(node)]
-    for holder, found in flags.items():
-        mode = training if not holder else any(flag for _, _, flag in found)
+    for holder, of_holder in flags.items():
+        mode = training if not holder else any(flag for _, _, flag in of_holder)
         root.get_submodule(holder).training = mode
         # An operation of another mode than its module's was frozen by the model's code.
-        uses = [(node, position) for node, position, flag in found if flag is mode]
+        uses = [(node, position) for node, position, flag in of_holder if flag is mode]
         uses += [(node, 1) for node in counters if _holder(node.args[0]) == holder]
         with root.graph.inserting_before(next(iter(root.graph.nodes))):
             read = root.graph.create_node("get_attr", join_names(holder, "training"))
@@ -181,24 +181,24 @@ def require_coord_layers(model: nn.Module) -> dict[str, CoordLayer]:
         return layers
     if any(map(has_exported_branches, model.modules())):
         raise PatchError(
-            "the model is the module of an exported program, whose coordinates are no layers: use "
+            "the model is the module of an exported program, whose coordinates are not layers: use "
             "from_exported(program) in place of program.module()"
         )
     raise PatchError("the model is not patched, it has no coordinate layers: patch it first")
 
 
 def has_exported_branches(module: nn.Module) -> bool:
-    """Whether a module's graph holds coordinate branches that are no layers (any more)."""
+    """Whether a module's graph holds coordinate branches that are not layers (any more)."""
     return isinstance(module, fx.GraphModule) and bool(_coordinate_convolutions(module.graph))
 
 
 def _coordinate_convolutions(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """The convolutions by coordinate weights, by the weights' qualified names."""
-    found: dict[str, list[fx.Node]] = {}
+    by_weight: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if is_coordinate_convolution(node):
-            found.setdefault(str(conv_arguments(node)["weight"].target), []).append(node)
-    return found
+            by_weight.setdefault(str(conv_arguments(node)["weight"].target), []).append(node)
+    return by_weight
 
 
 class _Branch:
@@ -220,7 +220,7 @@ class _Branch:
         self.end, addition = _addition(convolution)
         self.plain = plain = next(node for node in addition.all_input_nodes if node is not self.end)
         if plain.target not in CONV_SIGNATURES:
-            raise PatchError(f"it is added to {plain.name}, which is no convolution")
+            raise PatchError(f"it is added to {plain.name}, which is not a convolution")
         geometry = function_geometry(root, plain)
         own, given = function_input(convolution), function_input(plain)
         if replace(own.own, amounts=given.own.amounts) != given.own:
@@ -274,22 +274,22 @@ def _fields_of_convention(node: fx.Node) -> Mapping[str, Any] | None:
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
     """What a node is computed from, itself not included; the latest nodes first."""
-    found: dict[fx.Node, None] = {}
+    needed: dict[fx.Node, None] = {}
     waiting = list(node.all_input_nodes)
     while waiting:
         each = waiting.pop()
-        if each not in found:
-            found[each] = None
+        if each not in needed:
+            needed[each] = None
             waiting += each.all_input_nodes
     order = {each: index for index, each in enumerate(node.graph.nodes)}
-    return sorted(found, key=order.__getitem__, reverse=True)
+    return sorted(needed, key=order.__getitem__, reverse=True)
 
 
 def _restore_layers_(module: fx.GraphModule) -> None:
     """Replace every exported branch of a graph by a layer, in place."""
-    found = _coordinate_convolutions(module.graph)
-    branches = {name: _read(module, name, nodes) for name, nodes in found.items()}
-    for name, nodes in found.items():
+    convolutions = _coordinate_convolutions(module.graph)
+    branches = {name: _read(module, name, nodes) for name, nodes in convolutions.items()}
+    for name, nodes in convolutions.items():
         _restore_layer_(module, name, list(zip(nodes, branches[name], strict=True)))
     for node in reversed(module.graph.nodes):
         if not node.users and _fields_of_convention(node) is not None:

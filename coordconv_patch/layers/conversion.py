@@ -36,7 +36,9 @@ def check_convertible(module: _ConvNd) -> Padding:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise PatchError("it is lazy: run the model once, so that its shape is known")
     if not isinstance(module, TORCH_CONVS):
-        raise PatchError(f"{type(module).__name__} is no torch.nn convolution of 1 to 3 dimensions")
+        raise PatchError(
+            f"{type(module).__name__} is not a torch.nn convolution of 1 to 3 dimensions"
+        )
     if "forward" in vars(module):
         raise PatchError(
             "its forward is replaced on the instance (accelerate hooks, perhaps), which would "

@@ -182,7 +182,7 @@ class CoordLayer(nn.Module):
     def _zero_if_missing(
         self, state_dict: Mapping[str, Any], prefix: str, missing_keys: list[str]
     ) -> None:
-        """Take a plain checkpoint for what it is: one whose coordinate weights are all zero.
+        """Load a plain checkpoint as one whose coordinate weights are all zero.
 
         With ``strict=False`` torch's rule stands: what is missing is reported, and kept.
         """

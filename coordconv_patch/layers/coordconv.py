@@ -85,7 +85,7 @@ class CoordConvNd(PaddingFollower):
         Args:
             input: Shape ``(N, C_in, *input_size)``, or ``(C_in, *input_size)``.
             *args: Passed on to the plain class (``output_size`` of a transposed one).
-            **kwargs: Likewise.
+            **kwargs: Passed on too.
 
         Returns:
             Tensor of the shape and dtype that the plain convolution returns.

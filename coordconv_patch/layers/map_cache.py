@@ -19,7 +19,7 @@ class _Last(NamedTuple):
     input_shape: torch.Size | None
     output_shape: torch.Size | None
     output_dtype: torch.dtype | None
-    found: Tensor | None
+    coord_map: Tensor | None
 
 
 class _Kept(NamedTuple):
@@ -89,15 +89,15 @@ class MapCache:
         """
         # Few memory accesses matter here: a convolution before has emptied the processor's
         # caches, and each miss costs as much as a hundred instructions.
-        kept, input_shape, output_shape, output_dtype, found = self._contents.last
+        kept, input_shape, output_shape, output_dtype, coord_map = self._contents.last
         if (
-            found is not None
+            coord_map is not None
             and input.shape == input_shape
             and output.shape == output_shape
             and output.dtype is output_dtype
             and (self.is_constant or _is_equal(kept, weight))
         ):
-            return found
+            return coord_map
         return self._find(input, output, weight, make)
 
     def _find(
@@ -117,18 +117,18 @@ class MapCache:
         ndim = weight.dim() - 2
         sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
         key = (*sizes, output.dim(), output.dtype)
-        found = kept.maps.get(key)
-        if found is None:
+        coord_map = kept.maps.get(key)
+        if coord_map is None:
             # From the copy: another thread may be training the weight at this moment.
             source = weight if kept.weight is None else kept.weight
             # Not an inference tensor, whatever mode this call runs in: a later one may train.
             # And not from autocast's own copy of the weight, which may be older than the weight.
             with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
-                found = make(input, output, source)
-            maps = [*kept.maps.items(), (key, found)][-self.max_maps :]
+                coord_map = make(input, output, source)
+            maps = [*kept.maps.items(), (key, coord_map)][-self.max_maps :]
             kept = contents.kept = _Kept(kept.weight, dict(maps))
-        contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, found)
-        return found
+        contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, coord_map)
+        return coord_map
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""

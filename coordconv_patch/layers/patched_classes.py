@@ -1,6 +1,6 @@
 """The classes that patching gives to convolutions, made at run time, one for each plain class.
 
-They are no attributes of a module, so a pickle cannot name them: it names the plain class.
+They are not attributes of a module, so a pickle cannot name them: it names the plain class.
 """
 
 from __future__ import annotations

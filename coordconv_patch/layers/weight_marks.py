@@ -7,7 +7,7 @@ taken while they belonged together; comparing it with the weights of today tells
 channels were scaled, and the coordinates were not.
 
 Training moves the weights of a channel each by its own amount, so it never looks like that.
-Three things do, and are no folding: a scale by next to nothing (weight decay, one step of it),
+Three things do without being a folding: a scale by next to nothing (weight decay, one step of it),
 filters that were set to zero (pruning), and filters that were brought to one norm (max-norm
 constraints).
 """
@@ -55,7 +55,7 @@ class WeightMark:
 
     Attributes:
         weight: Shape ``(rows, positions)``: some weights of some output channels.
-        coords: Likewise of the coordinate weight.
+        coords: The same of the coordinate weight.
         version: The weight's version counter, which ``.data`` does not move.
         coord_version: The coordinate weight's.
         has_bias: Whether the convolution had a bias.

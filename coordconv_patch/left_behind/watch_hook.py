@@ -135,7 +135,7 @@ class Watch:
             check_scales(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
             doubles = doubles_of(self.inventory, module, present)
         if is_transforming():
-            return  # weights may be fake now: this is no moment to remember them
+            return  # weights may be fake now: so do not remember them
         if doubles and runs:
             Race(self.inventory, module, doubles, self.accept)  # which of them runs decides
             return

@@ -69,17 +69,19 @@ def factors(images: Tensor) -> tuple[Tensor, ...] | None:
 
     Returns:
         Per axis a tensor of shape (1, K, ..., length, ...); ``None`` where a product
-        would round, or an image is no product.
+        would round, or an image is not a product.
     """
-    found: list[list[Tensor]] = []
+    vectors_by_image: list[list[Tensor]] = []
     for image in images[0]:
         vectors = _exact_vectors(image)
         if vectors is None:
             return None
-        found.append(vectors)
-    stacked = [torch.stack(axis) for axis in zip(*found, strict=True)]
+        vectors_by_image.append(vectors)
+    stacked = [torch.stack(axis) for axis in zip(*vectors_by_image, strict=True)]
     return tuple(
-        matrix.reshape(1, len(found), *(-1 if axis == at else 1 for axis in range(len(stacked))))
+        matrix.reshape(
+            1, len(vectors_by_image), *(-1 if axis == at else 1 for axis in range(len(stacked)))
+        )
         for at, matrix in enumerate(stacked)
     )
 
@@ -118,7 +120,7 @@ def separable_basis(responses: Tensor, planes: Sequence[int]) -> SeparableBasis 
         planes: The coordinate channel of each tap; channels share what their spans share.
 
     Returns:
-        ``None`` if a response is no product of vectors, as those of a radius, or all are zero.
+        ``None`` if a response is not a product of vectors, as those of a radius, or all are zero.
     """
     if not responses.any():
         return None

@@ -56,7 +56,7 @@ def common_geometry(
 
     Returns:
         The geometry, ``None`` where the graph does not tell it; how it pads its input; why it
-        cannot be patched, empty if that is no reason.
+        cannot be patched, empty if that is not a reason.
     """
     try:
         geometries = [function_geometry(region.module, node) for node in nodes]

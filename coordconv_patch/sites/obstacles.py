@@ -19,8 +19,8 @@ _SCRIPTED = (
 )
 
 _QUANTIZED = (
-    "it is quantized ({name}), and its weight is no float tensor: patch the float model, and leave "
-    "the patched convolutions out of the quantization"
+    "it is quantized ({name}), and its weight is not a float tensor: patch the float model, and "
+    "leave the patched convolutions out of the quantization"
 )
 
 _PREPARED = (
@@ -30,7 +30,7 @@ _PREPARED = (
 
 
 def foreign_convolutions(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Convolutions of a model that are no torch.nn modules: name, class name and obstacle."""
+    """Convolutions of a model that are not torch.nn modules: name, class name and obstacle."""
     scripted: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -58,7 +58,7 @@ def quantization_obstacle(module: _ConvNd) -> str:
 
 
 def _is_quantized_convolution(module: nn.Module) -> bool:
-    """Whether a module is a quantized convolution of torch.ao; nn's are no base of those."""
+    """Whether a module is one of torch.ao's convolutions, which derive from none of torch.nn's."""
     return any(
         base.__module__.startswith("torch.ao.nn") and base.__name__ == "_ConvNd"
         for base in type(module).__mro__

@@ -181,7 +181,7 @@ def _match_regex(sites: Sequence[Site], selector: str) -> list[Site]:
     try:
         pattern = re.compile(selector.removeprefix("re:"))
     except re.error as error:
-        raise SelectionError(f"where={selector!r} is no regular expression: {error}") from error
+        raise SelectionError(f"where={selector!r} is not a regular expression: {error}") from error
     matched = [site for site in sites if any(map(pattern.fullmatch, site.names))]
     return matched or _nothing(
         selector,

@@ -74,11 +74,11 @@ def _check_chosen_calls(
     model: nn.Module,
 ) -> None:
     wanted = file.sites[name].chosen_calls
-    found = None if layer is None else layer.chosen_calls
-    if layer is not None and (wanted and wanted.indices) != (found and found.indices):
+    present = None if layer is None else layer.chosen_calls
+    if layer is not None and (wanted and wanted.indices) != (present and present.indices):
         raise WeightsError(
             f"{name}: the file has coordinates at {wanted or 'all calls'}, the model is patched at "
-            f"{found or 'all calls'}: load onto the unpatched model"
+            f"{present or 'all calls'}: load onto the unpatched model"
         )
     if wanted is None:
         return

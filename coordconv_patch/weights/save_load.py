@@ -209,11 +209,11 @@ def _apply(model: nn.Module, plans: list[Plan]) -> nn.Module:
 
 
 def _check_fingerprint(file: CoordsFile, model: nn.Module) -> None:
-    found = fingerprint(model)
-    if found != file.fingerprint:
+    own = fingerprint(model)
+    if own != file.fingerprint:
         raise WeightsError(
             f"{file.path} belongs to a model with other weights (fingerprint "
-            f"{file.fingerprint[:12]}, this model's is {found[:12]}). Load the checkpoint that the "
+            f"{file.fingerprint[:12]}, this model's is {own[:12]}). Load the checkpoint that the "
             "coordinate weights were trained with first; if the base was fine-tuned too, or its "
             "dtype changed, that is the fine-tuned state_dict. check_base=False loads regardless"
         )

@@ -519,7 +519,7 @@ def test_unconvertible_modules_are_refused_with_the_reason() -> None:
         check_convertible(CoordConv2d(1, 1, 3))
     with pytest.raises(PatchError, match="it is lazy: run the model once"):
         check_convertible(nn.LazyConv2d(4, 3))
-    with pytest.raises(PatchError, match=r"Linear is no torch\.nn convolution"):
+    with pytest.raises(PatchError, match=r"Linear is not a torch\.nn convolution"):
         check_convertible(nn.Linear(2, 2))  # type: ignore[arg-type]
     hooked = nn.Conv2d(1, 1, 3)
     hooked.forward = hooked.forward  # type: ignore[method-assign]

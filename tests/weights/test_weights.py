@@ -597,7 +597,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(kept: float, saved: Path) -> None:
     raw = saved.read_bytes()
     saved.write_bytes(raw[: int(len(raw) * kept)])
-    assert_refused(saved, "is no safetensors file, or a truncated one")
+    assert_refused(saved, "is not a safetensors file, or a truncated one")
 
 
 def test_a_file_cut_by_one_byte_is_refused(saved: Path) -> None:
@@ -613,7 +613,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     archive = tmp_path / "weights.pth"
     torch.save(fresh().state_dict(), archive)
     for path in (text, pickled, archive, tmp_path):
-        assert_refused(path, "is no safetensors file, or a truncated one")
+        assert_refused(path, "is not a safetensors file, or a truncated one")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
