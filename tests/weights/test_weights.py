@@ -1094,7 +1094,7 @@ def test_a_wrong_container_is_refused_with_the_reason(
 ) -> None:
     path = tmp_path / "c.safetensors"
     path.write_bytes(raw)
-    assert_refused(path, f"no safetensors file, or a truncated one .*{reason}")
+    assert_refused(path, f"not a safetensors file, or a truncated one .*{reason}")
 
 
 # --- failures in the middle ---------------------------------------------------------------------
