@@ -507,7 +507,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "weights of no kind": (
         ("verify", NET, "garbage.onnx", "--coord-weights", "garbage.onnx"),
         2,
-        "is no safetensors file",
+        "is not a safetensors file",
     ),
     "other base": (
         ("export", "timm:resnet10t", "--out", "n.onnx", "--coord-weights", "c.safetensors"),

@@ -206,7 +206,7 @@ def test_preset_that_fits_nothing_shows_the_sites() -> None:
         ("", "its sites are stem_conv"),
         ("re:conv1", "it must match the whole name; close names: stem_conv, layer2.1.conv1"),
         ("re:layer2", "'re:layer2' matches no convolution of this model; it must match the whole"),
-        ("re:(", "'re:(' is no regular expression: missing )"),
+        ("re:(", "'re:(' is not a regular expression: missing )"),
         (nn.Conv3d, "where=Conv3d matches no convolution of this model; its convolutions are of "),
         (lambda site: False, "it returned a false value for each of the 7 sites"),
         ([], "where=[] selects nothing; write 'first', 'all' or names of sites"),
