@@ -10,7 +10,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_graphs import CPU, assert_close, checked, optimized_operators, run, serialized
+from onnx_graphs import (
+    CPU,
+    HandMadeGraph,
+    assert_close,
+    checked,
+    optimized_operators,
+    run,
+    serialized,
+)
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -138,13 +146,14 @@ def test_a_second_run_of_every_pass_changes_nothing(lowering: Any, tmp_path: Pat
     checked(model)
 
 
-def test_nodes_have_names_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "conv"])
+def test_nodes_get_names_of_their_own(name: str) -> None:
     """Quantizers are told by name which nodes to leave out."""
-    for exporter in ("dynamo", "torchscript"):
-        report = ccp.export_onnx(
-            *(everything(), tmp_path / "m.onnx", X), exporter=exporter, providers=CPU
-        )
-        names = [node.name for node in onnx.load(report.path).graph.node]
-        assert all(names)
-        assert len(set(names)) == len(names)
-        assert set(report.coordinate_nodes) < set(names)
+    graph = HandMadeGraph()
+    model = graph.model(graph.node("Relu", graph.site(graph.x, (8, 16))))
+    for node in model.graph:
+        node.name = name
+    rewrite_(model, passes_for(None, EMPTY, 2))
+    names = [node.name for node in model.graph]
+    assert all(names)
+    assert len(set(names)) == len(names)
