@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
     """
     args, kwargs = split_inputs(inputs_for_tracing(request))
     names = list(request.input_names or _argument_names(model, args, kwargs, request.axes))
-    # The exporter only writes files; of more than 2 GB, one for each tensor.
+    # The exporter only writes files: with more than 2 GB one for each tensor, constants too.
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
@@ -40,7 +41,7 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
             output_names=request.output_names,
             dynamic_axes=dict(zip(names, request.axes, strict=False)),
         )
-        return onnx_ir.external_data.load_to_model(onnx_ir.load(path))
+        return onnx_ir.from_proto(onnx.load(path))
 
 
 class _Wrapped(nn.Module):

@@ -10,7 +10,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_graphs import CPU, assert_close, checked, optimized_operators, run, serialized
+from onnx_graphs import (
+    CPU,
+    HandMadeGraph,
+    assert_close,
+    checked,
+    optimized_operators,
+    run,
+    serialized,
+)
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -98,6 +106,33 @@ def test_weights_that_lie_in_files_are_rewritten_like_others(
     np.testing.assert_array_equal(*(run(g, {"x": X.numpy()}) for g in (loaded, in_memory)))
 
 
+def test_tensors_that_torchscript_puts_into_files_of_their_own_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more than 2 GB it does: weights, and what Constant nodes hold."""
+    model = everything()
+    options: dict[str, Any] = {"exporter": "torchscript", "providers": CPU}
+    expected = ccp.export_onnx(model, tmp_path / "expected.onnx", X, **options)
+    export = torch.onnx.export
+
+    def export_into_many_files(exported: nn.Module, args: Any, path: str, **kwargs: Any) -> None:
+        export(exported, args, path, **kwargs)
+        onnx.save(
+            *(onnx.load(path), path),
+            save_as_external_data=True,
+            all_tensors_to_one_file=False,
+            size_threshold=0,
+            convert_attribute=True,
+        )
+        assert len(list(Path(path).parent.iterdir())) > 50
+
+    monkeypatch.setattr(torch.onnx, "export", export_into_many_files)
+    report = ccp.export_onnx(model, tmp_path / "m.onnx", X, **options)
+    assert report.nodes == expected.nodes
+    assert report.coord_constant_bytes == expected.coord_constant_bytes
+    np.testing.assert_array_equal(*(run(r.path, {"x": X.numpy()}) for r in (report, expected)))
+
+
 class NoteAuthor(ir.passes.InPlacePass):
     """Somebody else's pass."""
 
@@ -138,13 +173,14 @@ def test_a_second_run_of_every_pass_changes_nothing(lowering: Any, tmp_path: Pat
     checked(model)
 
 
-def test_nodes_have_names_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "conv"])
+def test_nodes_get_names_of_their_own(name: str) -> None:
     """Quantizers are told by name which nodes to leave out."""
-    for exporter in ("dynamo", "torchscript"):
-        report = ccp.export_onnx(
-            *(everything(), tmp_path / "m.onnx", X), exporter=exporter, providers=CPU
-        )
-        names = [node.name for node in onnx.load(report.path).graph.node]
-        assert all(names)
-        assert len(set(names)) == len(names)
-        assert set(report.coordinate_nodes) < set(names)
+    graph = HandMadeGraph()
+    model = graph.model(graph.node("Relu", graph.site(graph.x, (8, 16))))
+    for node in model.graph:
+        node.name = name
+    rewrite_(model, passes_for(None, EMPTY, 2))
+    names = [node.name for node in model.graph]
+    assert all(names)
+    assert len(set(names)) == len(names)
