@@ -22,6 +22,7 @@ __all__ = [
     "check_names",
     "check_number",
     "check_path",
+    "check_word",
     "given",
     "not_a_module",
 ]
@@ -106,6 +107,16 @@ def check_callable(name: str, value: Any) -> None:
     """
     if not callable(value):
         raise ArgumentError(f"{given(name, value)}: pass a function")
+
+
+def check_word(name: str, value: Any) -> None:
+    """Check that an argument is one word, such as a name that others are to write.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ArgumentError(f"{given(name, value)}: write a word of letters, digits and _")
 
 
 def check_path(name: str, value: Any) -> Path:

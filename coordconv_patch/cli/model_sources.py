@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TypeAlias, cast
 
+from coordconv_patch.arguments import check_callable, check_word
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.cli.zoo_models import timm_model, torchvision_model
 from coordconv_patch.errors import ArgumentError
@@ -34,12 +35,12 @@ def register_model_source(prefix: str, load: ModelSource) -> None:
             :class:`coordconv_patch.ModelSourceError` for a model that cannot be loaded.
 
     Raises:
-        ArgumentError: If the prefix is taken, or is not a plain word.
+        ArgumentError: If the prefix is taken, or is not a plain word, or ``load`` not a function.
     """
-    if not prefix.isidentifier():
-        raise ArgumentError(f"prefix={prefix!r}: write a word of letters, digits and _")
+    check_word("prefix", prefix)
     if prefix in MODEL_SOURCES:
         raise ArgumentError(f"prefix={prefix!r}: there is a source of models with this prefix")
+    check_callable("load", load)
     MODEL_SOURCES[prefix] = load
 
 

@@ -45,7 +45,7 @@ def passes_for(target: str | None, lowered: Lowered, batch: int) -> tuple[InPlac
         lowered: What the lowering stored in the model.
         batch: Batch size of the example.
     """
-    rewrites = REWRITES.get(target, ANY_TARGET) if target is not None else ANY_TARGET
+    rewrites = ANY_TARGET if target is None else REWRITES.get(target, ANY_TARGET)
     return (
         LiftConstantsToInitializersPass(size_limit=0),
         *(make() for make in rewrites),

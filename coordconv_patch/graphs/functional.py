@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.own_padding import NOT_PADDED, PADS, OwnPadding, pad_arguments, unpadded
-from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.branch import CoordBranch, site_of_branch
 from coordconv_patch.layers.geometry import ConvGeometry
 
 __all__ = [
@@ -124,7 +124,7 @@ def function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
         found = branch_of(module, node)
         if found is None:
             return join_names(prefix, node.name)
-        return join_names(prefix, str(found[1].target).removesuffix(BRANCH_NAME)[:-1])
+        return join_names(prefix, site_of_branch(str(found[1].target)))
     holder = module.get_submodule(str(weight.target).rpartition(".")[0])
     return weight_site_name(join_names(prefix, weight.target), holder)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coordconv_patch.layers.coord_layer import CoordLayer, new_coord_weight
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import DECLARED, ConvGeometry, Padding
 
-__all__ = ["BRANCH_NAME", "CoordBranch"]
+__all__ = ["BRANCH_NAME", "CoordBranch", "branch_name", "site_of_branch"]
 
 BRANCH_NAME = "coord_branch"
 """Name of the submodule that a :class:`CoordBranch` is added under."""
@@ -80,5 +80,22 @@ class CoordBranch(CoordLayer):
 
     @classmethod
     def _site_of(cls, name: str) -> str:
-        # "conv1.coord_branch" belongs to site conv1, "w_coord_branch" to site w.
-        return name.removesuffix(BRANCH_NAME)[:-1]
+        return site_of_branch(name)
+
+
+def branch_name(owner: nn.Module, site: str) -> str:
+    """Where a site's branch goes: into the module that the site is named after, or beside.
+
+    Args:
+        owner: The module that calls the convolution.
+        site: The site's name relative to it; ``""`` if they have one name.
+    """
+    if not site:
+        return BRANCH_NAME
+    is_module = site in dict(owner.named_modules())
+    return f"{site}.{BRANCH_NAME}" if is_module else f"{site}_{BRANCH_NAME}"
+
+
+def site_of_branch(name: str) -> str:
+    """The site of a branch: conv1 of ``conv1.coord_branch``, w of ``w_coord_branch``."""
+    return name.removesuffix(BRANCH_NAME)[:-1]

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coord_layer import new_coord_weight
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.geometry import DECLARED
+from coordconv_patch.layers.geometry import DECLARED, output_padding_between
 from coordconv_patch.layers.new_weights import why_refused
 from coordconv_patch.layers.padding_follower import PaddingFollower
 from coordconv_patch.layers.replaced_forward import ReplacedForward
@@ -163,13 +163,7 @@ class CoordConvNd(PaddingFollower):
         """As :meth:`CoordLayer.output_padding_of`."""
         if not self.transposed:
             return ()
-        padding = cast("tuple[int, ...]", self.padding)
-        return tuple(
-            output_size[dim]
-            - ((input_size[dim] - 1) * self.stride[dim] - 2 * padding[dim])
-            - (self.dilation[dim] * (self.kernel_size[dim] - 1) + 1)
-            for dim in range(len(input_size))
-        )
+        return output_padding_between(self, input_size, output_size)
 
     def reset_parameters(self) -> None:
         """Reset the plain convolution as torch does, and the coordinate weight to zero.
@@ -235,27 +229,10 @@ class CoordConvNd(PaddingFollower):
                 "do not see the same channels"
             )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_is_loading"] = True
         try:
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            super()._load_from_state_dict(*args, **kwargs)
         finally:
             del self.__dict__["_is_loading"]
         if self.weight_mark is not None:

@@ -68,10 +68,8 @@ def pad_grid(
     """
     if rule.rule == "declared" and convolution.padding_mode == "zeros":
         return grid, convolution.padding
-    ndim = len(convolution.kernel_size)
     amounts = pad_amounts(rule, grid.shape[2:], convolution)
-    modes = pad_modes(rule, convolution.padding_mode, ndim)
-    return pad_by_axis(grid, amounts, modes), (0,) * ndim
+    return pad_by_axis(grid, amounts, pad_modes(rule, convolution)), (0,) * len(amounts)
 
 
 def coordinate_map(

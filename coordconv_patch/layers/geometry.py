@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ __all__ = [
     "Convolution",
     "Padding",
     "PaddingRule",
+    "output_padding_between",
     "pad_amounts",
     "pad_by_axis",
     "pad_modes",
@@ -156,6 +157,14 @@ class ConvGeometry:
         """Number of spatial dimensions, 1 to 3."""
         return len(self.kernel_size)
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the convolution's own weight, as torch has it."""
+        channels = (self.out_channels, self.in_channels // self.groups)
+        if self.transposed:
+            channels = (self.in_channels, self.out_channels // self.groups)
+        return (*channels, *self.kernel_size)
+
     def coord_weight_shape(self, num_channels: int) -> tuple[int, ...]:
         """Shape of the coordinate weight for K = ``num_channels`` coordinate channels.
 
@@ -273,10 +282,33 @@ def pad_amounts(
     return [(int(amount), int(amount)) for amount in declared]
 
 
-def pad_modes(padding: Padding, padding_mode: str, ndim: int) -> tuple[str, ...]:
-    """The padding mode of each spatial dimension, in torch.nn's words."""
+def output_padding_between(
+    convolution: Convolution, input_size: Sequence[Any], output_size: Sequence[Any]
+) -> tuple[Any, ...]:
+    """The output padding by which a transposed convolution gets from one size to another.
+
+    In pixels per spatial dimension; sizes may be symbolic.
+    """
+    padding = cast("tuple[int, ...]", convolution.padding)  # torch takes no word here
+    return tuple(
+        length_out - ((length - 1) * step - 2 * pad) - (spacing * (taps - 1) + 1)
+        for length_out, length, step, pad, spacing, taps in zip(
+            output_size,
+            input_size,
+            convolution.stride,
+            padding,
+            convolution.dilation,
+            convolution.kernel_size,
+            strict=True,
+        )
+    )
+
+
+def pad_modes(padding: Padding, convolution: Convolution) -> tuple[str, ...]:
+    """The padding mode of each spatial dimension, in torch.nn's words; see :func:`pad_amounts`."""
+    ndim = len(convolution.kernel_size)
     if padding.rule == "declared":
-        return (padding_mode,) * ndim
+        return (convolution.padding_mode,) * ndim
     return padding.modes or ("zeros",) * ndim
 
 

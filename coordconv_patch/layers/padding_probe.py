@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
@@ -269,13 +269,7 @@ class ConvSpy(TorchFunctionMode):
         self.functions = (CONV_FUNCTIONS[len(module.kernel_size), module.transposed], torch.conv2d)
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, int]] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in self.functions:
             self.calls.append((args, dict(kwargs or {}), output, output._version))

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.graphs.norms import is_batch_norm
 from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.weight_marks import is_plain, rows_of, sample_of
 from coordconv_patch.left_behind.heir_modules import Heir, tensors_of, weights_being_exported
@@ -64,7 +65,7 @@ class Inventory:
         coords = layer._parameters.get("coord_weight")
         if coords is not None:
             self.coords[name] = coords
-        if isinstance(layer, (CoordConvNd, CoordBranch)):
+        if isinstance(layer, CoordLayer):
             layer.__dict__["site_name"] = join_names(self.prefix, site_of(name))
             layer.__dict__["weight_mark"] = mark_of(layer, weight)
         elif isinstance(layer, _ConvNd):

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
-from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch, site_of_branch
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.weight_marks import WeightMark, is_plain
 from coordconv_patch.left_behind.heirs import Kernel
 
@@ -54,16 +54,12 @@ def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
 def _has_geometry(weight: Tensor, layer: nn.Module) -> bool:
     """Whether a weight is that of the convolution which a coordinate branch was made for."""
     assert isinstance(layer, CoordBranch)
-    geometry = layer.coord_geometry
-    channels = (geometry.out_channels, geometry.in_channels // geometry.groups)
-    if geometry.transposed:
-        channels = (geometry.in_channels, geometry.out_channels // geometry.groups)
-    return tuple(weight.shape) == (*channels, *geometry.kernel_size)
+    return tuple(weight.shape) == layer.coord_geometry.weight_shape
 
 
 def site_of(name: str) -> str:
     """The site of a coordinate layer, by the layer's qualified name."""
-    return name.removesuffix(BRANCH_NAME)[:-1] if name.endswith(BRANCH_NAME) else name
+    return site_of_branch(name) if name.endswith(BRANCH_NAME) else name
 
 
 def layout_of(layer: nn.Module) -> tuple[bool, int]:
@@ -78,7 +74,7 @@ def kernel_of(layer: nn.Module, weight: Tensor, coord_weight: Tensor | None) -> 
     return Kernel.of(weight, coord_weight, transposed=transposed, groups=groups)
 
 
-def mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | None:
+def mark_of(layer: CoordLayer, weight: Tensor) -> WeightMark | None:
     """A mark of a layer's weights as they are now; ``None`` if its own is computed."""
     coords = layer._parameters.get("coord_weight")
     if coords is None or not is_plain(coords):
@@ -90,7 +86,7 @@ def mark_of(layer: CoordConvNd | CoordBranch, weight: Tensor) -> WeightMark | No
 
 def is_coord_layer(layer: nn.Module) -> bool:
     """Whether a layer has coordinates, which nobody has taken off."""
-    is_layer = isinstance(layer, (CoordConvNd, CoordBranch))
+    is_layer = isinstance(layer, CoordLayer)
     return is_layer and not layer.__dict__.get("is_dismissed")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.weight_marks import rows_of
 from coordconv_patch.left_behind.heir_modules import Heir, inheritance_of
@@ -118,7 +118,7 @@ def check_scales(
     perhaps: dict[str, str] = {}
     for name, layer in inventory.layers.items():
         mark = layer.__dict__.get("weight_mark")
-        if mark is None or not isinstance(layer, (CoordConvNd, CoordBranch)):
+        if mark is None or not isinstance(layer, CoordLayer):
             continue
         weight = weight_of(module, name, layer)
         if weight is None or not (weight.is_cpu or can_wait):

@@ -52,8 +52,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.coord_layer import coord_layers
-from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.left_behind.watch_hook import Watch, watches_on
 from coordconv_patch.running.inputs import check_is_module
 
@@ -147,7 +146,7 @@ def forget_left_behind_(model: nn.Module) -> nn.Module:
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model, and its parts down to where its coordinate layers part ways, with names."""
-    if isinstance(model, (CoordConvNd, CoordBranch)) or not coord_layers(model):
+    if isinstance(model, CoordLayer) or not coord_layers(model):
         return  # a layer alone has no place to be gone from, and no microsecond to spare
     yield "", model
     name, inner = "", model

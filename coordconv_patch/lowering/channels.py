@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -68,13 +68,7 @@ class _ConcatenateCoordinates(TorchFunctionMode):
         self.grid = grid
         self.function = CONV_FUNCTIONS[len(layer.kernel_size), layer.transposed]
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not self.function:
             return func(*args, **(kwargs or {}))
         names = ("input", "weight", "bias", "stride", "padding")

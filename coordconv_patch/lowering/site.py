@@ -120,7 +120,7 @@ class LoweringSite:
 def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
     """The coordinate layers that a model calls on its example inputs."""
     layers = coord_layers(model)
-    calls = record_calls(model, example_inputs, layers, ())
+    calls = record_calls(model, example_inputs, layers)
     images = ImageCache()
     return [
         LoweringSite(name, layer, tuple(dict.fromkeys(calls[name])), images)

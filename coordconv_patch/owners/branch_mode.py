@@ -223,15 +223,11 @@ _MOST_PADS = 8
 def _terms_of(geometry: ConvGeometry, own: OwnPadding) -> tuple[Any, ...]:
     """What calls of a geometry have in common, for :func:`_is_call_of`."""
     ndim = geometry.ndim
-    in_channels, out_channels = geometry.in_channels, geometry.out_channels
-    channels = (out_channels, in_channels // geometry.groups)
-    if geometry.transposed:
-        channels = (in_channels, out_channels // geometry.groups)
     return (
         ndim,
         geometry.transposed,
         geometry.groups,
-        (*channels, *geometry.kernel_size),
+        geometry.weight_shape,
         geometry.stride,
         geometry.dilation,
         geometry.output_padding if geometry.transposed else (0,) * ndim,

@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 
-from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.branch import CoordBranch, branch_name
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.conversion import on_other_base
 from coordconv_patch.layers.coordinates import Coordinates
@@ -218,7 +218,7 @@ def add_to_owner_(
     )
     branch.training = owner.training
     branch.chosen_calls = chosen
-    name = _branch_name(owner, site[len(owned.owner) :].lstrip("."))
+    name = branch_name(owner, site[len(owned.owner) :].lstrip("."))
     before = type(owner)
     if not isinstance(owner, CallOwner):
         if parametrize.is_parametrized(owner):
@@ -232,14 +232,6 @@ def add_to_owner_(
     owner.get_submodule(holder).add_module(last, branch)
     before_it = cast(CallOwner, owner)._coord_sites
     owner.__dict__["_coord_sites"] = (*before_it, OwnedSite(site, owned, geometry, name))
-
-
-def _branch_name(owner: nn.Module, holder: str) -> str:
-    """Where a site's branch goes: into the module that the site is named after, or beside."""
-    if not holder:
-        return BRANCH_NAME
-    is_module = holder in dict(owner.named_modules())
-    return f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
 
 
 def geometry_of_calls(owner: nn.Module, owned: OwnedCalls) -> ConvGeometry | None:

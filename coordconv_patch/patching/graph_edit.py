@@ -16,7 +16,7 @@ from coordconv_patch.graphs.functional import (
     function_input,
     function_nodes,
 )
-from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
+from coordconv_patch.layers.branch import CoordBranch, branch_name
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.plan import PlanRow
 
@@ -53,11 +53,7 @@ class GraphEdit:
     def _add_branch(self, row: PlanRow, nodes: list[fx.Node], coords: Coordinates) -> None:
         site = row.site
         assert site.geometry is not None
-        holder = site.name[len(self.owner) :].lstrip(".")
-        name = BRANCH_NAME
-        if holder:
-            is_module = holder in dict(self.target.named_modules())
-            name = f"{holder}.{BRANCH_NAME}" if is_module else f"{holder}_{BRANCH_NAME}"
+        name = branch_name(self.target, site.name[len(self.owner) :].lstrip("."))
         weight = conv_arguments(nodes[0])["weight"]
         if weight.op == "get_attr":
             tensor = operator.attrgetter(str(weight.target))(self.target)

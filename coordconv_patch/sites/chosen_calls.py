@@ -6,7 +6,7 @@ import re
 
 from coordconv_patch.errors import SelectionError, listing
 from coordconv_patch.layers.chosen_calls import ChosenCalls
-from coordconv_patch.layers.geometry import ConvGeometry
+from coordconv_patch.layers.geometry import output_padding_between
 from coordconv_patch.sites.site import Site
 
 __all__ = ["choose_calls", "split_indices"]
@@ -52,7 +52,10 @@ def choose_calls(site: Site, indices: tuple[int, ...], selector: str) -> ChosenC
     if site.geometry is not None and site.geometry.transposed:
         for index in indices:
             call = site.calls[index]
-            if call.output_size != _default_output_size(site.geometry, call.input_size):
+            output_padding = output_padding_between(
+                site.geometry, call.input_size, call.output_size
+            )
+            if output_padding != site.geometry.output_padding:
                 raise SelectionError(
                     f"where={selector}: call {index} of {site.name} asks for an output_size "
                     "of its own, which chosen calls do not follow: choose all calls"
@@ -60,21 +63,3 @@ def choose_calls(site: Site, indices: tuple[int, ...], selector: str) -> ChosenC
     if site.calls_obstacle:
         raise SelectionError(f"where={selector}: {site.calls_obstacle}")
     return ChosenCalls(indices, len(site.calls), site.caller or "")
-
-
-def _default_output_size(geometry: ConvGeometry, input_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Output size of a transposed convolution that is asked for none."""
-    padding = geometry.padding
-    assert not isinstance(padding, str)
-    return tuple(
-        (length - 1) * stride - 2 * pad + dilation * (kernel - 1) + extra + 1
-        for length, stride, pad, dilation, kernel, extra in zip(
-            input_size,
-            geometry.stride,
-            padding,
-            geometry.dilation,
-            geometry.kernel_size,
-            geometry.output_padding,
-            strict=True,
-        )
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from coordconv_patch.arguments import check_callable
+from coordconv_patch.arguments import check_callable, check_word
 from coordconv_patch.errors import ArgumentError, SelectionError, listing
 from coordconv_patch.sites.site import Site, SiteMap
 
@@ -112,8 +112,7 @@ def register_selector(name: str, choose: Callable[[SiteMap], list[Site]]) -> Non
     Raises:
         ArgumentError: If the name is not a plain word, or is taken.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ArgumentError(f"name={name!r}: write a word of letters, digits and _")
+    check_word("name", name)
     if name in ("first", "all", *PRESETS):
         raise ArgumentError(f"name={name!r}: where= has a selector of this name")
     check_callable("choose", choose)

@@ -50,7 +50,6 @@ def record_calls(
     model: nn.Module,
     example_inputs: Any,
     modules: Mapping[str, nn.Module],
-    functions: Sequence[GraphFunctionSite] = (),
 ) -> dict[str, list[Call]]:
     """Run the model once on the example inputs; the calls of each site, in order of execution.
 
@@ -58,12 +57,11 @@ def record_calls(
         model: The model; left as it was.
         example_inputs: See :func:`coordconv_patch.running.inputs.split_inputs`.
         modules: The convolution modules, by site name.
-        functions: The functional sites of GraphModules.
 
     Raises:
         PatchError: If the forward pass fails.
     """
-    return record_run(model, example_inputs, modules, functions).calls
+    return record_run(model, example_inputs, modules, ()).calls
 
 
 def record_run(
@@ -72,7 +70,14 @@ def record_run(
     modules: Mapping[str, nn.Module],
     functions: Sequence[GraphFunctionSite],
 ) -> Recording:
-    """As :func:`record_calls`, with who called each site, and the functional sites it showed."""
+    """As :func:`record_calls`, with who called each site, and the functional sites.
+
+    Args:
+        model: See :func:`record_calls`; so for the two arguments after it.
+        example_inputs: See ``model``.
+        modules: See ``model``.
+        functions: The functional sites of GraphModules; those of plain modules are seen.
+    """
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
     # The model's warnings would seem to come from here, where its functions are watched.
     with evaluating(model), state_restored(model), warnings_ignored(UserWarning), recorder:
@@ -161,13 +166,7 @@ class _CallRecorder(TorchFunctionMode):
                 return name
         return None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         in_graph = bool(self._graphs_running)
         own = self._log.note(func, args, kwargs or {}, output, self._running, in_graph=in_graph)

@@ -493,6 +493,10 @@ def test_a_source_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
         model_sources.register_model_source("mine", load)
     with pytest.raises(ArgumentError, match="write a word"):
         model_sources.register_model_source("a:b", load)
+    with pytest.raises(ArgumentError, match="prefix=None"):
+        model_sources.register_model_source(None, load)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="load='x'"):
+        model_sources.register_model_source("other", "x")  # type: ignore[arg-type]
     with pytest.raises(ModelSourceError, match=r"write timm:NAME, torchvision:NAME, mine:NAME, "):
         load_model("other:7")
 

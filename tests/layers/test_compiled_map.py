@@ -128,6 +128,18 @@ class Functional(nn.Module):
         return F.conv2d(x, self.weight, padding=1, stride=(1, 2))
 
 
+def test_lines_lie_where_the_weight_does_whatever_the_default_device(calls: list[int]) -> None:
+    layer = CoordConv2d(3, 4, 3, padding=1)
+    nn.init.normal_(layer.coord_weight)
+    x = torch.randn(1, 3, 9, 7)
+    with torch.no_grad():
+        wanted = layer(x)
+        with torch.device("meta"):
+            found = compiled(layer)(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+    assert calls
+
+
 def test_functional_convolutions_too(calls: list[int]) -> None:
     patched = patch(Functional(), "all")
     branch = patched.get_submodule("weight_coord_branch")
