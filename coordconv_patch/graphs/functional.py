@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.graphs.own_padding import NOT_PADDED, PADS, OwnPadding, pad_arguments, unpadded
+from coordconv_patch.graphs.own_padding import PADS, OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.branch import CoordBranch, site_of_branch
 from coordconv_patch.layers.geometry import ConvGeometry
 
@@ -34,6 +34,7 @@ __all__ = [
     "is_function_site",
     "join_names",
     "module_path",
+    "stored_weight",
     "weight_site_name",
 ]
 
@@ -50,22 +51,20 @@ _CONVOLUTION_ARGUMENTS = (
 
 _aten = torch.ops.aten
 
+_CONVS = (
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
+)
+_TRANSPOSED_CONVS = (
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    _aten.conv_transpose1d.default,
+    *(_aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
+)
+
 CONV_SIGNATURES: dict[Any, tuple[str, ...]] = {
-    F.conv1d: _CONV_ARGUMENTS,
-    F.conv2d: _CONV_ARGUMENTS,
-    F.conv3d: _CONV_ARGUMENTS,
-    F.conv_transpose1d: _TRANSPOSED_ARGUMENTS,
-    F.conv_transpose2d: _TRANSPOSED_ARGUMENTS,
-    F.conv_transpose3d: _TRANSPOSED_ARGUMENTS,
-    _aten.conv1d.default: _CONV_ARGUMENTS,
-    _aten.conv1d.padding: _CONV_ARGUMENTS,
-    _aten.conv2d.default: _CONV_ARGUMENTS,
-    _aten.conv2d.padding: _CONV_ARGUMENTS,
-    _aten.conv3d.default: _CONV_ARGUMENTS,
-    _aten.conv3d.padding: _CONV_ARGUMENTS,
-    _aten.conv_transpose1d.default: _TRANSPOSED_ARGUMENTS,
-    _aten.conv_transpose2d.input: _TRANSPOSED_ARGUMENTS,
-    _aten.conv_transpose3d.input: _TRANSPOSED_ARGUMENTS,
+    **dict.fromkeys(_CONVS, _CONV_ARGUMENTS),
+    **dict.fromkeys(_TRANSPOSED_CONVS, _TRANSPOSED_ARGUMENTS),
     _aten.convolution.default: _CONVOLUTION_ARGUMENTS,
 }
 """Functions that are convolutions, with the names of their positional arguments."""
@@ -82,12 +81,9 @@ def conv_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def function_nodes(prefix: str, module: nn.Module, graph: fx.Graph) -> dict[str, list[fx.Node]]:
-    """The functional convolutions of a graph by site name.
+    """The functional convolutions in the graph of a module by site name.
 
-    Args:
-        prefix: Qualified name of the module that the graph belongs to.
-        module: That module.
-        graph: Its graph.
+    ``prefix`` is the module's qualified name.
     """
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -103,41 +99,36 @@ def is_function_site(node: fx.Node) -> bool:
 
 def is_coordinate_convolution(node: fx.Node) -> bool:
     """Whether a node is the convolution of a coordinate branch that was exported."""
-    if not _is_convolution(node):
-        return False
-    weight = conv_arguments(node).get("weight")
-    return (
-        isinstance(weight, fx.Node)
-        and weight.op == "get_attr"
-        and str(weight.target).rpartition(".")[2] == "coord_weight"
-    )
+    weight = stored_weight(node) if _is_convolution(node) else None
+    return weight is not None and weight.rpartition(".")[2] == "coord_weight"
 
 
 def _is_convolution(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in CONV_SIGNATURES
 
 
+def stored_weight(node: fx.Node) -> str | None:
+    """Qualified name of a functional convolution's weight; ``None`` if that is computed."""
+    weight = conv_arguments(node).get("weight")
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
 def function_site_name(prefix: str, module: nn.Module, node: fx.Node) -> str:
     """The site name of a functional convolution: after its weight, its branch or its node."""
-    weight = conv_arguments(node).get("weight")
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
-        found = branch_of(module, node)
-        if found is None:
-            return join_names(prefix, node.name)
-        return join_names(prefix, site_of_branch(str(found[1].target)))
-    holder = module.get_submodule(str(weight.target).rpartition(".")[0])
-    return weight_site_name(join_names(prefix, weight.target), holder)
+    weight = stored_weight(node)
+    if weight is not None:
+        holder = module.get_submodule(weight.rpartition(".")[0])
+        return weight_site_name(join_names(prefix, weight), holder)
+    added = branch_of(module, node)
+    return join_names(prefix, node.name if added is None else site_of_branch(str(added[1].target)))
 
 
 def weight_site_name(weight: str, holder: nn.Module) -> str:
     """The site name of a functional convolution by a stored weight.
 
     ``"conv1.weight"`` names the site conv1, as if conv1 were a module site; where it is one,
-    the functional use of its weight is another site.
-
-    Args:
-        weight: Qualified name of the weight in the model.
-        holder: The module that holds it.
+    the functional use of its weight is another site. ``holder`` is the module that holds the
+    weight.
     """
     outer, _, attribute = weight.rpartition(".")
     if not outer or attribute != "weight" or isinstance(holder, _ConvNd):
@@ -148,8 +139,7 @@ def weight_site_name(weight: str, holder: nn.Module) -> str:
 def function_geometry(root: nn.Module, node: fx.Node) -> ConvGeometry:
     """The geometry of a functional convolution in a graph.
 
-    Raises:
-        PatchError: If the graph does not tell it, or its weight is not of floats.
+    A PatchError if the graph does not tell it, or its weight is not of floats.
     """
     arguments = conv_arguments(node)
     shape, dtype = _shape_and_dtype(root, arguments.get("weight"))
@@ -186,13 +176,8 @@ def call_geometry(
     name = getattr(function, "__name__", str(function))
     transposed = bool(arguments.get("transposed", "transpose" in name))
     numbers: dict[str, Any] = {}
-    for key, default in (
-        ("stride", 1),
-        ("padding", 0),
-        ("dilation", 1),
-        ("output_padding", 0),
-        ("groups", 1),
-    ):
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+    for key, default in defaults.items():
         value = arguments.get(key, default)
         parts = value if isinstance(value, (tuple, list)) else [value]
         if any(isinstance(part, (fx.Node, fx.Proxy)) for part in parts):
@@ -219,22 +204,16 @@ def call_geometry(
 
 @dataclass(frozen=True)
 class FunctionInput:
-    """What a functional convolution is given, before its own module pads it.
-
-    Attributes:
-        node: The input's node.
-        own: How its own module has padded it.
-    """
+    """A functional convolution's input before its own module pads it, and how that pads it."""
 
     node: fx.Node
-    own: OwnPadding = NOT_PADDED
+    own: OwnPadding
 
 
 def function_input(node: fx.Node) -> FunctionInput:
     """The input of a functional convolution in a graph, and how it is padded.
 
-    Raises:
-        PatchError: If its own module pads it by amounts that are computed at run time.
+    A PatchError if its own module pads it by amounts that are computed at run time.
     """
 
     def pad_behind(source: Any) -> dict[str, Any] | None:
@@ -284,22 +263,20 @@ def _shape_and_dtype(
 def branch_of(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What a graph already adds to a functional convolution: the sum's node and the branch's."""
     for user in node.users:
-        if user.op != "call_function" or user.target not in ADDITIONS:
-            continue
-        for other in user.all_input_nodes:
-            if other.op == "call_module" and isinstance(
-                root.get_submodule(str(other.target)), CoordBranch
-            ):
-                return user, other
+        if user.op == "call_function" and user.target in ADDITIONS:
+            for other in user.all_input_nodes:
+                name = str(other.target)
+                if other.op == "call_module" and isinstance(root.get_submodule(name), CoordBranch):
+                    return user, other
     return None
 
 
 def has_exported_branch(root: nn.Module, node: fx.Node) -> bool:
     """Whether the model was patched before torch.export made a program of it."""
-    weight = conv_arguments(node).get("weight")
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    weight = stored_weight(node)
+    if weight is None:
         return False
-    holder = root.get_submodule(str(weight.target).rpartition(".")[0])
+    holder = root.get_submodule(weight.rpartition(".")[0])
     return isinstance(getattr(holder, "coord_weight", None), Tensor)
 
 

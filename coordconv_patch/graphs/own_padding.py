@@ -174,13 +174,14 @@ def _as_one(
 ) -> OwnPadding:
     """Pads of different axes, and a function's own, as one padding of the innermost image."""
     ndim = len(pads[0].pairs)
-    pairs = _spread_zeros(padding, ndim)
-    explicit: tuple[tuple[int, int], ...] = ((0, 0),) * ndim
-    modes = ["zeros"] * ndim
+    amounts, modes = [(0, 0)] * ndim, ["zeros"] * ndim
     for pad in pads:
-        pairs = tuple(b if any(b) else a for a, b in zip(pairs, pad.pairs, strict=True))
-        explicit = tuple(b if any(b) else a for a, b in zip(explicit, pad.pairs, strict=True))
-        modes = [pad.mode if any(b) else m for m, b in zip(modes, pad.pairs, strict=True)]
+        for axis, pair in enumerate(pad.pairs):
+            if any(pair):
+                amounts[axis], modes[axis] = pair, pad.mode
+    explicit = tuple(amounts)
+    own = _spread_zeros(padding, ndim)
+    pairs = tuple(a if any(a) else b for a, b in zip(explicit, own, strict=True))
     padded = {mode for mode, pair in zip(modes, pairs, strict=True) if any(pair)}
     if padded <= {"zeros"}:
         return OwnPadding(Padding("fixed", pairs), amounts=explicit)

@@ -32,6 +32,7 @@ from coordconv_patch.graphs.functional import (
     is_coordinate_convolution,
     is_function_site,
     join_names,
+    stored_weight,
 )
 from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
 from coordconv_patch.layers.chosen_calls import ChosenCalls
@@ -43,18 +44,13 @@ __all__ = ["ExportedModule", "from_exported", "require_coord_layers"]
 
 _aten = torch.ops.aten
 
-_TRAINING_ARGUMENT: dict[Any, int] = {
-    _aten.batch_norm.default: 5,
-    _aten._native_batch_norm_legit_functional.default: 5,
-    _aten.dropout.default: 2,
-    _aten.native_dropout.default: 2,
-    _aten.feature_dropout.default: 2,
-    _aten.alpha_dropout.default: 2,
-    _aten.feature_alpha_dropout.default: 2,
-}
-"""Position of the training flag among the arguments of an operation."""
-
 _BATCH_NORMS = (_aten.batch_norm.default, _aten._native_batch_norm_legit_functional.default)
+_DROPOUTS = (
+    *(_aten.dropout.default, _aten.native_dropout.default, _aten.feature_dropout.default),
+    *(_aten.alpha_dropout.default, _aten.feature_alpha_dropout.default),
+)
+_TRAINING_ARGUMENT: dict[Any, int] = dict.fromkeys(_BATCH_NORMS, 5) | dict.fromkeys(_DROPOUTS, 2)
+"""Position of the training flag among the arguments of an operation."""
 
 
 class ExportedModule(fx.GraphModule):
@@ -159,23 +155,19 @@ def from_exported(program: ExportedProgram | fx.GraphModule) -> nn.Module:
         raise PatchError(
             f"{given('program', program)}: from_exported takes a program of torch.export"
         )
-    made = ExportedModule(module, fx.Graph.__deepcopy__(module.graph))
-    made.meta.update(module.meta)
-    _keep_out_of_the_state_dict(module, made)
-    made = copy.deepcopy(made)  # with tensors of its own
-    _follow_flags_(made)
-    _restore_layers_(made)
-    made.graph.lint()
-    made.recompile()
-    return made
+    model = ExportedModule(module, fx.Graph.__deepcopy__(module.graph))
+    model.meta.update(module.meta)
+    _keep_out_of_the_state_dict(module, model)
+    model = copy.deepcopy(model)  # with tensors of its own
+    _follow_flags_(model)
+    _restore_layers_(model)
+    model.graph.lint()
+    model.recompile()
+    return model
 
 
 def require_coord_layers(model: nn.Module) -> dict[str, CoordLayer]:
-    """As :func:`coord_layers`, of a model that has to be patched.
-
-    Raises:
-        PatchError: If it is not, or not a module.
-    """
+    """As :func:`coord_layers`, of a model that has to be patched; else a PatchError."""
     layers = coord_layers(model)
     if layers:
         return layers
@@ -197,23 +189,16 @@ def _coordinate_convolutions(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     by_weight: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if is_coordinate_convolution(node):
-            by_weight.setdefault(str(conv_arguments(node)["weight"].target), []).append(node)
+            by_weight.setdefault(str(stored_weight(node)), []).append(node)
     return by_weight
 
 
 class _Branch:
-    """A coordinate branch, read from a graph.
+    """A coordinate branch of a graph: geometry and padding of its convolution, and the convention.
 
-    Attributes:
-        plain: The node of the plain convolution.
-        input: The node of its input.
-        geometry: Geometry of the plain convolution.
-        padding: How it pads, where the geometry does not say it.
-        coords: The convention.
-        end: The node whose value is added to the plain convolution's output.
-
-    Raises:
-        PatchError: If the graph is none that a coordinate layer leaves behind.
+    ``plain`` and ``input`` are the nodes of the plain convolution and of its input, ``end`` that
+    whose value is added to the plain convolution's output. A PatchError if the graph is none that a
+    coordinate layer leaves behind.
     """
 
     def __init__(self, root: fx.GraphModule, convolution: fx.Node) -> None:
@@ -227,13 +212,10 @@ class _Branch:
             raise PatchError("its grid is not padded as the convolution's input is")
         self.input, self.padding = given.node, given.own.rule
         self.coords = _convention(own.node)
-        branch = function_geometry(root, convolution)
-        self.geometry = replace(
-            branch,
-            in_channels=geometry.in_channels,
-            out_channels=geometry.out_channels,
-            groups=geometry.groups,
-        )
+        of_plain = {
+            key: getattr(geometry, key) for key in ("in_channels", "out_channels", "groups")
+        }
+        self.geometry = replace(function_geometry(root, convolution), **of_plain)
 
 
 _BETWEEN = (_aten.squeeze.dim, _aten.squeeze.dims, _aten.to.dtype, _aten._to_copy.default)

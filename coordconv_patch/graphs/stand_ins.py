@@ -49,11 +49,11 @@ def isinstance_answered(module: nn.Module) -> Iterator[None]:
 
 def _globals_of(module: nn.Module) -> list[dict[str, Any]]:
     """The global names of the code of all forwards in a module, and of ``torch.is_tensor``."""
-    found = {id(names): names for names in (torch.is_tensor.__globals__,)}
+    by_id = {id(names): names for names in (torch.is_tensor.__globals__,)}
     for kind in dict.fromkeys(type(part) for part in module.modules()):
         for base in kind.__mro__:
             names = getattr(inspect.unwrap(vars(base).get("forward", len)), "__globals__", None)
             # torch.nn's own layers are not traced.
             if names is not None and not str(names.get("__name__")).startswith("torch.nn."):
-                found[id(names)] = names
-    return list(found.values())
+                by_id[id(names)] = names
+    return list(by_id.values())

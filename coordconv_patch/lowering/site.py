@@ -16,7 +16,7 @@ from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.image_cache import ImageCache
 from coordconv_patch.lowering.layer_call import grid_of, map_of
 from coordconv_patch.lowering.strips import Strip
-from coordconv_patch.sites.recording import record_calls
+from coordconv_patch.sites.run_record import record_run
 
 __all__ = ["LoweringSite", "lowering_sites"]
 
@@ -120,7 +120,7 @@ class LoweringSite:
 def lowering_sites(model: nn.Module, example_inputs: Any) -> list[LoweringSite]:
     """The coordinate layers that a model calls on its example inputs."""
     layers = coord_layers(model)
-    calls = record_calls(model, example_inputs, layers)
+    calls = record_run(model, example_inputs, layers).calls
     images = ImageCache()
     return [
         LoweringSite(name, layer, tuple(dict.fromkeys(calls[name])), images)

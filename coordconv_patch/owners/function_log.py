@@ -1,6 +1,6 @@
 """What convolution functions a forward pass calls, in whose code, and by which weights.
 
-The log is kept by :mod:`coordconv_patch.sites.recording`, which sees every torch function of a
+The log is kept by :mod:`coordconv_patch.sites.run_record`, which sees every torch function of a
 running model and knows which modules are running. It finds the sites of modules
 that call ``F.conv2d`` themselves, whether or not torch.fx can trace them.
 """

@@ -61,11 +61,7 @@ def takes_image_list(example_inputs: Any) -> bool:
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
-    """The model's output on example inputs, see :func:`split_inputs`.
-
-    Raises:
-        PatchError: If the model fails on them.
-    """
+    """The model's output on example inputs, see :func:`split_inputs`; a PatchError if it fails."""
     args, kwargs = split_inputs(example_inputs)
     try:
         return model(*args, **kwargs)
@@ -84,10 +80,8 @@ def in_signature_order(model: nn.Module, example_inputs: Any) -> Any:
     args, kwargs = split_inputs(example_inputs)
     if not kwargs:
         return example_inputs
-    names = list(inspect.signature(model.forward).parameters)
-    position = {name: index for index, name in enumerate(names)}
-    ordered = sorted(kwargs, key=lambda name: position.get(name, len(position)))
-    return (*args, {name: kwargs[name] for name in ordered})
+    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return (*args, {name: kwargs[name] for name in dict.fromkeys((*known, *kwargs))})
 
 
 def describe_inputs(example_inputs: Any) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +16,24 @@ class ModuleStates:
     """The modules of a model as they are: classes, attributes and hooks, not values of tensors."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [_Before.of(module) for module in model.modules()]
+        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+        dicts = [v for *_, own in self._modules for v in own.values() if isinstance(v, dict)]
+        self._contents = [(each, dict(each)) for each in dicts]
 
     def restore(self) -> None:
         """Put back what has changed since."""
-        for each in self._modules:
-            each.restore()
+        for module, kind, attributes in self._modules:
+            own = vars(module)
+            graph = attributes.get("_graph")
+            if isinstance(module, fx.GraphModule) and own.get("_graph") is not graph:
+                module.graph = cast(fx.Graph, graph)  # its forward is compiled from the graph
+            object.__setattr__(module, "__class__", kind)  # no layer is to follow this change
+            own.clear()
+            own.update(attributes)
+        for each, content in self._contents:
+            # The same dict, emptied and filled: the handles of hooks refer to it.
+            each.clear()
+            each.update(content)
 
 
 @contextmanager
@@ -50,34 +61,3 @@ def values_restored_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
             for tensor, values in kept:
                 tensor.copy_(values)
         raise
-
-
-@dataclass(frozen=True)
-class _Before:
-    """A module as it was: its class, its attributes, and what its dicts held."""
-
-    module: nn.Module
-    kind: type
-    attributes: dict[str, Any]
-    contents: list[tuple[dict[Any, Any], dict[Any, Any]]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Before:
-        attributes = dict(vars(module))
-        dicts = [value for value in attributes.values() if isinstance(value, dict)]
-        return cls(module, type(module), attributes, [(each, dict(each)) for each in dicts])
-
-    def restore(self) -> None:
-        module, own = self.module, vars(self.module)
-        if (
-            isinstance(module, fx.GraphModule)
-            and own.get("_graph") is not self.attributes["_graph"]
-        ):
-            module.graph = self.attributes["_graph"]  # its forward is compiled from the graph
-        object.__setattr__(module, "__class__", self.kind)  # no layer is to follow this change
-        own.clear()
-        own.update(self.attributes)
-        for each, content in self.contents:
-            # The same dict, emptied and filled: the handles of hooks refer to it.
-            each.clear()
-            each.update(content)

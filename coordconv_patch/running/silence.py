@@ -38,11 +38,7 @@ _silences = _OfThread()
 
 @contextlib.contextmanager
 def output_silenced(level: int = logging.WARNING) -> Iterator[None]:
-    """Drop what this thread prints to ``sys.stdout`` and ``sys.stderr``, and what it logs.
-
-    Args:
-        level: The highest logging level that is dropped.
-    """
+    """Drop what this thread prints to ``sys.stdout`` and ``sys.stderr``, and logs up to a level."""
     quiet = _QuietThread(threading.get_ident(), level)
     _install_streams()
     _silences.depth += 1

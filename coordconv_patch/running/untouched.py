@@ -21,13 +21,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 
-__all__ = [
-    "LOOK",
-    "copied",
-    "evaluating",
-    "in_mode",
-    "state_restored",
-]
+__all__ = ["LOOK", "copied", "evaluation", "in_mode", "state_restored"]
 
 LOOK = threading.RLock()
 """Held by the thread that looks at a model, copies one or changes one."""
@@ -54,7 +48,7 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state are put back."""
     devices = _cuda_devices(model)
     with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices):
@@ -174,16 +168,7 @@ def copied(
     error: type[CoordConvPatchError] = PatchError,
     advice: str = "use the in-place form, patch_ or unpatch_",
 ) -> nn.Module:
-    """A deep copy of a model.
-
-    Args:
-        model: The model.
-        error: What is raised if it cannot be copied.
-        advice: What the message says then, after the reason.
-
-    Raises:
-        PatchError: If it cannot be copied; or ``error``.
-    """
+    """A deep copy of a model; if it cannot be copied, an error that ends in the advice."""
     try:
         with LOOK:  # while another thread looks at it, its flags and hooks are not its own
             return copy.deepcopy(model)

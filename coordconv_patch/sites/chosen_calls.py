@@ -23,12 +23,9 @@ def split_indices(selector: str) -> tuple[str, tuple[int, ...] | None]:
 
 
 def choose_calls(site: Site, indices: tuple[int, ...], selector: str) -> ChosenCalls:
-    """Some of a site's calls.
+    """Some of a site's calls, by indices from 0 in order of execution.
 
-    Args:
-        site: The site.
-        indices: Its calls to choose, counted from 0 in order of execution.
-        selector: What chooses them, as messages show it.
+    ``selector`` is what chooses them, as messages show it.
 
     Raises:
         SelectionError: If the site has no such calls, or coordinates cannot be added to them
@@ -51,11 +48,9 @@ def choose_calls(site: Site, indices: tuple[int, ...], selector: str) -> ChosenC
         )
     if site.geometry is not None and site.geometry.transposed:
         for index in indices:
-            call = site.calls[index]
-            output_padding = output_padding_between(
-                site.geometry, call.input_size, call.output_size
-            )
-            if output_padding != site.geometry.output_padding:
+            call, geometry = site.calls[index], site.geometry
+            padding = output_padding_between(geometry, call.input_size, call.output_size)
+            if padding != geometry.output_padding:
                 raise SelectionError(
                     f"where={selector}: call {index} of {site.name} asks for an output_size "
                     "of its own, which chosen calls do not follow: choose all calls"

@@ -17,11 +17,12 @@ from torch import fx, nn
 from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.sites.graph_functions import graph_function_sites
-from coordconv_patch.sites.modules import foreign_sites, module_sites
+from coordconv_patch.sites.modules import module_sites
+from coordconv_patch.sites.obstacles import foreign_sites
 from coordconv_patch.sites.order import execution_order
 from coordconv_patch.sites.owned_functions import recorded_function_sites, traced_function_sites
-from coordconv_patch.sites.recording import Recording, record_run
 from coordconv_patch.sites.regions import Regions, trace_regions
+from coordconv_patch.sites.run_record import RunRecord, record_run
 from coordconv_patch.sites.site import (
     ForeignSite,
     GraphFunctionSite,
@@ -57,9 +58,9 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> SiteMap:
     else:
         modules = {site.name: site.module for site in sites if isinstance(site, ModuleSite)}
         in_graphs = [site for site in sites if isinstance(site, GraphFunctionSite)]
-        recording = record_run(model, example_inputs, modules, in_graphs)
-        sites = _as_recorded(model, regions, sites, recording)
-        order = list(recording.calls)
+        record = record_run(model, example_inputs, modules, in_graphs)
+        sites = _as_recorded(model, regions, sites, record)
+        order = list(record.calls)
     return SiteMap(
         sites=tuple(sites if order is None else _in_order(sites, order)),
         regions=tuple(regions.by_name.values()),
@@ -84,19 +85,17 @@ def function_sites(
 
 
 def _as_recorded(
-    model: nn.Module, regions: Regions, sites: Iterable[Site], recording: Recording
+    model: nn.Module, regions: Regions, sites: Iterable[Site], record: RunRecord
 ) -> list[Site]:
     """The sites with the calls of a forward pass, and those that only it has shown."""
     # What ran is the truth: a trace may take another way through the code.
-    ran = {site.name: site for site in recorded_function_sites(model, regions, recording.functions)}
+    ran = {site.name: site for site in recorded_function_sites(model, regions, record.functions)}
     return [
         # The calls of foreign convolutions cannot be watched.
         site
         if isinstance(site, ForeignSite)
         else replace(
-            site,
-            calls=tuple(recording.calls.get(site.name, ())),
-            caller=recording.callers.get(site.name),
+            site, calls=tuple(record.calls.get(site.name, ())), caller=record.callers.get(site.name)
         )
         for site in (*(site for site in sites if site.name not in ran), *ran.values())
     ]

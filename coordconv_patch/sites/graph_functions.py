@@ -52,11 +52,9 @@ def function_name(node: fx.Node) -> str:
 def common_geometry(
     region: Region, nodes: Sequence[fx.Node]
 ) -> tuple[ConvGeometry | None, Padding, str]:
-    """What a site's nodes in a region's graph tell of its geometry.
+    """What a site's nodes in a region's graph tell of its geometry: that, its padding, an obstacle.
 
-    Returns:
-        The geometry, ``None`` where the graph does not tell it; how it pads its input; why it
-        cannot be patched, empty if that is not a reason.
+    The geometry is ``None`` where the graph does not tell it.
     """
     try:
         geometries = [function_geometry(region.module, node) for node in nodes]

@@ -11,16 +11,12 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.call_hooks import chosen_calls_of
 from coordconv_patch.layers.conversion import check_convertible
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.geometry import DECLARED, ConvGeometry, Padding
-from coordconv_patch.sites.obstacles import (
-    adapter_obstacle,
-    foreign_convolutions,
-    quantization_obstacle,
-)
+from coordconv_patch.layers.geometry import DECLARED, ConvGeometry
+from coordconv_patch.sites.obstacles import adapter_obstacle, quantization_obstacle
 from coordconv_patch.sites.regions import Regions, names_by_module
-from coordconv_patch.sites.site import ForeignSite, ModuleSite
+from coordconv_patch.sites.site import ModuleSite
 
-__all__ = ["foreign_sites", "module_sites"]
+__all__ = ["module_sites"]
 
 
 def module_sites(model: nn.Module, regions: Regions) -> Iterator[ModuleSite]:
@@ -35,7 +31,10 @@ def module_sites(model: nn.Module, regions: Regions) -> Iterator[ModuleSite]:
         if patched:
             padding = getattr(module, "coord_padding", DECLARED)
         elif not obstacle:
-            padding, obstacle = _padding_or_obstacle(module)
+            try:
+                padding = check_convertible(module)
+            except PatchError as error:
+                obstacle = str(error)
         yield ModuleSite(
             name=name,
             class_name=type(module).__name__,
@@ -47,16 +46,3 @@ def module_sites(model: nn.Module, regions: Regions) -> Iterator[ModuleSite]:
             aliases=tuple(aliases),
             region=regions.around(name),
         )
-
-
-def _padding_or_obstacle(module: _ConvNd) -> tuple[Padding, str]:
-    try:
-        return check_convertible(module), ""
-    except PatchError as error:
-        return DECLARED, str(error)
-
-
-def foreign_sites(model: nn.Module) -> Iterator[ForeignSite]:
-    """Convolutions that are not torch.nn modules: TorchScript's and quantized ones."""
-    for name, class_name, obstacle in foreign_convolutions(model):
-        yield ForeignSite(name=name, class_name=class_name, geometry=None, obstacle=obstacle)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["adapter_obstacle", "foreign_convolutions", "quantization_obstacle"]
+from coordconv_patch.sites.site import ForeignSite
+
+__all__ = ["adapter_obstacle", "foreign_sites", "quantization_obstacle"]
 
 _CONV_NAME = re.compile(r"(Quantized)?(Lazy)?Conv(Transpose)?[123]d")
 
@@ -29,8 +31,8 @@ _PREPARED = (
 )
 
 
-def foreign_convolutions(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Convolutions of a model that are not torch.nn modules: name, class name and obstacle."""
+def foreign_sites(model: nn.Module) -> Iterator[ForeignSite]:
+    """Convolutions that are not torch.nn modules: TorchScript's and quantized ones."""
     scripted: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -39,10 +41,15 @@ def foreign_convolutions(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             if _CONV_NAME.fullmatch(original) or (
                 not inside and _is_frozen_with_convolutions(module)
             ):
-                yield name, original, _SCRIPTED
+                yield _foreign(name, original, _SCRIPTED)
             scripted.append(name)
         elif not isinstance(module, _ConvNd) and _is_quantized_convolution(module):
-            yield name, type(module).__name__, _QUANTIZED.format(name=_full_name(module))
+            obstacle = _QUANTIZED.format(name=_full_name(module))
+            yield _foreign(name, type(module).__name__, obstacle)
+
+
+def _foreign(name: str, class_name: str, obstacle: str) -> ForeignSite:
+    return ForeignSite(name=name, class_name=class_name, geometry=None, obstacle=obstacle)
 
 
 def quantization_obstacle(module: _ConvNd) -> str:
@@ -80,12 +87,7 @@ def _full_name(module: nn.Module) -> str:
 
 
 def adapter_obstacle(model: nn.Module, name: str) -> str:
-    """Why a convolution inside a PEFT adapter cannot carry coordinates; empty if it is in none.
-
-    Args:
-        model: The model.
-        name: The convolution's qualified name.
-    """
+    """Why a convolution inside a PEFT adapter cannot carry coordinates; empty if it is in none."""
     parts = name.split(".")
     for depth, child in enumerate(parts):
         module = model.get_submodule(".".join(parts[:depth]))

@@ -15,16 +15,11 @@ __all__ = ["execution_order"]
 
 
 def execution_order(
-    model: nn.Module,
-    regions: Regions,
-    functions: Iterable[GraphFunctionSite | OwnedFunctionSite],
+    model: nn.Module, regions: Regions, functions: Iterable[GraphFunctionSite | OwnedFunctionSite]
 ) -> list[str] | None:
     """Names of the sites in the order in which a model runs them; ``None`` if it is unknown.
 
-    Args:
-        model: The model.
-        regions: Its traced regions.
-        functions: The functional sites in them.
+    ``functions`` are the functional sites in the model's regions.
     """
     first_names = {module: names[0] for module, names in names_by_module(model).items()}
     by_node = {node: site.name for site in functions for node in site.nodes}

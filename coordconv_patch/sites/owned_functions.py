@@ -16,6 +16,7 @@ from coordconv_patch.graphs.functional import (
     function_input,
     is_function_site,
     join_names,
+    stored_weight,
     weight_site_name,
 )
 from coordconv_patch.graphs.own_padding import NOT_PADDED
@@ -34,10 +35,7 @@ def traced_function_sites(model: nn.Module, region: Region) -> Iterator[OwnedFun
     """The functional sites of a plain module, as a trace shows them."""
     by_weight: dict[Any, list[fx.Node]] = {}
     for node in filter(is_function_site, region.graph.nodes):
-        weight = conv_arguments(node).get("weight")
-        key = weight
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            key = str(weight.target)
+        key = stored_weight(node) or conv_arguments(node).get("weight")
         by_weight.setdefault(key, []).append(node)
     taken: Counter[str] = Counter()
     for weight, nodes in by_weight.items():
@@ -129,13 +127,10 @@ def _callers(region: Region, node: fx.Node) -> list[str]:
 def _positions(
     region: Region, nodes: Sequence[fx.Node], weight: str
 ) -> tuple[tuple[int, ...] | None, int]:
-    """Positions of a site's calls among those by its weight, where the weight has other users.
+    """Positions of a site's calls among those by its weight, and how many these are.
 
-    A convolution module whose weight the code also uses by itself is one.
-
-    Returns:
-        The positions and the number of calls; ``None`` and 0 where no other code gives the
-        weight to the same function.
+    A convolution module whose weight the code also uses by itself calls it too. ``None`` and 0
+    where no other code gives the weight to the same function.
     """
     holder = region.module.get_submodule(weight.rpartition(".")[0])
     if not isinstance(holder, _ConvNd):

@@ -13,11 +13,7 @@ __all__ = ["PRESETS", "first_site", "register_selector", "unusable"]
 
 
 def first_site(site_map: SiteMap) -> list[Site]:
-    """The convolution that runs first, alone.
-
-    Raises:
-        SelectionError: If no convolution can be patched, or it is not known which runs first.
-    """
+    """The convolution that runs first, alone; a SelectionError if there is none to tell."""
     first = site_map.sites[0]
     if all(site.obstacle for site in site_map.sites):
         raise SelectionError(unusable("'first'", site_map.sites))
@@ -35,9 +31,7 @@ def first_site(site_map: SiteMap) -> list[Site]:
 def unusable(selector: str, matched: Sequence[Site]) -> str:
     """Why none, or not all, of the sites that a selector describes can be patched.
 
-    Args:
-        selector: The selector, as messages show it.
-        matched: The sites.
+    ``selector`` is the selector as messages show it.
     """
     if all(site.patched for site in matched):
         names = listing(site.name for site in matched)

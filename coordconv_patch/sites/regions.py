@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from coordconv_patch.errors import first_line
+from coordconv_patch.graphs.conv_tracer import trace
 from coordconv_patch.graphs.functional import join_names
-from coordconv_patch.graphs.tracing import trace
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.running.tracing_gate import TracingBusyError
 
@@ -28,10 +28,7 @@ __all__ = ["Region", "Regions", "may_hold_sites", "names_by_module", "trace_regi
 class Region:
     """A maximal submodule that torch.fx can trace.
 
-    Attributes:
-        name: Qualified name of the submodule, ``""`` for the whole model.
-        module: The submodule itself.
-        graph: Its graph, with convolution modules as leaves.
+    ``name`` is ``""`` for the whole model; convolution modules are leaves of the graph.
     """
 
     name: str
@@ -41,11 +38,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """The traced regions of a model.
+    """The traced regions of a model by the names of their submodules, outer ones first.
 
-    Attributes:
-        by_name: The regions by the names of their submodules, outer ones first.
-        untraced: Why the whole model could not be traced; empty if it could.
+    ``untraced``: why the whole model could not be traced; empty if it could.
     """
 
     by_name: Mapping[str, Region]
@@ -61,11 +56,7 @@ class Regions:
 
 
 def trace_regions(model: nn.Module) -> Regions:
-    """Trace a model by regions. The model is not changed.
-
-    Raises:
-        TracingBusyError: If another thread does not stop tracing.
-    """
+    """Trace a model by regions. The model is not changed."""
     if isinstance(model, torch.jit.ScriptModule):
         return Regions({}, "it is a TorchScript module")
     names = names_by_module(model)

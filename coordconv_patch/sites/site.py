@@ -11,14 +11,7 @@ from coordconv_patch.layers.geometry import DECLARED, Call, ConvGeometry, Paddin
 from coordconv_patch.owners.owned_calls import OwnedCalls
 from coordconv_patch.sites.regions import Region
 
-__all__ = [
-    "ForeignSite",
-    "GraphFunctionSite",
-    "ModuleSite",
-    "OwnedFunctionSite",
-    "Site",
-    "SiteMap",
-]
+__all__ = ["ForeignSite", "GraphFunctionSite", "ModuleSite", "OwnedFunctionSite", "Site", "SiteMap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +35,7 @@ class Site:
         region: The region it was traced in; ``None`` if in none.
     """
 
-    kind: ClassVar[Literal["module", "function"]]
+    kind: ClassVar[Literal["module", "function"]] = "module"
 
     name: str
     class_name: str
@@ -73,14 +66,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleSite(Site):
-    """A convolution module of torch.nn, or of a subclass.
-
-    Attributes:
-        module: The module.
-        aliases: Further names under which it is registered.
-    """
-
-    kind: ClassVar[Literal["module", "function"]] = "module"
+    """A convolution module of torch.nn, or of a subclass, and further names that it has."""
 
     module: nn.Module = field(repr=False, compare=False)
     aliases: tuple[str, ...] = ()
@@ -104,17 +90,10 @@ class ModuleSite(Site):
 class ForeignSite(Site):
     """A convolution module of another kind, TorchScript's or a quantized one: never patched."""
 
-    kind: ClassVar[Literal["module", "function"]] = "module"
-
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFunctionSite(Site):
-    """A functional convolution of a GraphModule, whose graph is rewritten.
-
-    Attributes:
-        region: The GraphModule.
-        nodes: Its nodes in the graph.
-    """
+    """A functional convolution of a GraphModule, whose graph is rewritten, by its nodes there."""
 
     kind: ClassVar[Literal["module", "function"]] = "function"
 

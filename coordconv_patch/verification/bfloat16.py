@@ -14,8 +14,6 @@ import onnx_ir as ir
 
 __all__ = ["has_bfloat16", "in_float32"]
 
-_CAST_TARGET = "to"
-
 
 def has_bfloat16(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds bfloat16 weights; ``False`` if it is not an ONNX file."""
@@ -56,7 +54,7 @@ def _widened(node: ir.Node, attribute: ir.Attr) -> ir.Attr | None:
         tensor = attribute.as_tensor()
         if tensor.dtype is ir.DataType.BFLOAT16:
             return ir.AttrTensor(attribute.name, _in_float32(tensor, tensor.name))
-    names_a_dtype = node.op_type == "Cast" and attribute.name == _CAST_TARGET
+    names_a_dtype = node.op_type == "Cast" and attribute.name == "to"
     if names_a_dtype and attribute.as_int() == ir.DataType.BFLOAT16:
         return ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
     return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,28 +76,23 @@ class Comparison:
             unstable += agreement.unstable
             problems += [f"picture {picture}: {problem}" for problem in agreement.problems]
         measured = [noise for noise in noises if noise is not None]
-        return (
-            Check(
-                check.inputs,
-                max(differences),
-                check.tolerance,
-                max(measured) if measured else None,
-                matched,
-                unstable,
-            ),
-            problems,
+        judged = replace(
+            check,
+            difference=max(differences),
+            noise=max(measured, default=None),
+            detections=matched,
+            unstable=unstable,
         )
+        return judged, problems
 
     def _roundings(self, fields: Fields) -> Iterator[Detections]:
         """Torch's detections in one picture with other rounding; computed once for all."""
-        number = 0
-        while True:
+        for number in itertools.count():
             if number == len(self._drawn):
                 outputs = next(self._source, None)
                 if outputs is None:
                     return
                 self._drawn.append([to_array(tensor) for tensor in outputs])
             detections = Detections.take(fields, self._drawn[number])
-            number += 1
             if detections is not None:
                 yield detections

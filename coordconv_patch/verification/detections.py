@@ -24,13 +24,9 @@ _PACKED = 6
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one picture.
+    """What a picture shows: M boxes, scores, labels, and further fields such as masks by name.
 
-    Attributes:
-        boxes: (M, 4), in pixels or whatever the model gives.
-        scores: (M,).
-        labels: (M,), zeros where the model gives none.
-        extras: Further fields by name, each (M, ...): masks, key points.
+    Boxes (M, 4) are in pixels or whatever the model gives, labels (M,) zeros where it gives none.
     """
 
     boxes: Array
@@ -62,16 +58,13 @@ class Detections:
 
 
 def find_fields(outputs: Any) -> tuple[Fields, ...]:
-    """Which of a model's output tensors are detections; one entry a picture.
+    """Which of a model's output tensors, in pytree order, are detections; one entry a picture.
 
-    Found are mappings (or named tuples) with ``boxes`` (M, 4) and ``scores`` (M,), as
+    They are mappings (or named tuples) with ``boxes`` (M, 4) and ``scores`` (M,), as
     torchvision's detectors and transformers' post-processing give them, and tensors
     (N, M, 6) of x1, y1, x2, y2, score, class sorted by score, as end-to-end YOLOs do.
-
-    Args:
-        outputs: What the model returned. Tensors are numbered in pytree order.
     """
-    leaves = [leaf for leaf in _leaves_with_paths(outputs) if _is_tensor(leaf[1])]
+    leaves = [leaf for leaf in _leaves_with_paths(outputs) if isinstance(leaf[1], Tensor)]
     groups: dict[Any, dict[str, tuple[int, Tensor]]] = {}
     packed: list[Fields] = []
     for index, (path, tensor) in enumerate(leaves):
@@ -102,10 +95,6 @@ def _leaves_with_paths(outputs: Any) -> list[tuple[Any, Any]]:
         return pytree.tree_flatten_with_path(outputs)[0]
     except ValueError:  # a class that is registered without its fields' names, as diffusers' are
         return [((), leaf) for leaf in pytree.tree_leaves(outputs)]
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _is_group(tensors: Mapping[str, Tensor]) -> bool:

@@ -54,10 +54,7 @@ class DetectionAgreement:
 
 
 def compare_detections(
-    expected: Detections,
-    actual: Detections,
-    roundings: Iterable[Detections],
-    tolerance: float,
+    expected: Detections, actual: Detections, roundings: Iterable[Detections], tolerance: float
 ) -> DetectionAgreement:
     """Match one picture's detections and say what rounding does not account for.
 

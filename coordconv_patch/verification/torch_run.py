@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coordconv_patch.running.inputs import as_plain_dict, run_model, tensors_in
-from coordconv_patch.running.untouched import evaluating
+from coordconv_patch.running.untouched import evaluation
 from coordconv_patch.verification.detections import Fields, find_fields
 
 __all__ = ["TorchRun", "run_torch", "torch_outputs"]
@@ -16,24 +16,15 @@ __all__ = ["TorchRun", "run_torch", "torch_outputs"]
 
 @dataclass(frozen=True)
 class TorchRun:
-    """What the torch model gave on one input.
-
-    Attributes:
-        tensors: The output tensors, in pytree order.
-        fields: Which of them are detections, one entry a picture.
-    """
+    """The output tensors of a run, in pytree order, and which are detections, by picture."""
 
     tensors: list[Tensor]
     fields: tuple[Fields, ...]
 
 
 def run_torch(model: nn.Module, example_inputs: Any) -> TorchRun:
-    """The model's outputs in evaluation mode.
-
-    Raises:
-        PatchError: If the model fails on these inputs.
-    """
-    with evaluating(model):
+    """The model's outputs in evaluation mode; a PatchError if it fails on these inputs."""
+    with evaluation(model):
         outputs = as_plain_dict(run_model(model, example_inputs))
     return TorchRun(tensors_in(outputs), find_fields(outputs))
 

@@ -117,9 +117,7 @@ class Verifier:
     def check(self, example_inputs: Any, expected: TorchRun | None = None) -> Check:
         """Compare on one input, see :func:`verify_onnx`.
 
-        Args:
-            example_inputs: The input.
-            expected: What torch gives on it, if that is known already.
+        ``expected`` is what torch gives on it, if that is known already.
         """
         run = expected or run_torch(self._model, example_inputs)
         comparison = Comparison(self._model, example_inputs, run, self._tolerance)
@@ -161,11 +159,7 @@ def _cause(agrees: Callable[..., bool], disabled: Sequence[str]) -> str:
 
 
 def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
-    """Feed tensors to a session's inputs in order and return its outputs.
-
-    Raises:
-        ExportError: If the number of inputs does not fit, or the run fails.
-    """
+    """The outputs of a session on tensors in the order of its inputs; or an ExportError."""
     names = [value.name for value in session.get_inputs()]
     if len(names) != len(feeds):
         raise ExportError(

@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounter
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
-from coordconv_patch.graphs.tracing import trace
+from coordconv_patch.graphs.conv_tracer import trace
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.map_cache import MapCache
 from coordconv_patch.running import silence, tracing_gate
@@ -473,7 +473,7 @@ def test_flags_that_are_right_are_not_touched(monkeypatch: pytest.MonkeyPatch) -
         set_attribute(module, name, value)
 
     monkeypatch.setattr(nn.Module, "__setattr__", note)
-    with modes.evaluating(net):
+    with modes.evaluation(net):
         pass
     assert "training" not in written
 

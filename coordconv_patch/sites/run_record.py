@@ -18,20 +18,16 @@ from coordconv_patch.layers.geometry import Call
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.silence import warnings_ignored
-from coordconv_patch.running.untouched import evaluating, state_restored
+from coordconv_patch.running.untouched import evaluation, state_restored
 from coordconv_patch.sites.node_by_node import NodeByNode
 from coordconv_patch.sites.regions import Region
 from coordconv_patch.sites.site import GraphFunctionSite
 
-__all__ = [
-    "Recording",
-    "record_calls",
-    "record_run",
-]
+__all__ = ["RunRecord", "record_run"]
 
 
 @dataclass(frozen=True)
-class Recording:
+class RunRecord:
     """What one forward pass did.
 
     Attributes:
@@ -46,43 +42,22 @@ class Recording:
     functions: tuple[FunctionSite, ...] = ()
 
 
-def record_calls(
-    model: nn.Module,
-    example_inputs: Any,
-    modules: Mapping[str, nn.Module],
-) -> dict[str, list[Call]]:
-    """Run the model once on the example inputs; the calls of each site, in order of execution.
-
-    Args:
-        model: The model; left as it was.
-        example_inputs: See :func:`coordconv_patch.running.inputs.split_inputs`.
-        modules: The convolution modules, by site name.
-
-    Raises:
-        PatchError: If the forward pass fails.
-    """
-    return record_run(model, example_inputs, modules, ()).calls
-
-
 def record_run(
     model: nn.Module,
     example_inputs: Any,
     modules: Mapping[str, nn.Module],
-    functions: Sequence[GraphFunctionSite],
-) -> Recording:
-    """As :func:`record_calls`, with who called each site, and the functional sites.
+    functions: Sequence[GraphFunctionSite] = (),
+) -> RunRecord:
+    """Run a model once on the example inputs, and leave it as it was.
 
-    Args:
-        model: See :func:`record_calls`; so for the two arguments after it.
-        example_inputs: See ``model``.
-        modules: See ``model``.
-        functions: The functional sites of GraphModules; those of plain modules are seen.
+    ``modules`` are the convolution modules by site name, ``functions`` the functional sites of
+    GraphModules; those of plain modules are seen. A PatchError if the forward pass fails.
     """
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
     # The model's warnings would seem to come from here, where its functions are watched.
-    with evaluating(model), state_restored(model), warnings_ignored(UserWarning), recorder:
+    with evaluation(model), state_restored(model), warnings_ignored(UserWarning), recorder:
         run_model(model, example_inputs)
-    return recorder.recording()
+    return recorder.record()
 
 
 def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
@@ -148,7 +123,7 @@ class _CallRecorder(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
-    def recording(self) -> Recording:
+    def record(self) -> RunRecord:
         """What was noted."""
         functions = tuple(self._log.sites())
         # Functional sites are known by their weights until all of their calls are.
@@ -157,7 +132,7 @@ class _CallRecorder(TorchFunctionMode):
         callers = {
             names.get(key, str(key)): self._caller(around) for key, around in self._around.items()
         }
-        return Recording(calls, callers, functions)
+        return RunRecord(calls, callers, functions)
 
     def _caller(self, around: Sequence[tuple[str, int]]) -> str | None:
         for name, _ in reversed(around):
@@ -189,13 +164,10 @@ class _CallRecorder(TorchFunctionMode):
         ndim: int,
         padded: Sequence[tuple[int, int]] = (),
     ) -> None:
-        call = _call(source, output, ndim)
+        size = tuple(source.shape[-ndim:])
         if padded:
-            size = [
-                length - sum(pair) for length, pair in zip(call.input_size, padded, strict=True)
-            ]
-            call = Call(tuple(size), call.output_size)
-        self._calls.setdefault(name, []).append(call)
+            size = tuple(length - sum(pair) for length, pair in zip(size, padded, strict=True))
+        self._calls.setdefault(name, []).append(Call(size, tuple(output.shape[-ndim:])))
         around = self._around.setdefault(name, list(self._running))
         shared = itertools.takewhile(
             lambda pair: pair[0] == pair[1], zip(around, self._running, strict=False)
@@ -203,12 +175,7 @@ class _CallRecorder(TorchFunctionMode):
         self._around[name] = [one for one, _ in shared]
 
     def _after_module(
-        self,
-        name: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
+        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> None:
         source = args[0] if args else next(iter(kwargs.values()))
         self._note(name, source, output, len(cast(_ConvNd, module).kernel_size))
@@ -227,7 +194,3 @@ class _CallRecorder(TorchFunctionMode):
                 self._graphs_running -= 1
 
         return forward
-
-
-def _call(source: Tensor, output: Tensor, ndim: int) -> Call:
-    return Call(tuple(source.shape[-ndim:]), tuple(output.shape[-ndim:]))

@@ -31,12 +31,10 @@ class ConvTracer(fx.Tracer):
     def __init__(self) -> None:
         # Only if the program has imported timm: nobody else has its modules. Older versions keep
         # these lists elsewhere; their models are then traced by regions.
-        timm_layers = sys.modules.get("timm.layers")
+        timm_layers: Any = sys.modules.get("timm.layers")
         known = hasattr(timm_layers, "get_notrace_functions")
-        functions = timm_layers.get_notrace_functions() if timm_layers and known else []
-        self._leaf_classes = (
-            tuple(timm_layers.get_notrace_modules()) if timm_layers and known else ()
-        )
+        functions = timm_layers.get_notrace_functions() if known else []
+        self._leaf_classes = tuple(timm_layers.get_notrace_modules()) if known else ()
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -52,9 +50,8 @@ class ConvTracer(fx.Tracer):
         return node.op in ("placeholder", "get_attr")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (_ConvNd, CoordBranch, fx.GraphModule, *self._leaf_classes)):
-            return True
-        if is_batch_norm(m):
+        leaves = (_ConvNd, CoordBranch, fx.GraphModule, *self._leaf_classes)
+        if isinstance(m, leaves) or is_batch_norm(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -88,10 +85,8 @@ _GIVES_A_TENSOR = frozenset(
 def trace(module: nn.Module) -> fx.Graph:
     """The graph of a module; optional arguments are fixed at their defaults.
 
-    The module is left as it was, also where tracing fails halfway.
-
-    Raises:
-        Exception: Whatever the module's code raises when it meets a proxy.
+    The module is left as it was, also where tracing fails halfway, by whatever its code raises
+    when it meets a proxy.
     """
     if isinstance(module, fx.GraphModule):
         return module.graph

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.graphs.tracing import trace
+from coordconv_patch.graphs.conv_tracer import trace
 
 
 class Particular(nn.Module):
