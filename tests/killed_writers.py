@@ -27,7 +27,7 @@ from torch import nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import ExportError
-from coordconv_patch.files.atomic import part_name, replacing
+from coordconv_patch.files.atomic import part_name, replacement
 
 MOST_SECONDS_BEFORE_THE_KILL = 0.1
 """Some writes' time: one takes a few milliseconds, or tens of them on a busy machine."""
@@ -74,7 +74,7 @@ def coordinate_weights() -> Kind:
 def graph_and_weights() -> Kind:
     def write(path: Path, content: str) -> None:
         weights = content * 100_000
-        with replacing(path, ExportError) as temporary:
+        with replacement(path, ExportError) as temporary:
             part = part_name(temporary.name, sha256(weights.encode()).hexdigest())
             temporary.with_name(part).write_text(weights)
             temporary.write_text(f"{content} {part}")

@@ -30,8 +30,9 @@ from coordconv_patch.bench.report import (
 )
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
+from coordconv_patch.export.axes import batch_size
 from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.files.atomic import reporting_os_errors
+from coordconv_patch.files.atomic import os_errors_reported
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.lowering.registry import LOWERINGS
@@ -92,7 +93,7 @@ def bench_onnx(
     notes: dict[str, None] = {}
     for provider in timed:
         with (
-            reporting_os_errors("cannot write the files to be timed", ExportError),
+            os_errors_reported("cannot write the files to be timed", ExportError),
             tempfile.TemporaryDirectory() as folder,
         ):
             exported = _Exported(Path(folder), model, next(iter(inputs.values())), provider)
@@ -114,11 +115,8 @@ def _check_arguments(
     repeats: int,
 ) -> None:
     require_coord_layers(model)
-    unknown = [name for name in lowerings or () if name not in accepted_lowerings()]
-    if unknown:
-        raise ArgumentError(
-            f"lowerings={list(lowerings or ())}: write {', '.join(accepted_lowerings())}"
-        )
+    if lowerings is not None and not set(lowerings) <= set(accepted_lowerings()):
+        raise ArgumentError(f"lowerings={list(lowerings)}: write {', '.join(accepted_lowerings())}")
     if repeats < 1 or not threads or min(threads) < 0:
         raise ArgumentError(
             f"repeats={repeats}, threads={list(threads)}: at least one repeat, and numbers of "
@@ -137,8 +135,7 @@ def _check_arguments(
 def _inputs_of(example_inputs: Any, batches: Sequence[int] | None) -> dict[int, Any]:
     """The inputs of each batch size."""
     if batches is None:
-        first = next((tensor for tensor in tensors_in(example_inputs) if tensor.dim()), None)
-        return {1 if first is None else len(first): example_inputs}
+        return {batch_size(example_inputs): example_inputs}
     image: Tensor = example_inputs[:1]
     return {batch: image.repeat(batch, *[1] * (image.dim() - 1)) for batch in batches}
 
@@ -182,7 +179,8 @@ class _Exported:
             except ExportError as error:
                 if name == PLAIN or (lowerings is not None and name != NAIVE):
                     raise
-                self.notes.append(f"{name} is left out: {_first_sentence(error)}")
+                reason = str(error).partition("\n")[0][:300]
+                self.notes.append(f"{name} is left out: {reason}")
                 continue
             self.files[name] = path
             if name == PLAIN:
@@ -225,25 +223,18 @@ class _Exported:
         return 1e-4 if self.provider == CPU else _GPU_TOLERANCE
 
 
-def _first_sentence(error: ExportError) -> str:
-    return str(error).partition("\n")[0][:300]
-
-
 def _group(exported: _Exported, batch: int, inputs: Any, threads: int, repeats: int) -> BenchGroup:
     """Time the variants at one batch size and number of threads."""
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(inputs)]
     runs: Mapping[str, Callable[[], Any]] = {
         name: BoundRun(
-            make_session(path, exported.providers, threads=threads, rests_between_runs=True),
-            arrays,
+            make_session(path, exported.providers, threads=threads, rests_between_runs=True), arrays
         )
         for name, path in exported.files.items()
     }
     seconds = alternate(
         runs, repeats=repeats, description=f"{exported.provider}, batch {batch}, {threads} threads"
     )
-    order = [name for name in (PLAIN, PLAIN_AGAIN) if name in seconds]
-    order += [name for name in seconds if name not in order]
     rows = tuple(
         BenchRow(
             name,
@@ -251,6 +242,6 @@ def _group(exported: _Exported, batch: int, inputs: Any, threads: int, repeats: 
             ratio_of_medians(seconds[name], seconds[PLAIN]),
             exported.sizes[name],
         )
-        for name in order
+        for name in exported.files
     )
     return BenchGroup(exported.provider, batch, threads, rows)

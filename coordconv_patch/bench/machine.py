@@ -23,7 +23,6 @@ class Machine:
     """Processor, memory, GPUs and versions; no name of the machine or of its user.
 
     Attributes:
-        processor: The processor's model name.
         cores: Processor cores that this process may use.
         memory_gb: Main memory in units of 10^9 bytes, rounded; 0 if unknown.
         gpus: Names of the GPUs that torch sees, each with its memory.
@@ -52,11 +51,7 @@ class Machine:
 
 
 def describe_machine(packages: Sequence[str] = ()) -> Machine:
-    """Describe this machine.
-
-    Args:
-        packages: Further packages whose versions matter; those not installed are left out.
-    """
+    """Describe this machine, also the versions of further packages, if they are installed."""
     versions = {"Python": platform.python_version()}
     for name in (*_PACKAGES, *packages):
         try:

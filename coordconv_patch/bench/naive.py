@@ -46,18 +46,10 @@ def export_naive(
     providers: Sequence[str] | None = None,
     tolerance: float = 1e-4,
 ) -> int:
-    """Export a patched model in its concatenating form, and check the file against torch.
+    """Export a patched model in its concatenating form, check the file, and return its bytes.
 
-    Args:
-        model: A patched model.
-        path: The ONNX file to write.
-        example_inputs: As for :func:`coordconv_patch.export_onnx`.
-        dynamic_batch: Whether the batch is dynamic.
-        providers: Execution providers to check on; ``None``: those that work here.
-        tolerance: Largest difference allowed, relative to the largest output.
-
-    Returns:
-        Bytes of the file, with the weights beside it if there are such.
+    The arguments are those of :func:`coordconv_patch.export_onnx`. The bytes include weights beside
+    the file.
 
     Raises:
         ExportError: If a patched convolution has no such form (functional ones have none),

@@ -9,15 +9,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from coordconv_patch.bench.report import (
-    NAIVE,
-    PLAIN,
-    PLAIN_AGAIN,
-    BenchGroup,
-    BenchReport,
-)
+from coordconv_patch.bench.report import NAIVE, PLAIN, PLAIN_AGAIN, BenchGroup, BenchReport
 from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import obstacle_to_writing, replacing
+from coordconv_patch.files.atomic import obstacle_to_writing, replacement
 
 __all__ = ["check_picture", "draw_bench"]
 
@@ -56,10 +50,7 @@ def draw_bench(
 ) -> None:
     """Draw a benchmark's ratios, one panel for each provider, batch size and thread number.
 
-    Args:
-        report: What was measured.
-        path: The file to write: PNG, SVG or PDF by its ending.
-        subject: The model's name, for the title.
+    The file is PNG, SVG or PDF by its ending; ``subject`` is the model's name, for the title.
 
     Raises:
         ArgumentError: See :func:`check_picture`; also if the file cannot be written.
@@ -94,14 +85,15 @@ def draw_bench(
     figure.supxlabel(
         "\n".join(textwrap.wrap(caption, 55 * columns)), x=0.01, ha="left", size=8.5, color=_MUTED
     )
-    with replacing(path, ArgumentError) as temporary:
+    with replacement(path, ArgumentError) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."))
 
 
 def _draw_group(axes: Any, group: BenchGroup) -> None:
     axes.axvline(1.0, color=_PLAIN, lw=1)
+    colours = {PLAIN: _PLAIN, PLAIN_AGAIN: _PLAIN, NAIVE: _NAIVE}
     for row in group.rows:
-        ratio, colour = row.ratio, _colour(row.name)
+        ratio, colour = row.ratio, colours.get(row.name, _PATCHED)
         axes.plot([ratio.low, ratio.high], [row.name, row.name], color=colour, lw=2.5)
         axes.plot(ratio.value, row.name, "o", color=colour, ms=7, mec="white", mew=1)
         axes.annotate(
@@ -117,9 +109,4 @@ def _draw_group(axes: Any, group: BenchGroup) -> None:
     axes.grid(axis="y", color="#E4E7EB", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=9, colors=_MUTED, left=False)
-    axes.tick_params(labelbottom=True)
-
-
-def _colour(name: str) -> str:
-    return {PLAIN: _PLAIN, PLAIN_AGAIN: _PLAIN, NAIVE: _NAIVE}.get(name, _PATCHED)
+    axes.tick_params(labelsize=9, colors=_MUTED, left=False, labelbottom=True)

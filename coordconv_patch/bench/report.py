@@ -48,13 +48,9 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchGroup:
-    """What was timed together.
+    """What was timed together, the plain model first; threads are those within an operator.
 
-    Attributes:
-        provider: The execution provider.
-        batch: Batch size.
-        threads: Threads within an operator; 0: ONNX Runtime's choice.
-        rows: The variants, the plain model first.
+    0 threads: ONNX Runtime's choice.
     """
 
     provider: str
@@ -93,9 +89,7 @@ class BenchReport:
     def markdown(self, *, subject: str = "a model", command: str | None = None) -> str:
         """The report as Markdown that reads well on a terminal too.
 
-        Args:
-            subject: The model's name.
-            command: The command that measured it.
+        ``subject`` is the model's name, ``command`` what measured it.
         """
         sites = f"{self.sites} patched site{'s' if self.sites != 1 else ''}"
         lines = [f"### coordconv-patch bench: {subject}, {sites}", ""]

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.picture import check_picture, draw_bench
+from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
 from coordconv_patch.cli.console import console, errors
 from coordconv_patch.cli.models import (
@@ -25,25 +26,7 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
-from coordconv_patch.cli.options import (
-    Checkpoint,
-    CoordsName,
-    CoordWeights,
-    LoweringName,
-    Model,
-    Pretrained,
-    Provider,
-    Radius,
-    Shape,
-    Sites,
-    Trust,
-)
-from coordconv_patch.errors import (
-    ArgumentError,
-    CoordConvPatchError,
-    ExportError,
-    PatchError,
-)
+from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_opset
@@ -90,12 +73,12 @@ def _root(
 
 @app.command("plan", epilog="Example: coordconv-patch plan timm:resnet50 --where 'layer1.*.conv2'")
 def plan_command(
-    model: Model,
-    where: Sites = None,
-    coords: CoordsName = "paper",
-    radius: Radius = False,
-    input_shape: Shape = None,
-    trust: Trust = False,
+    model: options.Model,
+    where: options.Sites = None,
+    coords: options.CoordsName = "paper",
+    radius: options.Radius = False,
+    input_shape: options.Shape = None,
+    trust: options.Trust = False,
     chosen_only: Annotated[bool, typer.Option("--chosen", help="Only the chosen sites.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -106,10 +89,7 @@ def plan_command(
         decided = survey(loaded.model, coords=convention, example_inputs=loaded.example_inputs)
     else:
         decided = plan(
-            loaded.model,
-            where or "first",
-            coords=convention,
-            example_inputs=loaded.example_inputs,
+            loaded.model, where or "first", coords=convention, example_inputs=loaded.example_inputs
         )
     if as_json:
         print(json.dumps(decided.to_dict(), indent=1))
@@ -123,16 +103,16 @@ def plan_command(
     "patch", epilog="Example: coordconv-patch patch timm:resnet50 --out coords.safetensors"
 )
 def patch_command(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="coords.safetensors, or a program .pt2")],
-    where: Sites = None,
-    coords: CoordsName = "paper",
-    radius: Radius = False,
-    input_shape: Shape = None,
-    trust: Trust = False,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    coord_weights: CoordWeights = None,
+    where: options.Sites = None,
+    coords: options.CoordsName = "paper",
+    radius: options.Radius = False,
+    input_shape: options.Shape = None,
+    trust: options.Trust = False,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = False,
+    coord_weights: options.CoordWeights = None,
 ) -> None:
     """Patch a model, check that its outputs stay bit for bit, and write the result.
 
@@ -168,22 +148,22 @@ def patch_command(
     "export", epilog="Example: coordconv-patch export timm:resnet50 --out r50.onnx --where first"
 )
 def export_command(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    where: Sites = None,
-    coords: CoordsName = "paper",
-    radius: Radius = False,
-    input_shape: Shape = None,
-    trust: Trust = False,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    coord_weights: CoordWeights = None,
+    where: options.Sites = None,
+    coords: options.CoordsName = "paper",
+    radius: options.Radius = False,
+    input_shape: options.Shape = None,
+    trust: options.Trust = False,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = False,
+    coord_weights: options.CoordWeights = None,
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch.")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any image size.")] = False,
-    lowering: LoweringName = "auto",
+    lowering: options.LoweringName = "auto",
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, from 7 on.")] = None,
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
-    provider: Provider = None,
+    provider: options.Provider = None,
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
@@ -212,17 +192,17 @@ def export_command(
     "verify", epilog="Example: coordconv-patch verify timm:resnet50 r50.onnx --checkpoint r50.pth"
 )
 def verify_command(
-    model: Model,
+    model: options.Model,
     onnx_file: Annotated[Path, typer.Argument(help="The ONNX file.")],
-    where: Sites = None,
-    coords: CoordsName = "paper",
-    radius: Radius = False,
-    input_shape: Shape = None,
-    trust: Trust = False,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    coord_weights: CoordWeights = None,
-    provider: Provider = None,
+    where: options.Sites = None,
+    coords: options.CoordsName = "paper",
+    radius: options.Radius = False,
+    input_shape: options.Shape = None,
+    trust: options.Trust = False,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = False,
+    coord_weights: options.CoordWeights = None,
+    provider: options.Provider = None,
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
 ) -> None:
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
@@ -243,10 +223,10 @@ def verify_command(
     "bench", epilog="Example: coordconv-patch bench timm:resnet50 --where all --batch 1 --batch 4"
 )
 def bench_command(
-    model: Model,
-    where: Sites = None,
-    input_shape: Shape = None,
-    trust: Trust = False,
+    model: options.Model,
+    where: options.Sites = None,
+    input_shape: options.Shape = None,
+    trust: options.Trust = False,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch size; repeatable. [default: 1]")
     ] = None,
@@ -258,7 +238,7 @@ def bench_command(
     lowering: Annotated[
         list[str] | None, typer.Option(help="Lowering; repeatable. [default: all]")
     ] = None,
-    provider: Provider = None,
+    provider: options.Provider = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ratios: a .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -311,12 +291,9 @@ def main() -> None:
     """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
     try:
         app()
-    except (ExportError, PatchError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(1)
     except CoordConvPatchError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, (ExportError, PatchError)) else 2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from coordconv_patch.cli.console import errors
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.cli.sources import load_model, parse_shape
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError, first_line
-from coordconv_patch.files.atomic import replacing
+from coordconv_patch.files.atomic import replacement
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
@@ -98,11 +98,7 @@ def model_to_export(
 
 
 def check_outputs_equal(loaded: LoadedModel, patched: nn.Module) -> str:
-    """Check that patching has not changed the outputs; returns in words how much is equal.
-
-    Raises:
-        PatchError: If it has.
-    """
+    """How much of the outputs is equal, in words; a PatchError if patching has changed them."""
     before = torch_outputs(loaded.model, loaded.example_inputs)
     after = torch_outputs(patched, loaded.example_inputs)
     equal = len(before) == len(after) and all(map(torch.equal, before, after))
@@ -113,11 +109,7 @@ def check_outputs_equal(loaded: LoadedModel, patched: nn.Module) -> str:
 
 
 def save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
-    """Write a patched model as a torch.export program.
-
-    Raises:
-        ExportError: If torch.export cannot export it, or the file cannot be written.
-    """
+    """Write a patched model as a torch.export program, or raise an ExportError."""
     args, kwargs = split_inputs(loaded.example_inputs)
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
@@ -128,5 +120,5 @@ def save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
         ) from error
     saved = io.BytesIO()  # torch tells a full disk by a RuntimeError
     torch.export.save(program, saved)
-    with replacing(path, ExportError) as temporary:
+    with replacement(path, ExportError) as temporary:
         temporary.write_bytes(saved.getbuffer())

@@ -9,20 +9,6 @@ import typer
 
 from coordconv_patch.lowering.registry import LOWERINGS
 
-__all__ = [
-    "Checkpoint",
-    "CoordWeights",
-    "CoordsName",
-    "LoweringName",
-    "Model",
-    "Pretrained",
-    "Provider",
-    "Radius",
-    "Shape",
-    "Sites",
-    "Trust",
-]
-
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
 Sites = Annotated[list[str] | None, typer.Option("--where", "-w", help="Sites; repeatable.")]
 CoordsName = Annotated[

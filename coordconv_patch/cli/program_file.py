@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.export.dynamo import dynamic_shapes
 from coordconv_patch.graphs.programs import from_exported
 
 __all__ = ["model_of_program"]
 
 
 def model_of_program(path: Path, trusted: bool) -> LoadedModel:
-    """The GraphModule of a program in a file.
-
-    Raises:
-        ModelSourceError: If the file cannot be loaded, or is not trusted.
-    """
+    """The GraphModule of a program in a file, which must be trusted; or a ModelSourceError."""
     if not path.is_file():
         raise ModelSourceError(f"there is no file {path}")
     if not trusted:
@@ -48,30 +43,28 @@ def model_of_program(path: Path, trusted: bool) -> LoadedModel:
         model,
         example,
         trained=True,
-        dynamic_shapes=_by_argument(model, axes, args, kwargs) if any(axes) else None,
+        dynamic_shapes=dynamic_shapes(model, axes, args, kwargs),
         batch_is_fixed=not any(0 in dynamic for dynamic in axes),
     )
 
 
 def _dynamic_axes(program: ExportedProgram) -> list[dict[int, Any]]:
-    """For each input of a program, which of its axes are dynamic."""
-    inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    values = [
-        inputs[str(name)].meta.get("val")
-        for name in program.graph_signature.user_inputs
-        if str(name) in inputs
-    ]
+    """For each input tensor of a program, which of its axes are dynamic."""
+    names = program.graph_signature.user_inputs
+    placeholders = program.graph.find_nodes(op="placeholder")
+    inputs: list[Any] = [node.meta.get("val") for node in placeholders if node.name in names]
     return [
         {
             dim: _axis(program, length)
-            for dim, length in enumerate(getattr(value, "shape", ()))
+            for dim, length in enumerate(value.shape)
             if isinstance(length, torch.SymInt)
         }
-        for value in values
+        for value in inputs
+        if isinstance(value, Tensor)
     ]
 
 
-def _axis(program: ExportedProgram, length: torch.SymInt) -> Any:
+def _axis(program: ExportedProgram, length: Any) -> Any:
     """A dynamic axis as it was when the program was exported, its range included."""
     symbol = length.node.expr
     if symbol not in program.range_constraints:
@@ -79,14 +72,3 @@ def _axis(program: ExportedProgram, length: torch.SymInt) -> Any:
     values = program.range_constraints[symbol]
     largest = None if values.upper == int_oo else int(values.upper)
     return Dim(str(symbol), min=int(values.lower), max=largest)
-
-
-def _by_argument(
-    model: nn.Module, axes: list[dict[int, Any]], args: Any, kwargs: Any
-) -> dict[str, Any]:
-    """Axes of a program's inputs in the structure of its forward's arguments."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    leaves, spec = pytree.tree_flatten(dict(bound))
-    remaining = iter(axes)
-    each = [(next(remaining) or None) for _ in leaves]
-    return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 import sys
@@ -17,6 +16,7 @@ from torch import nn
 from coordconv_patch.cli.loaded import LoadedModel, random_image
 from coordconv_patch.cli.model_sources import MODEL_SOURCES, model_source
 from coordconv_patch.cli.program_file import model_of_program
+from coordconv_patch.cli.zoo_models import close_names
 from coordconv_patch.errors import ModelSourceError
 from coordconv_patch.running.inputs import takes_image_list
 
@@ -73,8 +73,8 @@ def _model_of_function(source: str) -> LoadedModel:
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value)]
-        close = difflib.get_close_matches(function_name, names, n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        close = close_names(function_name, names)
+        hint = f"; {close}" if close else ""
         raise ModelSourceError(f"{path} has no function {function_name!r}{hint}")
     try:
         result = function()
@@ -111,11 +111,7 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """A shape written as ``1,3,224,224`` or ``1x3x224x224``.
-
-    Raises:
-        ModelSourceError: If it is not a list of positive numbers.
-    """
+    """A shape written as ``1,3,224,224`` or ``1x3x224x224``; or a ModelSourceError."""
     try:
         shape = tuple(int(part) for part in text.lower().replace("x", ",").split(","))
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,17 +12,14 @@ from torch import nn
 from coordconv_patch.cli.loaded import LoadedModel, random_image
 from coordconv_patch.errors import ModelSourceError, first_line
 
-__all__ = ["timm_model", "torchvision_model"]
-
-_INSTALL_TIMM = 'install it with: pip install "coordconv-patch[timm]"'
+__all__ = ["close_names", "timm_model", "torchvision_model"]
 
 
 def timm_model(name: str, pretrained: bool) -> LoadedModel:
     """A model of timm; raises :class:`ModelSourceError` if there is none of this name."""
     timm = _imported("timm")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"close names: {', '.join(close)}" if close else "timm.list_models() has them all"
+        hint = close_names(name, timm.list_models()) or "timm.list_models() has them all"
         raise ModelSourceError(f"timm has no model {name!r}; {hint}")
     model = _created(lambda: timm.create_model(name, pretrained=pretrained), name, pretrained)
     size = timm.data.resolve_data_config({}, model=model)["input_size"]
@@ -33,8 +30,7 @@ def torchvision_model(name: str, pretrained: bool) -> LoadedModel:
     """A model of torchvision; raises :class:`ModelSourceError` if there is none of this name."""
     models = _imported("torchvision").models
     if name not in models.list_models():
-        close = difflib.get_close_matches(name, models.list_models(), n=3)
-        hint = f"close names: {', '.join(close)}" if close else "see torchvision.models"
+        hint = close_names(name, models.list_models()) or "see torchvision.models"
         raise ModelSourceError(f"torchvision has no model {name!r}; {hint}")
     if pretrained:
         model = _created(lambda: models.get_model(name, weights="DEFAULT"), name, pretrained)
@@ -44,16 +40,25 @@ def torchvision_model(name: str, pretrained: bool) -> LoadedModel:
         if "weights_backbone" in builder.__annotations__:
             options["weights_backbone"] = None
         model = _created(lambda: builder(**options), name, pretrained)
-    place = type(model).__module__
+    return LoadedModel(model.eval(), _torchvision_example(name, type(model).__module__), pretrained)
+
+
+def _torchvision_example(name: str, place: str) -> Any:
+    """Inputs for the model of a name, by the module of torchvision that its class lies in."""
     if ".detection." in place:
-        return LoadedModel(model.eval(), ([random_image((3, 320, 320))],), pretrained)
+        return ([random_image((3, 320, 320))],)
     if ".video." in place:
-        return LoadedModel(model.eval(), random_image((1, 3, 16, 112, 112)), pretrained)
+        return random_image((1, 3, 16, 112, 112))
     if ".optical_flow." in place:
-        pair = (random_image((1, 3, 128, 128)), random_image((1, 3, 128, 128)))
-        return LoadedModel(model.eval(), pair, pretrained)
+        return (random_image((1, 3, 128, 128)), random_image((1, 3, 128, 128)))
     side = 299 if name == "inception_v3" else 224
-    return LoadedModel(model.eval(), random_image((1, 3, side, side)), pretrained)
+    return random_image((1, 3, side, side))
+
+
+def close_names(name: str, known: Sequence[str]) -> str:
+    """A hint at names like a wrong one; empty if there are none."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"close names: {', '.join(close)}" if close else ""
 
 
 def _imported(package: str) -> Any:
@@ -61,7 +66,8 @@ def _imported(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ModelSourceError(
-            f"{package}: models need the package {package}; {_INSTALL_TIMM}"
+            f"{package}: models need the package {package}; install it with: pip install "
+            '"coordconv-patch[timm]"'
         ) from error
 
 

@@ -24,30 +24,15 @@ INPUT_SIZE = 224
 
 _OUTER_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 _OUTER_NAMES |= {"_fc": "classifier"}
-_BLOCK_NAMES = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_BLOCK_NAMES_WITHOUT_EXPANSION = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
+_BLOCK_NAMES = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"}
+_BLOCK_NAMES |= {"_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+_BLOCK_NAMES_WITHOUT_EXPANSION = {"_depthwise_conv": "conv_dw", "_project_conv": "conv_pw"}
+_BLOCK_NAMES_WITHOUT_EXPANSION |= {"_bn1": "bn1", "_bn2": "bn2"}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One of the classes that a picture was given.
-
-    Attributes:
-        name: ImageNet class, its first synonym.
-        probability: Softmax over the 1000 classes, 0 to 1.
-    """
+    """An ImageNet class, by its first synonym, and its softmax probability, 0 to 1."""
 
     name: str
     probability: float
@@ -76,10 +61,7 @@ def load_pretrained() -> nn.Module:
 def rename_keys(stored: Mapping[str, Tensor], depths: Sequence[int]) -> dict[str, Tensor]:
     """The stored weights under timm's names.
 
-    Args:
-        stored: Tensors by their stored name.
-        depths: Number of blocks in each of timm's stages; the stored names count
-            blocks through.
+    ``depths`` are the numbers of blocks in timm's stages; the stored names count blocks through.
     """
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
     expanding = {key.split(".")[1] for key in stored if "._expand_conv." in key}
@@ -98,14 +80,9 @@ def rename_keys(stored: Mapping[str, Tensor], depths: Sequence[int]) -> dict[str
 
 
 def to_input(photograph: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """The photograph's central square as the backbone's input.
+    """The central square of a photograph ``(3, H, W)`` as input ``(1, 3, size, size)``.
 
-    Args:
-        photograph: Shape ``(3, H, W)``, values -1 to 1.
-        size: Height and width wanted, in pixels.
-
-    Returns:
-        Shape ``(1, 3, size, size)``, values -1 to 1.
+    Values of both are -1 to 1.
     """
     height, width = photograph.shape[1:]
     side = min(height, width)
@@ -115,12 +92,7 @@ def to_input(photograph: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 def top_classes(logits: Tensor, count: int = 3) -> list[Prediction]:
-    """The most probable ImageNet classes.
-
-    Args:
-        logits: Shape ``(1000,)``.
-        count: How many.
-    """
+    """The most probable ImageNet classes by logits of shape ``(1000,)``."""
     from timm.data.imagenet_info import ImageNetInfo
 
     names = ImageNetInfo()

@@ -38,7 +38,6 @@ class Phase:
     Attributes:
         title: What is trained, in words.
         trained: Names of the modules whose weights are trained; coordinate weights always are.
-        steps: Optimizer steps.
         learning_rate: Highest learning rate of the model's own weights.
         coord_learning_rate: Highest learning rate of the coordinate weights.
     """
@@ -52,11 +51,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to fine-tune.
+    """How to fine-tune: the phases have their own optimizers and schedules.
 
     Attributes:
-        phases: One after the other; each has its own optimizer and schedule.
-        batch_size: Pictures per step.
         measure_every: Steps between two measurements on the held-out pictures.
         weight_decay: Of the model's own weights; the coordinate weights have none.
     """
@@ -83,11 +80,8 @@ class Errors:
     @classmethod
     def of(cls, distances: Tensor) -> Errors:
         """Summarise distances of shape ``(N,)``."""
-        return cls(
-            median=float(distances.quantile(0.5)),
-            mean=float(distances.mean()),
-            percentile_90=float(distances.quantile(0.9)),
-        )
+        median, percentile_90 = (float(distances.quantile(part)) for part in (0.5, 0.9))
+        return cls(median, float(distances.mean()), percentile_90)
 
 
 @dataclass
@@ -123,16 +117,7 @@ def unfreeze_(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Where the model sees the cup.
-
-    Args:
-        model: Gives positions from -1 to 1, shape ``(N, 2)``.
-        images: Shape ``(N, 3, S, S)``.
-        batch_size: Images at a time.
-
-    Returns:
-        x, y in pixels, shape ``(N, 2)``.
-    """
+    """Where the model sees the cup in images ``(N, 3, S, S)``: x, y in pixels, ``(N, 2)``."""
     answers = [model(part) for part in torch.split(images, batch_size)]
     return to_pixels(torch.cat(answers), images.shape[-1])
 
@@ -151,14 +136,8 @@ def fine_tune(
 ) -> dict[str, Curve]:
     """Train every model on the same batches, in place; each step is made with all of them.
 
-    Args:
-        models: By name; in evaluation mode, which they keep.
-        task: Where the pictures come from.
-        settings: How.
-        on_step: Told the number of steps made and the curves so far.
-
-    Returns:
-        The curves by the models' names.
+    The models, by name, are in evaluation mode, which they keep. ``on_step`` is told the number of
+    steps made and the curves so far, which are also returned, by the models' names.
     """
     runs = [_Run(model, task) for model in models.values()]
     curves = {name: run.curve for name, run in zip(models, runs, strict=True)}
@@ -178,7 +157,7 @@ def fine_tune(
                     run.measure(step)
             on_step(step, curves)
         for run in runs:
-            run.end()
+            run.curve.phase_errors.append(run.errors)
     return curves
 
 
@@ -201,11 +180,9 @@ class _Run:
                 self.model, lr=phase.learning_rate, coord_lr=phase.coord_learning_rate
             )
         self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+        rates = [group["lr"] for group in groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            [group["lr"] for group in groups],
-            total_steps=phase.steps,
-            pct_start=0.2,
+            self.optimizer, rates, total_steps=phase.steps, pct_start=0.2
         )
 
     def step(self, pictures: Pictures) -> None:
@@ -225,6 +202,3 @@ class _Run:
         self.errors = Errors.of(distances(predict(self.model, held_out.images), held_out))
         self.curve.steps.append(step)
         self.curve.median_errors.append(self.errors.median)
-
-    def end(self) -> None:
-        self.curve.phase_errors.append(self.errors)

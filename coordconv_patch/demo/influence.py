@@ -19,16 +19,14 @@ __all__ = ["coordinate_maps", "shares", "switched_off"]
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Set every coordinate weight of a patched model to zero, for the time of the block."""
-    weights = coord_parameters(model)
-    kept = [weight.detach().clone() for weight in weights]
+    kept = [(weight, weight.detach().clone()) for weight in coord_parameters(model)]
     try:
-        with torch.no_grad():
-            for weight in weights:
-                weight.zero_()
+        for weight, _ in kept:
+            nn.init.zeros_(weight)
         yield
     finally:
         with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
+            for weight, value in kept:
                 weight.copy_(value)
 
 
@@ -36,12 +34,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def coordinate_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What the coordinates add to each patched convolution's output.
 
-    Args:
-        model: A patched model.
-        images: Shape ``(N, 3, H, W)``.
-
-    Returns:
-        Maps of shape ``(C_out, H', W')`` by site name, in order of execution.
+    Maps of shape ``(C_out, H', W')`` by site name, in order of execution.
     """
     return {name: branch for name, (branch, _) in _observe(model, images).items()}
 
@@ -52,14 +45,8 @@ def shares(model: nn.Module, images: Tensor) -> dict[str, float]:
 
     The standard deviation over positions of what the coordinates add, over the
     standard deviation over positions and images of what the picture gives; both as
-    root mean squares over the output channels.
-
-    Args:
-        model: A patched model.
-        images: Shape ``(N, 3, H, W)``.
-
-    Returns:
-        Shares by site name, in order of execution; 0: the coordinates are not used.
+    root mean squares over the output channels. By site name, in order of execution; 0: the
+    coordinates are not used.
     """
     shares = {}
     for name, (branch, output) in _observe(model, images).items():

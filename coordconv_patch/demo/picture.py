@@ -17,7 +17,7 @@ from coordconv_patch.demo.influence import coordinate_maps
 from coordconv_patch.demo.report import DemoReport
 from coordconv_patch.demo.task import Pictures, photograph
 from coordconv_patch.errors import ExportError
-from coordconv_patch.files.atomic import replacing
+from coordconv_patch.files.atomic import replacement
 
 __all__ = ["draw"]
 
@@ -43,14 +43,10 @@ def draw(
     patched: nn.Module,
     path: Path,
 ) -> None:
-    """Draw the report.
+    """Draw the report into a PNG file.
 
-    Args:
-        report: What was measured.
-        held_out: The held-out pictures.
-        answers: Positions in pixels, shape ``(N, 2)``, of ``control`` and ``patched``.
-        patched: The fine-tuned, patched model.
-        path: The PNG file to write.
+    ``answers`` are the positions in pixels, shape ``(N, 2)``, that ``control`` and ``patched`` give
+    on the held-out pictures.
     """
     figure = Figure(figsize=(15, 14.5), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,21 +60,14 @@ def draw(
     _draw_histogram(middle, held_out, answers)
     _draw_shares(right, report)
     _draw_maps(maps, report, coordinate_maps(patched, held_out.images[:1]))
-    with replacing(path, ExportError) as temporary:
+    with replacement(path, ExportError) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def _draw_header(part: Any, report: DemoReport) -> None:
     for line, finding in enumerate(report.findings()):
-        part.text(
-            0.01,
-            0.84 - 0.29 * line,
-            _capital(finding),
-            size=17,
-            weight="bold",
-            color=INK,
-            va="center",
-        )
+        text = finding[:1].upper() + finding[1:]
+        part.text(0.01, 0.84 - 0.29 * line, text, size=17, weight="bold", color=INK, va="center")
     part.text(
         0.01,
         0.16,
@@ -102,9 +91,8 @@ def _draw_photographs(part: Any, report: DemoReport) -> None:
         else f"Patching changed some of the {report.logits:,} logits"
     )
     _heading(part, finding)
-    for axes, result in zip(
-        part.subplots(1, len(report.photographs)), report.photographs, strict=True
-    ):
+    panels = part.subplots(1, len(report.photographs))
+    for axes, result in zip(panels, report.photographs, strict=True):
         axes.imshow(_as_picture(to_input(photograph(result.name), 320)[0]))
         _frame(axes)
         same = result.before == result.after
@@ -209,12 +197,9 @@ def _curve_finding(report: DemoReport) -> str:
     parts = []
     for name in ("patched", "control"):
         curve = report.curves[name]
-        reached = [
-            step
-            for step, error in zip(curve.steps, curve.median_errors, strict=True)
-            if error <= goal
-        ]
-        parts.append(f"{name} {f'by step {reached[0]}' if reached else 'not yet'}")
+        measured = zip(curve.steps, curve.median_errors, strict=True)
+        reached = [f"by step {step}" for step, error in measured if error <= goal]
+        parts.append(f"{name} {reached[0] if reached else 'not yet'}")
     return f"Half within {goal} px:\n" + ", ".join(parts)
 
 
@@ -235,15 +220,14 @@ def _draw_histogram(axes: Any, held_out: Pictures, answers: Mapping[str, Tensor]
 
 
 def _draw_shares(axes: Any, report: DemoReport) -> None:
-    names = list(report.site_shares)
-    shares = [report.site_shares[name] for name in names]
-    best = max(names, key=report.site_shares.__getitem__)
-    colours = [PATCHED if name == best else "#9CC4DF" for name in names]
-    axes.barh(range(len(names)), shares, color=colours)
-    axes.set_yticks(range(len(names)), [_short(name) for name in names], size=9)
+    shares = report.site_shares
+    best = max(shares, key=shares.__getitem__)
+    colours = [PATCHED if name == best else "#9CC4DF" for name in shares]
+    axes.barh(range(len(shares)), list(shares.values()), color=colours)
+    axes.set_yticks(range(len(shares)), map(_short, shares), size=9)
     axes.invert_yaxis()
     axes.set_xlabel("variation from coordinates / from the picture")
-    share = f"{report.site_shares[best]:.0%} as much as the picture"
+    share = f"{shares[best]:.0%} as much as the picture"
     _title(axes, f"Place counts most in {_short(best)}:\n{share}")
     _plain(axes)
 
@@ -261,23 +245,14 @@ def _draw_maps(axes: Any, report: DemoReport, maps: Mapping[str, Tensor]) -> Non
     for index, tile in enumerate(strongest):
         row, column = divmod(index, columns)
         left, top = column * (width + gap), row * (height + gap)
-        axes.imshow(
-            tile.numpy(),
-            cmap="PuOr",
-            vmin=-limit,
-            vmax=limit,
-            extent=(left, left + width, top + height, top),
-        )
+        extent = (left, left + width, top + height, top)
+        axes.imshow(tile.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, extent=extent)
     rows = -(-len(strongest) // columns)
     axes.set_xlim(0, columns * (width + gap) - gap)
     axes.set_ylim(rows * (height + gap) - gap, 0)
     axes.set_aspect("equal")
     axes.set_axis_off()
     _title(axes, f"What {_short(site)} adds,\n{len(strongest)} strongest channels")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _short(site: str) -> str:

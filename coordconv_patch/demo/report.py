@@ -11,20 +11,14 @@ from typing import Any
 from coordconv_patch.demo.backbone import Prediction
 from coordconv_patch.demo.finetune import Curve, Errors, Settings
 from coordconv_patch.errors import ExportError
-from coordconv_patch.files.atomic import replacing
+from coordconv_patch.files.atomic import replacement
 
 __all__ = ["DemoReport", "ExportCheck", "PhotographResult"]
 
 
 @dataclass(frozen=True)
 class PhotographResult:
-    """One photograph and what the pretrained model sees in it.
-
-    Attributes:
-        name: Of the photograph in ``skimage.data``.
-        before: Most probable classes of the pretrained model.
-        after: Those of the patched one.
-    """
+    """The most probable classes of a photograph of ``skimage.data``, before and after patching."""
 
     name: str
     before: list[Prediction]
@@ -117,13 +111,9 @@ class DemoReport:
         return dataclasses.asdict(self)
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON.
-
-        Raises:
-            ExportError: If it cannot be written.
-        """
+        """Write the report as JSON, or raise an ExportError."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        with replacing(path, ExportError) as temporary:
+        with replacement(path, ExportError) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def findings(self) -> list[str]:
@@ -140,13 +130,7 @@ class DemoReport:
 
 
 def compare(phase: str, control: float, patched: float) -> str:
-    """Two median errors in words.
-
-    Args:
-        phase: What was trained.
-        control: Median error without coordinates, in pixels.
-        patched: With coordinates.
-    """
+    """The median errors of both models after a phase, in pixels, in words."""
     figures = f"{phase}: {patched:.1f} px off with coordinates, {control:.1f} px without"
     if patched < 0.9 * control:
         return f"{figures} ({control / patched:.1f} times closer)"

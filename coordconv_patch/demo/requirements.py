@@ -23,11 +23,7 @@ class MissingPackageError(CoordConvPatchError, ImportError):
 
 
 def require_demo_packages() -> None:
-    """Check that everything that the demo imports is installed.
-
-    Raises:
-        MissingPackageError: If something is missing; the message says what to install.
-    """
+    """Raise a MissingPackageError, which says what to install, if the demo lacks a package."""
     missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
         raise MissingPackageError(

@@ -34,7 +34,7 @@ from coordconv_patch.demo.task import (
 )
 from coordconv_patch.errors import ExportError
 from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.files.atomic import replacing, reporting_os_errors
+from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.runtime.providers import make_session
@@ -70,36 +70,20 @@ class _Scale:
 
 
 def _phases(steps: int) -> tuple[Phase, ...]:
+    head = ("classifier",)
+    stages = ("blocks.5", "blocks.6", "conv_head", "bn2", *head)
     return (
+        Phase("backbone frozen", head, steps, learning_rate=1e-3, coord_learning_rate=1e-2),
         Phase(
-            title="backbone frozen",
-            trained=("classifier",),
-            steps=steps,
-            learning_rate=1e-3,
-            coord_learning_rate=1e-2,
-        ),
-        Phase(
-            title="last stages trained too",
-            trained=("blocks.5", "blocks.6", "conv_head", "bn2", "classifier"),
-            steps=steps,
-            learning_rate=2e-3,
-            coord_learning_rate=2e-3,
+            "last stages trained too", stages, steps, learning_rate=2e-3, coord_learning_rate=2e-3
         ),
     )
 
 
-_FULL = _Scale(
-    Settings(_phases(100), batch_size=32, measure_every=20),
-    picture_size=96,
-    backgrounds=800,
-    held_out=256,
-)
-_QUICK = _Scale(
-    Settings(_phases(3), batch_size=8, measure_every=3),
-    picture_size=64,
-    backgrounds=16,
-    held_out=24,
-)
+_FULL_SETTINGS = Settings(_phases(100), batch_size=32, measure_every=20)
+_FULL = _Scale(_FULL_SETTINGS, picture_size=96, backgrounds=800, held_out=256)
+_QUICK_SETTINGS = Settings(_phases(3), batch_size=8, measure_every=3)
+_QUICK = _Scale(_QUICK_SETTINGS, picture_size=64, backgrounds=16, held_out=24)
 
 
 def run_demo(
@@ -126,7 +110,7 @@ def run_demo(
     """
     require_demo_packages()
     out = Path(out)
-    with reporting_os_errors(f"cannot make the folder {out}", ExportError):
+    with os_errors_reported(f"cannot make the folder {out}", ExportError):
         out.mkdir(parents=True, exist_ok=True)
     with _torch_state(seed, threads):
         return _run(out, _QUICK if quick else _FULL, quick, seed, _Log())
@@ -148,16 +132,13 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
     with log.step("Fine-tune both to say where the cup is"):
         curves = log.follow(models, task, scale.settings)
     answers = _answers(models, task.held_out)
-    errors = {
-        name: Errors.of(finetune.distances(answer, task.held_out))
-        for name, answer in answers.items()
-    }
+    errors = {name: Errors.of(finetune.distances(a, task.held_out)) for name, a in answers.items()}
     log.errors(errors, curves)
 
     patched = models["patched"]
     with log.step("Save, export to ONNX, run it in ONNX Runtime"):
         save_coords(patched, out / FILES["coordinate weights"])
-        with replacing(out / FILES["all weights"], ExportError) as temporary:
+        with replacement(out / FILES["all weights"], ExportError) as temporary:
             temporary.write_bytes(save(patched.state_dict()))
         export = _export(patched, task.held_out, answers["patched"], out / FILES["ONNX model"])
     log.export(export)
@@ -269,12 +250,7 @@ def _torch_state(seed: int, threads: int | None) -> Iterator[None]:
 
 
 class _Log:
-    """What the demo tells on the console, and how long its parts took.
-
-    Attributes:
-        seconds: Wall time of each step, by its title.
-        started: When the log began, as of :func:`time.perf_counter`.
-    """
+    """What the demo tells on the console, and the seconds that its steps took, by their titles."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -298,29 +274,21 @@ class _Log:
         for result in results:
             table.add_row(result.name, str(result.before[0]), str(result.after[0]))
         self.console.print(table)
-        if equal:
-            self.console.print(f"  [green]all {logits:,} logits are equal to the last bit[/]")
-        else:
-            self.console.print(f"  [red]the {logits:,} logits are not all equal[/]")
+        good = f"[green]all {logits:,} logits are equal to the last bit[/]"
+        bad = f"[red]the {logits:,} logits are not all equal[/]"
+        self.console.print(f"  {good if equal else bad}")
 
     def follow(
         self, models: dict[str, nn.Module], task: CupTask, settings: Settings
     ) -> dict[str, Curve]:
-        columns = (
-            TextColumn("  step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
+        title, latest = TextColumn("  step"), TextColumn("{task.description}")
+        columns = (title, MofNCompleteColumn(), BarColumn(), latest, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("", total=settings.steps)
 
             def show(step: int, curves: dict[str, Curve]) -> None:
-                latest = ", ".join(
-                    f"{name} {curve.median_errors[-1]:.1f} px" for name, curve in curves.items()
-                )
-                progress.update(bar, completed=step, description=latest)
+                figures = [f"{name} {c.median_errors[-1]:.1f} px" for name, c in curves.items()]
+                progress.update(bar, completed=step, description=", ".join(figures))
 
             return finetune.fine_tune(models, task, settings, on_step=show)
 

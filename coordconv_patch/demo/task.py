@@ -27,14 +27,8 @@ __all__ = [
 ]
 
 TRAINING_PHOTOGRAPHS = (
-    "astronaut",
-    "camera",
-    "stereo_motorcycle",
-    "hubble_deep_field",
-    "brick",
-    "grass",
-    "gravel",
-    "retina",
+    *("astronaut", "camera", "stereo_motorcycle", "hubble_deep_field"),
+    *("brick", "grass", "gravel", "retina"),
 )
 HELD_OUT_PHOTOGRAPHS = ("chelsea", "rocket")
 
@@ -53,13 +47,9 @@ ANGLE = 0.4
 
 
 def photograph(name: str) -> Tensor:
-    """A photograph of scikit-image as a tensor.
+    """A photograph of ``skimage.data`` as a tensor; of a stereo pair, the left picture.
 
-    Args:
-        name: Of the function in ``skimage.data``; the left picture of a stereo pair.
-
-    Returns:
-        Shape ``(3, H, W)``, values -1 to 1; the three channels of a grey one are equal.
+    Shape ``(3, H, W)``, values -1 to 1; the three channels of a grey one are equal.
     """
     import skimage.data
 
@@ -83,12 +73,9 @@ def to_pixels(unit: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Composed pictures and where the cup is in each.
+    """Composed pictures ``(N, 3, S, S)``, values -1 to 1, and the cup's centres in them.
 
-    Attributes:
-        images: Shape ``(N, 3, S, S)``, values -1 to 1.
-        centers: Shape ``(N, 2)``: x, y of the cup's centre in pixels; (0, 0) is the centre
-            of the first pixel.
+    The centres ``(N, 2)`` are x, y in pixels; (0, 0) is the centre of the first pixel.
     """
 
     images: Tensor
@@ -102,11 +89,8 @@ class Pictures:
 class Placement:
     """Where and how a cut-out is pasted into each of N pictures.
 
-    Attributes:
-        centers: Shape ``(N, 2)``: x, y in pixels.
-        radii: Shape ``(N,)``: half width in pixels.
-        angles: Shape ``(N,)``: rotation in radians.
-        flips: Shape ``(N,)``: -1 for mirrored, 1 for not.
+    Centres ``(N, 2)``, x and y, and half widths ``(N,)`` are in pixels, angles ``(N,)`` in radians;
+    flips ``(N,)`` are -1 for mirrored, 1 for not.
     """
 
     centers: Tensor
@@ -133,16 +117,13 @@ class Placement:
 class CupTask:
     """Pictures with a cup in them, made as they are needed.
 
-    The stream of training pictures depends on the seed alone.
+    The stream of training pictures depends on the seed alone. Held-out ones are on photographs
+    that training never shows.
 
     Args:
         size: Height and width of the pictures, S, in pixels.
         held_out: Number of held-out pictures.
         backgrounds: Number of crops that training pictures are made from.
-        seed: Of everything random.
-
-    Attributes:
-        held_out: The held-out pictures, on photographs that training never shows.
     """
 
     def __init__(self, size: int, *, held_out: int, backgrounds: int, seed: int) -> None:
@@ -183,8 +164,7 @@ class CupTask:
 def cut_out_cup(size: int) -> Tensor:
     """The cup and its saucer, stretched to a disc that touches all four sides.
 
-    Returns:
-        Shape ``(4, size, size)``: the colours, -1 to 1, and the opacity, 0 to 1.
+    Shape ``(4, size, size)``: the colours, -1 to 1, and the opacity, 0 to 1.
     """
     (x, y), (half_width, half_height) = CUP_CENTER, CUP_AXES
     source = photograph(CUP_PHOTOGRAPH)
@@ -197,25 +177,11 @@ def cut_out_cup(size: int) -> Tensor:
 
 
 def paste(backgrounds: Tensor, cut_out: Tensor, placement: Placement) -> Tensor:
-    """Lay a cut-out over each background.
-
-    Args:
-        backgrounds: Shape ``(N, 3, S, S)``.
-        cut_out: Shape ``(4, s, s)``: colours and opacity.
-        placement: Where, how large, how turned.
-
-    Returns:
-        Shape ``(N, 3, S, S)``.
-    """
+    """Lay a cut-out ``(4, s, s)``, colours and opacity, over each background ``(N, 3, S, S)``."""
     count, _, size, _ = backgrounds.shape
     cosine, sine = placement.angles.cos(), placement.angles.sin()
-    rotation = torch.stack(
-        [
-            torch.stack([cosine * placement.flips, sine * placement.flips], dim=1),
-            torch.stack([-sine, cosine], dim=1),
-        ],
-        dim=1,
-    )
+    rows = [cosine * placement.flips, sine * placement.flips, -sine, cosine]
+    rotation = torch.stack(rows, dim=1).view(count, 2, 2)
     # affine_grid maps picture to cut-out, both from -1 to 1 between the outer pixel edges.
     scaled = rotation * (size / (2 * placement.radii))[:, None, None]
     centers = ((2 * placement.centers + 1 - size) / size)[:, :, None]

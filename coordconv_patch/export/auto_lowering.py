@@ -27,11 +27,7 @@ MAX_GROWTH = 0.01
 class Chooser:
     """Chooses lowerings by the rule of ``"auto"``; called once for each site, in order.
 
-    Attributes:
-        provider: The execution provider that the graph is meant for.
-        dynamic_batch: Whether the batch axis is dynamic.
-        dynamic_size: Whether the spatial axes are.
-        map_budget: Bytes of maps that may be stored whole.
+    ``map_budget`` is the bytes of maps that may still be stored whole.
     """
 
     provider: str
@@ -70,11 +66,7 @@ def accepted_lowerings() -> tuple[str, ...]:
 
 
 def check_lowering(lowering: str, dynamic_size: bool) -> None:
-    """Check that a lowering exists and can have the axes asked for.
-
-    Raises:
-        ArgumentError: If not.
-    """
+    """Raise an ArgumentError if there is no such lowering, or it cannot have the axes asked for."""
     choices = accepted_lowerings()
     if lowering not in choices:
         raise ArgumentError(f"lowering={lowering!r}: write {', '.join(map(repr, choices))}")

@@ -58,12 +58,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried, and what was chosen.
-
-    Attributes:
-        lowerings: The fastest form of each site, by name.
-        trials: What was tried, in order.
-    """
+    """The fastest form of each site, by name, and what was tried, in order."""
 
     lowerings: dict[str, str]
     trials: tuple[Trial, ...]

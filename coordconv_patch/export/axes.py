@@ -20,13 +20,7 @@ from coordconv_patch.running.inputs import (
 )
 from coordconv_patch.verification.torch_run import TorchRun, run_torch
 
-__all__ = [
-    "ExportRequest",
-    "batch_size",
-    "check_axes",
-    "inputs_for_tracing",
-    "inputs_to_check",
-]
+__all__ = ["ExportRequest", "batch_size", "check_axes", "inputs_for_tracing", "inputs_to_check"]
 
 _SIZE_STEP = 32
 """Other sizes to check a dynamic graph at differ by multiples of this: strides rarely exceed it."""
@@ -75,7 +69,7 @@ def dynamic_axes(
             "the model takes a list of images, whose number a graph fixes: pass dynamic_batch=False"
         )
     axes: list[dict[int, str]] = []
-    batch = batch_size(tensors)
+    batch = batch_size(example_inputs)
     for tensor in tensors:
         names: dict[int, str] = {}
         batched = not image_list and tensor.dim() > 0 and len(tensor) == batch
@@ -92,9 +86,9 @@ def dynamic_axes(
     return axes
 
 
-def batch_size(tensors: Sequence[Tensor]) -> int:
+def batch_size(example_inputs: Any) -> int:
     """First length of the first tensor that has axes; 1 if none has."""
-    return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+    return next((len(tensor) for tensor in tensors_in(example_inputs) if tensor.dim()), 1)
 
 
 def check_axes(request: ExportRequest, model: onnx_ir.Model) -> dict[str, dict[int, str]]:
@@ -109,16 +103,13 @@ def check_axes(request: ExportRequest, model: onnx_ir.Model) -> dict[str, dict[i
         }
         fixed = [name for index, name in wanted.items() if index not in axes]
         if fixed:
+            argument = "dynamic_batch" if "batch" in fixed else "dynamic_size"
             raise ExportError(
                 f"the {' and '.join(fixed)} of input {value.name!r} came out fixed, although asked "
-                f"to be dynamic: the model's code depends on it. {_static_hint(fixed)}"
+                f"to be dynamic: the model's code depends on it. Pass {argument}=False"
             )
         dynamic[str(value.name)] = axes
     return {name: axes for name, axes in dynamic.items() if axes}
-
-
-def _static_hint(names: Sequence[str]) -> str:
-    return f"Pass {'dynamic_batch' if 'batch' in names else 'dynamic_size'}=False"
 
 
 def inputs_for_tracing(request: ExportRequest) -> Any:
@@ -126,7 +117,7 @@ def inputs_for_tracing(request: ExportRequest) -> Any:
 
     torch.export takes a length of one for a constant.
     """
-    if not request.dynamic_batch or batch_size(tensors_in(request.example_inputs)) > 1:
+    if not request.dynamic_batch or batch_size(request.example_inputs) > 1:
         return request.example_inputs
     return _with_batch(request, 2)
 
@@ -135,11 +126,15 @@ def _with_batch(request: ExportRequest, batch: int) -> Any:
     """The example inputs repeated and cut to a batch size; copies are mirrored, so they differ."""
 
     def resize(tensor: Tensor) -> Tensor:
-        mirrored = tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
-        copies = [tensor if index % 2 == 0 else mirrored for index in range(batch)]
+        copies = [tensor if index % 2 == 0 else _mirrored(tensor) for index in range(batch)]
         return torch.cat(copies)[:batch].contiguous()
 
     return _map_inputs(request, lambda tensor, axes: resize(tensor) if 0 in axes else tensor)
+
+
+def _mirrored(tensor: Tensor) -> Tensor:
+    """Images turned left to right; what is not images as it is."""
+    return tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
 
 
 def _with_size(request: ExportRequest, steps: Sequence[int]) -> Any:
@@ -170,18 +165,13 @@ def inputs_to_check(
 ) -> list[tuple[Any, TorchRun]]:
     """The example and others of other contents and sizes, each with what torch gives on it.
 
-    Args:
-        request: The export.
-        model: The torch model.
-        traced: The graph is a trace, which knows the example's way through the code only;
-            so it is tried on another content even if no axis is dynamic.
+    A trace knows the example's way through the code only, so a ``traced`` graph is tried on
+    another content even if no axis is dynamic.
     """
     checks = [(request.example_inputs, run_torch(model, request.example_inputs))]
     if request.dynamic_batch:
-        own = batch_size(tensors_in(request.example_inputs))
-        for batch in (1, 3):
-            if batch == own:
-                continue
+        own = batch_size(request.example_inputs)
+        for batch in [batch for batch in (1, 3) if batch != own]:
             other = _with_batch(request, batch)
             run = _run_or_none(model, other)
             if run is None:
@@ -201,21 +191,10 @@ def inputs_to_check(
             )
         checks += runs
     if traced and len(checks) == 1:
-        other = _mirrored(request.example_inputs)
+        other = pytree.tree_map_only(Tensor, _mirrored, request.example_inputs)
         run = _run_or_none(model, other)
         checks += [(other, run)] if run is not None else []
     return checks
-
-
-def _mirrored(example_inputs: Any) -> Any:
-    """The example with its images turned left to right."""
-    return pytree.tree_map_only(
-        Tensor,
-        lambda tensor: (
-            tensor.flip(-1) if tensor.dim() > 1 and tensor.is_floating_point() else tensor
-        ),
-        example_inputs,
-    )
 
 
 def _run_or_none(model: nn.Module, inputs: Any) -> TorchRun | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import onnx_ir
 import torch
@@ -13,26 +14,20 @@ from torch.utils import _pytree as pytree
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.running.inputs import split_inputs
 
-__all__ = ["export_dynamo"]
+__all__ = ["dynamic_shapes", "export_dynamo"]
 
 _BFLOAT16_OPSET = 22
 
 
 def export_dynamo(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
-    """The graph of a model by torch.export; raises whatever torch does.
-
-    Args:
-        model: In evaluation mode.
-        request: The export.
-    """
+    """The graph of a model in evaluation mode by torch.export; raises whatever torch does."""
     args, kwargs = split_inputs(inputs_for_tracing(request))
-    shapes = _dynamic_shapes(model, request, args, kwargs) if request.is_dynamic else None
     program = torch.onnx.export(
         model,
         args,
         kwargs=kwargs,
         dynamo=True,
-        dynamic_shapes=shapes,
+        dynamic_shapes=dynamic_shapes(model, request.axes, args, kwargs),
         opset_version=_opset(model, request),
         input_names=request.input_names,
         output_names=request.output_names,
@@ -51,13 +46,20 @@ def _opset(model: nn.Module, request: ExportRequest) -> int | None:
     return request.opset
 
 
-def _dynamic_shapes(
-    model: nn.Module, request: ExportRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Axis names in the structure of the forward's arguments, as torch.export wants them."""
+def dynamic_shapes(
+    model: nn.Module,
+    axes: Sequence[Mapping[int, Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """The dynamic axes of each tensor among a forward's arguments, as torch.export takes them.
+
+    That is in the structure of the arguments; ``None`` where no axis is dynamic.
+    """
+    if not any(axes):
+        return None
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
-    axes = iter(request.axes)
-    return pytree.tree_unflatten(
-        [(next(axes) or None) if isinstance(leaf, Tensor) else None for leaf in leaves], spec
-    )
+    remaining = iter(axes)
+    each = [(next(remaining) or None) if isinstance(leaf, Tensor) else None for leaf in leaves]
+    return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +25,7 @@ __all__ = ["EXPORTERS", "Exported", "Exporter", "check_exporter", "evaluation_co
 
 @dataclass(frozen=True)
 class Exporter:
-    """One of torch's exporters.
-
-    Attributes:
-        title: What messages call it.
-        export: Makes the graph of a model; raises whatever torch does.
-    """
+    """One of torch's exporters: what messages call it, and what makes a graph, or raises."""
 
     title: str
     export: Callable[[nn.Module, ExportRequest], onnx_ir.Model]
@@ -46,13 +40,7 @@ EXPORTERS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph as an exporter made it.
-
-    Attributes:
-        model: The graph.
-        exporter: The name of the exporter that made it.
-        notes: Why those before could not.
-    """
+    """A graph as an exporter made it; the exporter's name, and why those before it could not."""
 
     model: onnx_ir.Model
     exporter: str
@@ -60,22 +48,14 @@ class Exported:
 
 
 def check_exporter(exporter: Any) -> None:
-    """Check the name of an exporter, or ``"auto"``.
-
-    Raises:
-        ArgumentError: If there is no such exporter.
-    """
+    """Raise an ArgumentError unless this is the name of an exporter, or ``"auto"``."""
     *others, last = map(repr, ("auto", *EXPORTERS))
     if exporter not in ("auto", *EXPORTERS):
         raise ArgumentError(f"exporter={exporter!r}: write {', '.join(others)} or {last}")
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode and without gradients, for an exporter.
-
-    Raises:
-        ExportError: If the model cannot be copied.
-    """
+    """A copy in evaluation mode and without gradients, for an exporter; or an ExportError."""
     evaluated = copied(model, ExportError, "an export works on a copy")
     release_watches_(evaluated)  # the export rewrites it, coordinates included
     for module in evaluated.modules():  # not eval(): models of torch.export refuse it
@@ -86,51 +66,43 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 
 def export_graph(model: nn.Module, request: ExportRequest, exporter: str) -> Exported:
-    """The graph of a model.
+    """The graph of a model in evaluation mode, which holds the model's weights, not copies of them.
 
-    Args:
-        model: In evaluation mode. The graph holds its weights, not copies of them.
-        request: The export.
-        exporter: A name of :data:`EXPORTERS`, or ``"auto"``: the first that can.
+    ``exporter`` is a name of :data:`EXPORTERS`, or ``"auto"``: the first that can.
 
     Raises:
         ExportError: If the exporters cannot make the graph, or not in the operator set asked for.
         OSError: If an exporter cannot write its files.
     """
-    failures: list[_Failure] = []
+    failures: list[tuple[str, Exception]] = []
     for name in EXPORTERS if exporter == "auto" else (exporter,):
         title = EXPORTERS[name].title
         try:
-            with _alone_and_quiet():
+            # The report says what matters of the exporters' output.
+            with tracing_alone(), output_silenced(), warnings_ignored():
                 graph = EXPORTERS[name].export(model, request)
             require_opset(graph, request.opset)
         except OSError:  # a file cannot be written, so another exporter could not either
             raise
         except Exception as error:
-            failures.append(_failure(title, error, request))
+            failures.append((title, error))
         else:
-            return Exported(graph, name, tuple(f"{each.note}; {title} did" for each in failures))
-    raise ExportError("\n".join(each.reason for each in failures)) from failures[0].error
+            notes = tuple(f"{_note(*each, request)}; {title} did" for each in failures)
+            return Exported(graph, name, notes)
+    raise ExportError("\n".join(_reason(*each, request) for each in failures)) from failures[0][1]
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Why an exporter could not make a graph, for an error and for a note."""
-
-    error: Exception
-    reason: str
-    note: str
-
-
-def _failure(title: str, error: Exception, request: ExportRequest) -> _Failure:
+def _note(title: str, error: Exception, request: ExportRequest) -> str:
+    """What a report says of an exporter's failure."""
     if isinstance(error, ExportError):
-        note = f"{title}'s exporter could not write operator set {request.opset} for this model"
-        return _Failure(error, str(error), note)
-    note = f"{title} could not export it ({_root_cause(error)})"
-    return _Failure(error, _reason(title, error, request), note)
+        return f"{title}'s exporter could not write operator set {request.opset} for this model"
+    return f"{title} could not export it ({_root_cause(error)})"
 
 
 def _reason(title: str, error: Exception, request: ExportRequest) -> str:
+    """What an error says of it."""
+    if isinstance(error, ExportError):
+        return str(error)
     hint = ""
     text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
     if request.is_dynamic and any(w in text for w in ("ynamic", "onstraint", "pecializ")):
@@ -145,10 +117,3 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
-
-
-@contextlib.contextmanager
-def _alone_and_quiet() -> Iterator[None]:
-    """One export at a time, without the exporters' output: the report says what matters."""
-    with tracing_alone(), output_silenced(), warnings_ignored():
-        yield

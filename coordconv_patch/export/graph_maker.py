@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir
 from torch import nn
 
 from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import ExportRequest, batch_size
-from coordconv_patch.export.exporters import export_graph
+from coordconv_patch.export.exporters import Exported, export_graph
 from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.export.model_file import write_model
 from coordconv_patch.export.targets import passes_for, rewrite_
@@ -30,32 +29,18 @@ __all__ = ["GraphMaker", "PatchedGraph"]
 
 
 @dataclass(frozen=True)
-class PatchedGraph:
-    """The graph of a patched model.
+class PatchedGraph(Exported):
+    """The graph of a patched model, the lowering of each site, and what graph passes left alone."""
 
-    Attributes:
-        model: The graph.
-        exporter: The name of the exporter that made it.
-        notes: What happened on the way.
-        lowerings: The lowering of each site, by site name.
-        refusals: What the graph passes left alone.
-    """
-
-    model: onnx_ir.Model
-    exporter: str
-    notes: tuple[str, ...]
     lowerings: dict[str, str]
     refusals: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)
 class GraphMaker:
-    """Makes the graph of one model in any lowering.
+    """Makes the graph of one model, whose batch norms are folded, in any lowering.
 
     Attributes:
-        folded: The model, with its batch norms folded.
-        request: The export.
-        exporter: The exporter that was asked for.
         providers: The execution providers to run on, best first.
         target: What the graph is rewritten for, see
             :func:`~coordconv_patch.export.targets.passes_for`.
@@ -72,17 +57,15 @@ class GraphMaker:
         model, example = copy.deepcopy(self.folded), self.request.example_inputs
         lowered = lower_(model, example, choose)
         exported = export_graph(model, self.request, self.exporter)
-        passes = passes_for(self.target, lowered, batch=batch_size(tensors_in(example)))
+        passes = passes_for(self.target, lowered, batch=batch_size(example))
         refusals = rewrite_(exported.model, passes)
-        return PatchedGraph(
-            exported.model, exported.exporter, exported.notes, lowered.lowerings, refusals
-        )
+        return PatchedGraph(**vars(exported), lowerings=lowered.lowerings, refusals=refusals)
 
     def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
         request = self.request
         if lowering == "auto":
-            weights = sum(t.numel() * t.element_size() for t in self.folded.parameters())
+            weights = sum(t.nbytes for t in self.folded.parameters())
             return Chooser(
                 self.providers[0],
                 request.dynamic_batch,

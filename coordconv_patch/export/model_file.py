@@ -23,18 +23,7 @@ MAX_BYTES_IN_GRAPH = 2_000_000_000
 
 
 def write_model(model: onnx_ir.Model, path: Path) -> tuple[Path, ...]:
-    """Write a graph and its weights.
-
-    Args:
-        model: The graph.
-        path: The file for it.
-
-    Returns:
-        The files that were written: the graph's, then the weights', if they have one.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
+    """Write a graph and its weights; returns the graph's file, and the weights' if there is one."""
     if sum(tensor.nbytes for _, tensor in _weights(model)) <= MAX_BYTES_IN_GRAPH:
         onnx_ir.save(model, path, format="protobuf")
         return (path,)

@@ -28,7 +28,7 @@ from coordconv_patch.export.graph_passes.vocabulary import coordinate_bytes, coo
 from coordconv_patch.export.model_file import write_model
 from coordconv_patch.export.opset import check_opset, opset_of
 from coordconv_patch.export.report import ExportReport
-from coordconv_patch.files.atomic import obstacle_to_writing, replacing
+from coordconv_patch.files.atomic import obstacle_to_writing, replacement
 from coordconv_patch.folding.batch_norms import fold_batch_norms_
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.window import Window
@@ -38,9 +38,7 @@ from coordconv_patch.runtime.providers import working_providers
 from coordconv_patch.verification.check import Check
 from coordconv_patch.verification.verify import Verifier
 
-__all__ = [
-    "export_onnx",
-]
+__all__ = ["export_onnx"]
 
 
 def export_onnx(
@@ -122,7 +120,7 @@ def export_onnx(
         example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
-    with replacing(path, ExportError) as temporary, progress:
+    with replacement(path, ExportError) as temporary, progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         # A lowering that was asked for stays what it is.
@@ -180,11 +178,7 @@ def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:
 
 
 def _notes_on(
-    path: Path,
-    files: Sequence[Path],
-    checks: Sequence[Check],
-    verifier: Verifier,
-    provider: str,
+    path: Path, files: Sequence[Path], checks: Sequence[Check], verifier: Verifier, provider: str
 ) -> Iterator[str]:
     if not any(check.detections is None or check.detections for check in checks):
         yield (

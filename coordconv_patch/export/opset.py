@@ -21,11 +21,7 @@ _OWN_DOMAIN = ("", "ai.onnx")
 
 
 def check_opset(opset: Any, exporter: str) -> None:
-    """Check that an operator set is one that can be asked for; ``None`` asks for none.
-
-    Raises:
-        ArgumentError: If it is not.
-    """
+    """Raise an ArgumentError if an operator set cannot be asked for; ``None`` asks for none."""
     if opset is None:
         return
     newest = onnx.defs.onnx_opset_version()
@@ -45,13 +41,10 @@ def opset_of(model: onnx_ir.Model) -> int:
 
 
 def require_opset(model: onnx_ir.Model, opset: int | None) -> None:
-    """Check that a graph has the operator set that was asked for.
+    """Raise an ExportError if a graph has another operator set than was asked for.
 
     torch.export's exporter writes graphs of operator set 18 or newer, and converts them down
     where it can; where it cannot, it writes what it has, and says nothing.
-
-    Raises:
-        ExportError: If it has another.
     """
     written = opset_of(model)
     if opset is not None and written != opset:

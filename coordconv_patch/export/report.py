@@ -16,9 +16,7 @@ from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.layers.window import Window
 from coordconv_patch.verification.check import Check
 
-__all__ = [
-    "ExportReport",
-]
+__all__ = ["ExportReport"]
 
 
 @dataclass(frozen=True)

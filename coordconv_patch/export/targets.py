@@ -40,10 +40,8 @@ REWRITES: dict[str, list[Callable[[], InPlacePass]]] = {
 def passes_for(target: str | None, lowered: Lowered, batch: int) -> tuple[InPlacePass, ...]:
     """The passes for a graph that an exporter made, in order.
 
-    Args:
-        target: The execution provider that the graph is meant for; ``None``: any.
-        lowered: What the lowering stored in the model.
-        batch: Batch size of the example.
+    The target is the execution provider that the graph is meant for, ``None`` for any; the batch
+    is that of the example.
     """
     rewrites = ANY_TARGET if target is None else REWRITES.get(target, ANY_TARGET)
     return (

@@ -20,19 +20,14 @@ __all__ = ["export_torchscript"]
 
 
 def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
-    """The graph of a model by a TorchScript trace; raises whatever torch does.
-
-    Args:
-        model: In evaluation mode.
-        request: The export.
-    """
+    """The graph of an evaluating model by a TorchScript trace; raises whatever torch does."""
     args, kwargs = split_inputs(inputs_for_tracing(request))
     names = list(request.input_names or _argument_names(model, args, kwargs, request.axes))
     # The exporter only writes files: with more than 2 GB one for each tensor, constants too.
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
-            _scriptable(model),
+            _Wrapped(model) if isinstance(model, torch.fx.GraphModule) else model,
             (*args, kwargs) if kwargs else args,
             str(path),
             dynamo=False,
@@ -54,10 +49,6 @@ class _Wrapped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
-
-
-def _scriptable(model: nn.Module) -> nn.Module:
-    return _Wrapped(model) if isinstance(model, torch.fx.GraphModule) else model
 
 
 def _argument_names(

@@ -24,7 +24,7 @@ from pathlib import Path
 from coordconv_patch.errors import CoordConvPatchError
 from coordconv_patch.files.workplace import locked, names_in, workplace
 
-__all__ = ["obstacle_to_writing", "part_name", "replacing", "reporting_os_errors"]
+__all__ = ["obstacle_to_writing", "os_errors_reported", "part_name", "replacement"]
 
 _DIGEST_DIGITS = 16
 
@@ -36,17 +36,15 @@ def obstacle_to_writing(path: Path) -> str:
 
 
 def part_name(name: str, digest: str) -> str:
-    """The name of a part of a file, beside it.
+    """The name of a part of a file, by the file's name and a digest of the part's content.
 
-    Args:
-        name: The file's own name.
-        digest: A hexadecimal digest of the part's content, of 16 digits or more.
+    The digest is hexadecimal, of 16 digits or more.
     """
     return f"{name}.{digest[:_DIGEST_DIGITS]}.data"
 
 
 @contextmanager
-def replacing(path: Path, failure: type[CoordConvPatchError]) -> Iterator[Path]:
+def replacement(path: Path, failure: type[CoordConvPatchError]) -> Iterator[Path]:
     """A path in a temporary folder, on which to write the file that takes the place of ``path``.
 
     If the block succeeds, the file takes its place, and so do its parts (see :func:`part_name`)
@@ -54,15 +52,11 @@ def replacing(path: Path, failure: type[CoordConvPatchError]) -> Iterator[Path]:
     is replaced. An existing file's mode stays, and where permitted its owner; a new file gets
     the permissions that new files get there. If the block fails, nothing remains of it.
 
-    Args:
-        path: The file to write.
-        failure: The error to raise.
-
     Raises:
         CoordConvPatchError: As ``failure`` says, if the file cannot be written: the target is not a
             regular file, its folder does not exist, or any other ``OSError``; it names the path.
     """
-    with reporting_os_errors(f"cannot write {path}", failure):
+    with os_errors_reported(f"cannot write {path}", failure):
         obstacle = obstacle_to_writing(path)
         if obstacle:
             raise failure(obstacle)
@@ -73,13 +67,8 @@ def replacing(path: Path, failure: type[CoordConvPatchError]) -> Iterator[Path]:
 
 
 @contextmanager
-def reporting_os_errors(what: str, failure: type[CoordConvPatchError]) -> Iterator[None]:
-    """While entered, any ``OSError`` becomes an error of this package.
-
-    Args:
-        what: What could not be done, with the path.
-        failure: The error to raise.
-    """
+def os_errors_reported(what: str, failure: type[CoordConvPatchError]) -> Iterator[None]:
+    """While entered, any ``OSError`` becomes a ``failure`` that says what could not be done."""
     try:
         yield
     except OSError as error:
@@ -109,15 +98,12 @@ def _obstacle(path: Path) -> str:
     if stat.S_ISDIR(mode):
         return "it is a folder; write a file name"
     if not stat.S_ISREG(mode):
-        return f"it is {_kind(mode)}, not a regular file; write a file name"
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        return f"it is {kind}, not a regular file; write a file name"
     effective = os.access in os.supports_effective_ids
     writable = os.access(target, os.W_OK, effective_ids=effective)
     return "" if writable else "it is write-protected"
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

@@ -21,18 +21,11 @@ LONGEST_TEXT = 1000
 
 
 def mapping(
-    value: object,
-    what: str,
-    required: Collection[str] = (),
-    optional: Collection[str] = (),
+    value: object, what: str, required: Collection[str] = (), optional: Collection[str] = ()
 ) -> dict[str, Any]:
     """An object that has the required fields, and besides those the optional ones at most.
 
-    Args:
-        value: What was parsed.
-        what: What it is called in a message.
-        required: Names of fields.
-        optional: Names of further fields.
+    ``what`` is what messages call it.
 
     Raises:
         ArgumentError: If it is something else; so for the functions below.

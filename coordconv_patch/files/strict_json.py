@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any, NoReturn
 
 from coordconv_patch.errors import ArgumentError, excerpt
@@ -15,11 +14,7 @@ _MOST_DIGITS = 20
 
 
 def parse(text: str, what: str) -> Any:
-    """Parse a JSON text.
-
-    Args:
-        text: The text; its length is the caller's to bound.
-        what: What it is called in a message.
+    """Parse a JSON text, which messages call ``what``; its length is the caller's to bound.
 
     Raises:
         ArgumentError: If it is not JSON, names a key twice, holds NaN or Infinity, a number of
@@ -40,25 +35,26 @@ def parse(text: str, what: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(
-            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
-        )
-        raise ValueError(f"the key {excerpt(twice)} stands in it twice")
-    return found
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {excerpt(name)} stands in it twice")
+        fields[name] = value
+    return fields
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"it holds a number of {len(digits)} digits")
-    return int(digits)
+    return int(_bounded(digits, _MOST_DIGITS))
 
 
 def _number(digits: str) -> float:
-    if len(digits) > 10 * _MOST_DIGITS:
+    return float(_bounded(digits, 10 * _MOST_DIGITS))
+
+
+def _bounded(digits: str, most: int) -> str:
+    if len(digits) > most:
         raise ValueError(f"it holds a number of {len(digits)} digits")
-    return float(digits)
+    return digits
 
 
 def _refuse_constant(name: str) -> NoReturn:

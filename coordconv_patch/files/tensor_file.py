@@ -62,10 +62,8 @@ class TensorFile:
 def tensor_file_bytes(header: str, tensors: Mapping[str, Tensor], key: str) -> bytes:
     """The bytes of a file, with its checksum.
 
-    Args:
-        header: The text for its metadata.
-        tensors: Contiguous tensors on the CPU.
-        key: Name of the header in the metadata.
+    The header is a text for its metadata, where ``key`` is its name; the tensors are contiguous
+    and on the CPU.
 
     Raises:
         WeightsError: If they are more than :func:`read_tensor_file` reads.
@@ -93,11 +91,7 @@ def _with_metadata(raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, int]
 
 
 def check_storable(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that could not be read again.
-
-    Raises:
-        WeightsError: If it is not finite, or of another dtype.
-    """
+    """Raise a WeightsError if a tensor could not be read again: not finite, or of another dtype."""
     if tensor.dtype is not torch.int64 and tensor.dtype not in _FLOATS:
         raise WeightsError(f"{name} has dtype {tensor.dtype}, not one of floats")
     if not bool(tensor.isfinite().all()):
@@ -109,9 +103,7 @@ def check_storable(name: str, tensor: Tensor) -> None:
 def read_tensor_file(path: Path, key: str) -> TensorFile:
     """Read a file and check all that can be checked without knowing what it is for.
 
-    Args:
-        path: The file.
-        key: Name of the header in the metadata.
+    ``key`` is the name of the header in the metadata.
 
     Raises:
         WeightsError: If it is not such a file, truncated, damaged or too large; says why.
@@ -167,12 +159,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, str], set[str]]:
 
 
 def _checked_layout(header: bytes, size: int) -> tuple[dict[str, str], set[str]]:
-    """The metadata of a file and the names of its tensors.
-
-    Args:
-        header: The JSON object.
-        size: Of what follows it, in bytes: the tensors must fill it.
-    """
+    """The metadata and the names of the tensors in a header; they must fill ``size`` bytes."""
     try:
         decoded = header.decode()
     except UnicodeDecodeError as error:

@@ -29,11 +29,7 @@ _CERTAINLY_DEAD = 24 * 3600.0
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target; those of dead writers to the same target go.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
+    """A temporary folder beside the target; those of dead writers to the same target go."""
     with ExitStack() as at_the_end:
         with locked(target.parent):
             # Under the lock, so that nobody takes the folder for a dead writer's before it is
@@ -122,8 +118,7 @@ def _open_folder(folder: Path) -> int | None:
 def _lock_now(lock: int | None) -> bool:
     """Lock an open folder; false where the file system knows no locks.
 
-    Raises:
-        BlockingIOError: If somebody else has locked it.
+    A BlockingIOError if somebody else has locked it.
     """
     if sys.platform == "win32" or lock is None:
         return False

@@ -39,13 +39,7 @@ __all__ = ["Folding", "fold", "fold_batch_norms_"]
 
 @dataclass(frozen=True)
 class Folding:
-    """What became of one batch norm.
-
-    Attributes:
-        norm: Its qualified name.
-        convolution: The convolution that it was folded into; empty if in none.
-        obstacle: Why it was not folded; empty if it was.
-    """
+    """What became of a batch norm: the convolution that it went into, or an obstacle."""
 
     norm: str
     convolution: str = ""
@@ -86,15 +80,13 @@ def fold(model: nn.Module) -> nn.Module:
 def fold_batch_norms_(model: nn.Module) -> tuple[Folding, ...]:
     """Fold every batch norm that can be folded, in place; the model is in evaluation mode.
 
-    Returns:
-        What became of each batch norm that a traced graph runs.
+    Returns what became of each batch norm that a traced graph runs.
     """
     regions = tuple(trace_regions(model).by_name.values())
     uses = Counter(
-        id(model.get_submodule(join_names(region.name, str(node.target))))
+        id(_module(region, node))
         for region in regions
-        for node in region.graph.nodes
-        if node.op == "call_module"
+        for node in region.graph.find_nodes(op="call_module")
     )
     holders = _parameter_holders(model, regions)
     done = []
@@ -110,10 +102,9 @@ def _parameter_holders(model: nn.Module, regions: Sequence[Region]) -> Counter[i
     """How many modules and graph nodes hold each parameter, by its identity."""
     held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
     for region in regions:
-        for node in region.graph.nodes:
-            if node.op == "get_attr":
-                with contextlib.suppress(AttributeError):  # a buffer, or what is not a parameter
-                    held.append(region.module.get_parameter(str(node.target)))
+        for node in region.graph.find_nodes(op="get_attr"):
+            with contextlib.suppress(AttributeError):  # a buffer, or what is not a parameter
+                held.append(region.module.get_parameter(str(node.target)))
     return Counter(map(id, held))
 
 
@@ -161,19 +152,16 @@ def _has_hooks(module: nn.Module) -> bool:
 def _check_plain_weight(conv: _ConvNd) -> None:
     """Check that a convolution's output is linear in its weight and moves with its bias.
 
-    Raises:
-        PatchError: If its class computes the weight from something else.
+    A PatchError if its class computes the weight from something else.
     """
     if parametrize.is_parametrized(conv):
         raise PatchError("the convolution is parametrized")
     plain = conv._plain_class if isinstance(conv, CoordConvNd) else type(conv)
     if plain in TORCH_CONVS:
         return
-    reach = [
-        dilation * (kernel - 1) + 1
-        for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
-    ]
-    sample = conv.weight.new_zeros(1, conv.in_channels, *(2 * length for length in reach))
+    pairs = zip(conv.dilation, conv.kernel_size, strict=True)
+    size = [2 * (dilation * (kernel - 1) + 1) for dilation, kernel in pairs]
+    sample = conv.weight.new_zeros(1, conv.in_channels, *size)
     with torch.no_grad(), ConvSpy(conv) as spy:
         plain.forward(conv, sample)
     weights = [args[1] if len(args) > 1 else kwargs["weight"] for args, kwargs, *_ in spy.calls]

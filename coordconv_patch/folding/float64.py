@@ -15,15 +15,8 @@ __all__ = ["NewTensorsInFloat64", "default_float64"]
 
 _FACTORIES = frozenset(
     {
-        torch.empty,
-        torch.empty_strided,
-        torch.eye,
-        torch.linspace,
-        torch.logspace,
-        torch.ones,
-        torch.rand,
-        torch.randn,
-        torch.zeros,
+        *(torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.eye),
+        *(torch.linspace, torch.logspace, torch.rand, torch.randn),
     }
 )
 """What makes new tensors of the default dtype, whatever its other arguments are."""

@@ -40,12 +40,7 @@ from coordconv_patch.running.forward_stack import modules_in_forward
 from coordconv_patch.running.tracing_gate import tracing_alone
 from coordconv_patch.running.untouched import copied
 
-__all__ = [
-    "FoldingMethod",
-    "fold_with",
-    "guard_folding_",
-    "release_folding_",
-]
+__all__ = ["FoldingMethod", "fold_with", "guard_folding_", "release_folding_"]
 
 
 class FoldingMethod:

@@ -47,17 +47,12 @@ class Carrier:
 class Probes:
     """Runs of a folding function on plain copies with chosen weights.
 
-    Args:
-        layers: The coordinate layers of the model to fold, by qualified name.
-        plain: A copy of that model without coordinates, which becomes one in float64 on the CPU.
-        function: The folding function.
+    ``plain`` is a copy of the model without its coordinate layers, which becomes one in float64 on
+    the CPU.
     """
 
     def __init__(
-        self,
-        layers: Mapping[str, CoordLayer],
-        plain: nn.Module,
-        function: Callable[[Any], Any],
+        self, layers: Mapping[str, CoordLayer], plain: nn.Module, function: Callable[[Any], Any]
     ) -> None:
         self.function = function
         self.coords = {name: layer.coords for name, layer in layers.items()}
@@ -188,11 +183,8 @@ _INSTEAD = ": export with export_onnx(...), which needs no folding"
 def _check_followed(name: str, conv: _ConvNd, change: Tensor, doubled_in_last: Tensor) -> None:
     """Check that a folded weight follows the unfolded ones as coordinates can.
 
-    Args:
-        name: The weight's name, for the message.
-        conv: The convolution whose weight it is.
-        change: How it changes with noise in the first input channels.
-        doubled_in_last: How it changes with twice that noise in the last ones.
+    ``change`` is how it changes with noise in the first input channels, ``doubled_in_last`` with
+    twice that noise in the last ones.
     """
     in_first = _input_channel(conv, change)
     in_last = _input_channel(conv, doubled_in_last, last=True)
@@ -221,14 +213,8 @@ def _check_not_for_quantization(folded: nn.Module, name: str) -> None:
 def _input_channel(conv: _ConvNd, weight: Tensor, *, last: bool = False) -> Tensor:
     """A view of the weights with which each output channel sees one input channel of its group.
 
-    Args:
-        conv: The convolution.
-        weight: A tensor of its weight's shape.
-        last: The last input channel of the group, not the first.
-
-    Returns:
-        Shape ``(C_out, *kernel_size)``, for transposed convolutions
-        ``(groups, C_out / groups, *kernel_size)``.
+    That is the first one, or the last. Shape ``(C_out, *kernel_size)``, for transposed convolutions
+    ``(groups, C_out / groups, *kernel_size)``.
     """
     per_group = conv.in_channels // conv.groups
     index = per_group - 1 if last else 0

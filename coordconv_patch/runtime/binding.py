@@ -17,11 +17,7 @@ from coordconv_patch.errors import ExportError
 
 __all__ = ["BoundRun", "device_of"]
 
-_CUDA = (
-    "CUDAExecutionProvider",
-    "TensorrtExecutionProvider",
-    "NvTensorRTRTXExecutionProvider",
-)
+_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
 def device_of(provider: str) -> str:
@@ -37,14 +33,10 @@ class BoundRun:
     """A session with its inputs in place; calling it runs it, and returns when it is done.
 
     It runs once when it is made, to learn the outputs' shapes; every further run writes into
-    the same outputs.
-
-    Args:
-        session: The session; its first provider decides the device.
-        arrays: One array per graph input, in order.
+    the same outputs. The session's first provider decides the device.
 
     Raises:
-        ExportError: If the number of arrays is wrong, or the session fails on them.
+        ExportError: If there is not one array per graph input, or the session fails on them.
     """
 
     def __init__(

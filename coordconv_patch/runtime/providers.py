@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -88,13 +87,11 @@ def make_session(
     if not graph_optimization:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else os.fspath(model)
-    extra: dict[str, Any] = {}
-    if disabled_optimizers:
-        extra["disabled_optimizers"] = list(disabled_optimizers)
+    disabled = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
     try:
-        return ort.InferenceSession(source, options, providers=list(providers), **extra)
+        return ort.InferenceSession(source, options, providers=list(providers), **disabled)
     except Exception as error:
-        name = "the model" if isinstance(model, bytes) else os.fspath(model)
+        name = "the model" if isinstance(source, bytes) else source
         raise ExportError(f"ONNX Runtime cannot load {name}: {error}") from error
 
 
@@ -116,13 +113,8 @@ def _works(provider: str) -> bool:
 
 
 def _identity_model() -> bytes:
-    value = functools.partial(
-        onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[1]
+    header = '<ir_version: 8, opset_import: ["" : 17]>'
+    model = onnx.parser.parse_model(
+        f"{header} probe (float[1] x) => (float[1] y) {{ y = Relu(x) }}"
     )
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x")], [value("y")]
-    )
-    opset = [onnx.helper.make_opsetid("", 17)]
-    return bytes(
-        onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
-    )
+    return bytes(model.SerializeToString())

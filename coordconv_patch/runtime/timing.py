@@ -32,13 +32,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians with its 95 % interval.
-
-    Attributes:
-        value: The ratio.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-    """
+    """A ratio of medians, and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -99,15 +93,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio_of_medians(values: Sequence[float], base: Sequence[float]) -> Ratio:
-    """How long one action took against another, from the rounds of :func:`alternate`.
-
-    Args:
-        values: Seconds of the action, one a round.
-        base: Seconds of what it is compared with, in the same rounds.
-
-    Raises:
-        ArgumentError: If the numbers of rounds differ.
-    """
+    """How long one action took against a base, in the same rounds of :func:`alternate`."""
     if len(values) != len(base):
         raise ArgumentError(
             f"{len(values)} rounds against {len(base)}: both must come from the same run of "
@@ -115,8 +101,7 @@ def ratio_of_medians(values: Sequence[float], base: Sequence[float]) -> Ratio:
         )
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(base), size=(_RESAMPLES, len(base)))
-    ratios = np.median(np.asarray(values)[drawn], axis=1) / np.median(
-        np.asarray(base)[drawn], axis=1
-    )
+    medians, base_medians = (np.median(np.asarray(x)[drawn], axis=1) for x in (values, base))
+    ratios = medians / base_medians
     low, high = np.quantile(ratios, (0.025, 0.975))
     return Ratio(median(values) / median(base), float(low), float(high))

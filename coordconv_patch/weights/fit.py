@@ -16,15 +16,9 @@ __all__ = ["check_norms", "check_sites"]
 
 
 def check_sites(file: CoordsFile, sites: Mapping[str, Site], model: nn.Module) -> None:
-    """Check that a model has every convolution of a file, and may be patched as it says.
+    """Raise a WeightsError unless a model, not wrapped, has a file's convolutions as it says.
 
-    Args:
-        file: The file.
-        sites: The model's sites, by their names without wrappers' components.
-        model: The model, not wrapped.
-
-    Raises:
-        WeightsError: With the reason.
+    The model's sites go by their names without wrappers' components.
     """
     missing = [name for name in file.sites if name not in sites]
     if missing:
@@ -67,11 +61,7 @@ def check_sites(file: CoordsFile, sites: Mapping[str, Site], model: nn.Module) -
 
 
 def _check_chosen_calls(
-    file: CoordsFile,
-    name: str,
-    site: Site,
-    layer: CoordLayer | None,
-    model: nn.Module,
+    file: CoordsFile, name: str, site: Site, layer: CoordLayer | None, model: nn.Module
 ) -> None:
     wanted = file.sites[name].chosen_calls
     present = None if layer is None else layer.chosen_calls
@@ -106,15 +96,7 @@ def _number_of_calls_in_graph(site: Site) -> int | None:
 
 
 def check_norms(file: CoordsFile, buffers: Mapping[str, Tensor]) -> None:
-    """Check that a model has every statistic of norm layers that a file holds.
-
-    Args:
-        file: The file.
-        buffers: The model's statistics, by name.
-
-    Raises:
-        WeightsError: With the reason.
-    """
+    """Raise a WeightsError unless a model's norm statistics, by name, hold all of a file's."""
     for name, tensor in file.batch_norm.items():
         if name not in buffers:
             raise WeightsError(f"{file.path} has {name}, which this model does not have")

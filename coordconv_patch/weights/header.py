@@ -83,12 +83,9 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file.
+    """What a file tells of each convolution, and the base model's fingerprint (64 digits).
 
-    Attributes:
-        sites: What is told of each convolution, by site name.
-        fingerprint: Of the base model's weights, 64 hexadecimal digits.
-        needs_checksum: Whether its format version says that a checksum is due.
+    ``needs_checksum``: whether its format version says that a checksum is due.
     """
 
     sites: Mapping[str, SiteRecord]
@@ -130,11 +127,7 @@ class Header:
 
 
 def refuse_newer(header: str) -> None:
-    """Tell a newer format by name, and nothing else: its header may look otherwise.
-
-    Raises:
-        ArgumentError: If the text is a header of a newer format.
-    """
+    """Raise an ArgumentError that names a newer format; such a header may look otherwise."""
     try:
         fields = parse(header, "its header")
     except ArgumentError:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from coordconv_patch.arguments import check_flag, check_path
 from coordconv_patch.errors import CoordConvPatchError, PatchError, WeightsError
-from coordconv_patch.files.atomic import replacing
+from coordconv_patch.files.atomic import replacement
 from coordconv_patch.files.tensor_file import check_storable, tensor_file_bytes
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
@@ -40,14 +40,7 @@ from coordconv_patch.weights.fit import check_norms, check_sites
 from coordconv_patch.weights.header import FORMAT, Header, SiteRecord
 from coordconv_patch.weights.recorded_functions import functions_to_record, with_recorded_functions
 
-__all__ = [
-    "clean_name",
-    "fingerprint",
-    "load_coords",
-    "load_coords_",
-    "save_coords",
-    "unwrapped",
-]
+__all__ = ["fingerprint", "load_coords", "load_coords_", "save_coords"]
 
 
 def save_coords(
@@ -104,7 +97,7 @@ def save_coords(
     except CoordConvPatchError as error:
         raise WeightsError(f"the coordinate weights cannot be saved: {error}") from error
     raw = tensor_file_bytes(header, stored, FORMAT)
-    with replacing(path, WeightsError) as temporary:
+    with replacement(path, WeightsError) as temporary:
         temporary.write_bytes(raw)
     return path
 
@@ -170,7 +163,8 @@ def _load(
         model = copied(model, advice="use the in-place form, load_coords_")
         bare = unwrapped(model)
     with unchanged_on_failure(bare):
-        _apply(bare, plans)
+        for plan in plans:
+            apply_plan_(bare, plan)
         _fill(bare, file)
     return model
 
@@ -200,12 +194,6 @@ def _with_chosen_calls(plan: Plan, file: CoordsFile) -> Plan:
             for row in plan.rows
         ),
     )
-
-
-def _apply(model: nn.Module, plans: list[Plan]) -> nn.Module:
-    for plan in plans:
-        model = apply_plan_(model, plan)
-    return model
 
 
 def _check_fingerprint(file: CoordsFile, model: nn.Module) -> None:
@@ -245,10 +233,8 @@ def _fill(model: nn.Module, file: CoordsFile) -> None:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's own parameters: names, dtypes, shapes and values, without coordinates.
 
-    Buffers do not count: running statistics move while a model is fine-tuned.
-
-    Returns:
-        64 hexadecimal digits; equal for a model and its patched copy.
+    Buffers do not count: running statistics move while a model is fine-tuned. 64 hexadecimal
+    digits; equal for a model and its patched copy.
     """
     digest = hashlib.sha256()
     model = unwrapped(model)

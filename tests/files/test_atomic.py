@@ -20,7 +20,7 @@ import pytest
 
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, WeightsError
 from coordconv_patch.files import workplace
-from coordconv_patch.files.atomic import obstacle_to_writing, part_name, replacing
+from coordconv_patch.files.atomic import obstacle_to_writing, part_name, replacement
 
 FIRST, SECOND = "a" * 64, "b" * 64
 """Digests of parts."""
@@ -28,7 +28,7 @@ FIRST, SECOND = "a" * 64, "b" * 64
 
 def write(path: Path, content: str = "new", **parts: str) -> None:
     """Write a file, and parts by digest."""
-    with replacing(path, WeightsError) as temporary:
+    with replacement(path, WeightsError) as temporary:
         temporary.write_text(content)
         for digest, text in parts.items():
             temporary.with_name(part_name(temporary.name, digest)).write_text(text)
@@ -245,7 +245,7 @@ def test_an_error_of_the_system_names_the_path_and_leaves_nothing(
     monkeypatch.setattr(os, function, fail)
     with (
         pytest.raises(failure, match=f"cannot write .*f: {os.strerror(number)}") as refused,
-        replacing(path, failure) as temporary,
+        replacement(path, failure) as temporary,
     ):
         temporary.write_text("new")
     monkeypatch.undo()
@@ -256,7 +256,7 @@ def test_an_error_of_the_system_names_the_path_and_leaves_nothing(
 
 def write_and(path: Path, meanwhile: Callable[[Path], object]) -> None:
     """Write a file, while something happens to its temporary one."""
-    with replacing(path, WeightsError) as temporary:
+    with replacement(path, WeightsError) as temporary:
         temporary.write_text("new")
         meanwhile(temporary)
 
@@ -364,9 +364,9 @@ def test_a_failure_between_parts_and_file_leaves_the_old_pair(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from coordconv_patch.files.atomic import replacing
+from coordconv_patch.files.atomic import replacement
 from coordconv_patch.errors import WeightsError
-with replacing(Path(sys.argv[1]), WeightsError) as temporary:
+with replacement(Path(sys.argv[1]), WeightsError) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
     signal.pause()

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
 from coordconv_patch.export.graph_passes.streams import Site, Sites, Stream, stream_from
-from coordconv_patch.export.graph_passes.vocabulary import stored_numbers
+from coordconv_patch.export.graph_passes.vocabulary import store_, stored_numbers
 
 __all__ = ["CarryCoordinates"]
 
@@ -67,32 +67,22 @@ def _carry_(graph: ir.Graph, stream: Stream) -> None:
         weight, own = stored_numbers(site.conv.inputs[1]), stored_numbers(site.branch.inputs[1])
         columns = own.astype(np.float64)
         for term in stream.terms[value]:
-            columns += np.einsum("ec...,ck...->ek...", *_doubles(weight, moved[term]))
+            columns += np.einsum("ec...,ck...->ek...", weight, moved[term], dtype=np.float64)
         unused = np.zeros_like(own, shape=(len(own), added - count, *own.shape[2:]))
         joined = np.concatenate((weight, columns.astype(np.float32), unused), axis=1)
-        _set(site.conv.inputs[1], joined)
+        store_(site.conv.inputs[1], joined)
         _drop_branch(graph, site)
     for site in (stream.first, *stream.narrow):
         for parameter in site.conv.inputs[1:]:
             rows = stored_numbers(parameter)
-            _set(parameter, np.concatenate((rows, np.zeros_like(rows[:1].repeat(added, 0)))))
+            store_(parameter, np.concatenate((rows, np.zeros_like(rows[:1].repeat(added, 0)))))
         _widen(site.conv.outputs[0], added)
-    _set(stream.first.branch.inputs[1], np.concatenate((first_weight, identity)))
+    store_(stream.first.branch.inputs[1], np.concatenate((first_weight, identity)))
     _widen(stream.first.branch.outputs[0], added)
     for site in stream.narrow:
         _drop_branch(graph, site)
     for value in stream.terms:
         _widen(value, added)
-
-
-def _doubles(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(array.astype(np.float64) for array in arrays)
-
-
-def _set(value: ir.Value | None, array: np.ndarray) -> None:
-    assert value is not None
-    value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
-    value.shape = ir.Shape(array.shape)
 
 
 def _widen(value: ir.Value, count: int) -> None:

@@ -45,10 +45,8 @@ class CompactConstants(ir.passes.InPlacePass):
     The last of the rewrites, as weights are computed afterwards. All that it leaves in the graph
     of coordinates is marked, see :mod:`coordconv_patch.export.graph_passes.vocabulary`.
 
-    Args:
-        constants: What the lowering stored.
-        kernels: The kernels of strips that the lowering stored.
-        batch: The batch size of the example: with a fixed batch exporters expand constants.
+    The constants, and the kernels of strips, are those that the lowering stored; with a fixed
+    batch, that of the example, exporters expand them.
     """
 
     def __init__(
@@ -75,12 +73,7 @@ class CompactConstants(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Compactor:
-    """Puts recipes in the place of what a graph stores.
-
-    Attributes:
-        recipes: Adds them to the graph.
-        products: The kernels to be stored as products, by digest.
-    """
+    """Puts recipes in the place of what a graph stores; the products are kernels by digest."""
 
     recipes: Recipes
     products: Mapping[str, CoordKernel]

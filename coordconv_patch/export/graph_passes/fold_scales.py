@@ -20,6 +20,7 @@ from coordconv_patch.export.graph_passes.vocabulary import (
     coordinate_sum,
     is_own_weight,
     is_read_once,
+    store_,
     stored_numbers,
     stored_tensor,
     values_without_inputs,
@@ -105,5 +106,4 @@ def _multiply_(convolution: ir.Node, by_channel: np.ndarray) -> None:
         if value is None:
             continue
         array = stored_numbers(value)
-        scaled = array * by_channel.reshape(-1, *(1,) * (array.ndim - 1))
-        value.const_value = ir.tensor(scaled, name=value.name)
+        store_(value, array * by_channel.reshape(-1, *(1,) * (array.ndim - 1)))

@@ -20,6 +20,7 @@ from coordconv_patch.export.graph_passes.vocabulary import (
     coordinate_sum,
     is_own_weight,
     is_read_once,
+    store_,
     stored_numbers,
     stored_tensor,
     values_without_inputs,
@@ -65,8 +66,7 @@ def _fuse_(graph: ir.Graph, clip: ir.Node, addition: ir.Node) -> None:
     old.replace_all_uses_with(new)
     graph.remove(clip, safe=True)
     for weight in weights:
-        scaled = stored_numbers(weight) * np.float32(limit)
-        weight.const_value = ir.tensor(scaled, name=weight.name)
+        store_(weight, stored_numbers(weight) * np.float32(limit))
 
 
 def _upper_limit(clip: ir.Node) -> float:

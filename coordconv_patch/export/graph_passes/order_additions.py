@@ -28,6 +28,7 @@ from coordconv_patch.export.graph_passes.refusals import RewriteResult, Tally
 from coordconv_patch.export.graph_passes.vocabulary import (
     is_addition,
     is_branch,
+    is_read_once,
     values_without_inputs,
 )
 
@@ -61,7 +62,6 @@ class OrderAdditions(ir.passes.InPlacePass):
         return tally.result(model)
 
 
-_MAKE_BLOCKS = frozenset({"Conv"})
 _KEEP_BLOCKS = frozenset(
     {
         *("Add", "Sum", "Mul", "Concat", "Resize", "Upsample", "BatchNormalization"),
@@ -69,7 +69,7 @@ _KEEP_BLOCKS = frozenset(
         *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
     }
 )
-"""What ONNX Runtime's ``NchwcTransformer`` computes on blocks of channels."""
+"""What ONNX Runtime's ``NchwcTransformer`` computes on blocks, which convolutions make."""
 
 
 def _values_in_blocks(graph: ir.Graph, independent: set[ir.Value]) -> set[ir.Value]:
@@ -78,22 +78,19 @@ def _values_in_blocks(graph: ir.Graph, independent: set[ir.Value]) -> set[ir.Val
     for node in graph:
         inputs = [value for value in node.inputs if value is not None and value not in independent]
         keeps = node.op_type in _KEEP_BLOCKS and inputs and all(v in in_blocks for v in inputs)
-        if node.op_type in _MAKE_BLOCKS or keeps:
+        if node.op_type == "Conv" or keeps:
             in_blocks.update(node.outputs)
     return in_blocks
 
 
 def _continues(value: ir.Value) -> bool:
     """Whether a sum is but a term of a larger one."""
-    users = tuple(value.uses())
-    return len(users) == 1 and not value.is_graph_output() and is_addition(users[0].node)
+    return is_read_once(value) and is_addition(next(iter(value.uses())).node)
 
 
 def _inner_addition(value: ir.Value) -> ir.Node | None:
     producer = value.producer()
-    if producer is not None and is_addition(producer) and _continues(value):
-        return producer
-    return None
+    return producer if is_addition(producer) and _continues(value) else None
 
 
 def _operands(addition: ir.Node) -> _Pair:

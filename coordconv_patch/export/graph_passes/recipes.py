@@ -36,14 +36,12 @@ class Recipes:
     """Adds recipes to a graph: nodes, and what they read to what the graph stores.
 
     What several recipes read, such as the strip of several maps, is there once. Names begin
-    what is stored for a recipe.
-
-    Attributes:
-        graph: The graph; new nodes are put before its others, in the order in which they are made.
+    what is stored for a recipe. New nodes are put before the graph's others, in the order in
+    which they are made.
     """
 
     graph: ir.Graph
-    _made: dict[tuple[str, int], tuple[object, ir.Value]] = field(default_factory=dict)
+    _values: dict[tuple[str, int], tuple[object, ir.Value]] = field(default_factory=dict)
 
     @functools.cached_property
     def _first(self) -> ir.Node:
@@ -87,8 +85,7 @@ class Recipes:
         weight, coefficients = kernel.weight, kernel.coefficients
         numbers = [
             self._once(
-                *("weight", weight),
-                lambda: self._stored(f"{name}_of_taps", array_of(weight)),
+                *("weight", weight), lambda: self._stored(f"{name}_of_taps", array_of(weight))
             ),
             self._once(
                 *("coefficients", coefficients),
@@ -135,9 +132,7 @@ class Recipes:
     def _lines(self, name: str, factors: Sequence[np.ndarray]) -> list[ir.Value]:
         """Factors whose next to last axis counts images; every line that they have is stored once.
 
-        Args:
-            name: Begins the names of what is stored.
-            factors: Alike but for that axis.
+        They are alike but for that axis.
         """
         together = np.concatenate(factors, axis=-2)
         lines, places = np.unique(together, axis=together.ndim - 2, return_inverse=True)
@@ -162,11 +157,11 @@ class Recipes:
         return functools.reduce(lambda left, right: self._node("Mul", [left, right]), factors)
 
     def _once(self, kind: str, source: object, make: Callable[[], ir.Value]) -> ir.Value:
-        """What is made of an object, found again by the object's identity."""
+        """What is made of an object, kept under the object's identity."""
         key = kind, id(source)
-        if key not in self._made:
-            self._made[key] = source, make()  # kept, so that the identity stays its own
-        return self._made[key][1]
+        if key not in self._values:
+            self._values[key] = source, make()  # kept, so that the identity stays its own
+        return self._values[key][1]
 
     def _coordinates(self, name: str, array: np.ndarray) -> ir.Value:
         """Store what counts as coordinates; weights do not."""
@@ -175,12 +170,9 @@ class Recipes:
         return value
 
     def _stored(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
+        tensor = ir.tensor(array, name=name)
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

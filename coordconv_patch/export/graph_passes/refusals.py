@@ -37,12 +37,7 @@ class Refusal:
 
 @dataclass
 class RewriteResult(ir.passes.PassResult):
-    """What a pass returns.
-
-    Attributes:
-        count: The number of places that were rewritten; ``modified`` is whether there was one.
-        refusals: The places that were left as they are.
-    """
+    """What a pass returns: how many places it rewrote, and those that it left as they are."""
 
     count: int
     refusals: tuple[Refusal, ...] = ()
@@ -50,13 +45,7 @@ class RewriteResult(ir.passes.PassResult):
 
 @dataclass
 class Tally:
-    """Counts what a pass does, place by place.
-
-    Attributes:
-        rewrite: The name of the pass's module.
-        count: Places rewritten so far.
-        refusals: Places left as they are so far.
-    """
+    """Counts what a pass does, place by place; ``rewrite`` is the name of the pass's module."""
 
     rewrite: str
     count: int = 0

@@ -79,11 +79,9 @@ class Sites:
 class Stream:
     """An activation that residual sums hand on, and what reads it.
 
-    Attributes:
-        first: The site that it begins with.
-        narrow: The other sites whose outputs are summed up in it.
-        terms: By value of the stream, the narrow sites among its terms.
-        readers: The wide sites, each with the value that it reads.
+    It begins with the first site; the outputs of the narrow ones are summed up in it. ``terms``
+    are the narrow sites among the terms of each of its values, ``readers`` the wide sites, each
+    with the value that it reads.
     """
 
     first: Site
@@ -112,11 +110,7 @@ def _site_of(node: ir.Node, independent: set[ir.Value]) -> Site | None:
 
 
 def stream_from(first: Site, sites: Sites) -> Stream:
-    """The stream that begins with a site.
-
-    Raises:
-        RefusedError: If something that reads it cannot take coordinates.
-    """
+    """The stream of a site; a RefusedError if something that reads it cannot take coordinates."""
     if not _is_ungrouped(first.conv):
         raise RefusedError("it is grouped")
     _check_room(first)

@@ -14,6 +14,7 @@ __all__ = [
     "is_own_weight",
     "is_read_once",
     "mark_as_coordinates_",
+    "store_",
     "stored_numbers",
     "stored_tensor",
     "values_without_inputs",
@@ -64,9 +65,7 @@ def coordinate_nodes(graph: ir.Graph) -> tuple[ir.Node, ...]:
 def is_branch(value: ir.Value, independent: set[ir.Value]) -> bool:
     """Whether a value is a convolution of coordinates that one node alone reads.
 
-    Args:
-        value: Any value of the graph.
-        independent: See :func:`values_without_inputs`.
+    ``independent`` is what :func:`values_without_inputs` gives, here and below.
     """
     producer = value.producer()
     return (
@@ -83,12 +82,7 @@ def is_addition(node: ir.Node | None) -> bool:
 
 
 def coordinate_sum(value: ir.Value | None, independent: set[ir.Value]) -> ir.Node | None:
-    """The addition of a coordinate branch that a value is the result of, if it is one.
-
-    Args:
-        value: A node's input.
-        independent: See :func:`values_without_inputs`.
-    """
+    """The addition of a coordinate branch that a value is the result of, if it is one."""
     addition = value.producer() if value is not None else None
     if addition is None or not is_addition(addition):
         return None
@@ -123,6 +117,13 @@ def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.is_graph_input():
         return None
     return ir.convenience.get_const_tensor(value)
+
+
+def store_(value: ir.Value | None, numbers: np.ndarray) -> None:
+    """Let an initializer hold other numbers, perhaps of another shape."""
+    assert value is not None
+    value.const_value = ir.tensor(np.ascontiguousarray(numbers), name=value.name)
+    value.shape = ir.Shape(numbers.shape)
 
 
 def stored_numbers(value: ir.Value | None) -> np.ndarray:
