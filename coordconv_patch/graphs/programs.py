@@ -212,10 +212,12 @@ class _Branch:
             raise PatchError("its grid is not padded as the convolution's input is")
         self.input, self.padding = given.node, given.own.rule
         self.coords = _convention(own.node)
-        of_plain = {
-            key: getattr(geometry, key) for key in ("in_channels", "out_channels", "groups")
-        }
-        self.geometry = replace(function_geometry(root, convolution), **of_plain)
+        self.geometry = replace(
+            function_geometry(root, convolution),
+            in_channels=geometry.in_channels,
+            out_channels=geometry.out_channels,
+            groups=geometry.groups,
+        )
 
 
 _BETWEEN = (_aten.squeeze.dim, _aten.squeeze.dims, _aten.to.dtype, _aten._to_copy.default)

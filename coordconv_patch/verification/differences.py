@@ -15,10 +15,7 @@ __all__ = ["compare", "to_array"]
 def to_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A tensor as ONNX Runtime's Python interface takes it; bfloat16 becomes float32."""
     tensor = tensor.detach().cpu()
-    array: np.ndarray[Any, Any] = (
-        tensor.float() if tensor.dtype is torch.bfloat16 else tensor
-    ).numpy()
-    return array
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def compare(expected: Sequence[Tensor], actual: Sequence[np.ndarray[Any, Any]]) -> float:
