@@ -45,13 +45,9 @@ _MOST_AXES = 8
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file holds.
+    """The text in a file's metadata, and its tensors by name, of floating dtypes or int64.
 
-    Attributes:
-        header: The text in its metadata.
-        tensors: The tensors by name, of floating dtypes or int64.
-        is_intact: Whether they have the checksum that is stored with them; ``None`` if
-            none is.
+    ``is_intact``: whether they have the checksum that is stored with them; ``None`` if none is.
     """
 
     header: str

@@ -39,8 +39,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 def norm_affine(module: nn.Module) -> NormAffine:
     """What a batch norm computes in evaluation.
 
-    Raises:
-        PatchError: If it uses the batch's statistics, or computes something else.
+    A PatchError if it uses the batch's statistics, or computes something else.
     """
     if module.training and isinstance(module, _BatchNorm):
         raise PatchError("the batch norm is in training mode: call model.eval() first")

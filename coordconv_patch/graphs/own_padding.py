@@ -53,11 +53,7 @@ class OwnPadding:
 
     @classmethod
     def from_dict(cls, fields: object) -> OwnPadding:
-        """A padding from parsed JSON (of ``dataclasses.asdict``), which may hold anything.
-
-        Raises:
-            ArgumentError: If a field is missing, unknown, of another type or impossible.
-        """
+        """A padding from JSON (of ``dataclasses.asdict``), which may hold anything; or raises."""
         values = mapping(fields, "padding", ("rule", "mode", "declared", "amounts"))
         declared, amounts = values["declared"], _pairs(values["amounts"])
         if isinstance(declared, str):

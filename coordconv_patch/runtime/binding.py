@@ -23,8 +23,7 @@ _CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExe
 def device_of(provider: str) -> str:
     """Where an execution provider keeps its tensors, as ONNX Runtime names it.
 
-    For a provider that is not known here that is the CPU, which is right, but has the
-    copies in it.
+    For a provider that is not known here that is the CPU: right, but with the copies in it.
     """
     return "cuda" if provider in _CUDA else "cpu"
 

@@ -168,28 +168,17 @@ class _Match:
                 noise = max(noise, float(moved[moved <= _LARGEST_MOVE].max(initial=0.0)))
         if self.noise is not None:
             self.noise = max(self.noise, noise)
+        allowed = self._allowed(noise)
         for row, partner in self.pairs.items():
-            rounded = [other[kept[row]] for kept, other in others if row in kept]
-            self._compare_element(name, row, actual[partner], rounded, scale, self._allowed(noise))
-
-    def _compare_element(
-        self,
-        name: str,
-        row: int,
-        actual: Array,
-        roundings: Sequence[Array],
-        scale: float,
-        allowed: float,
-    ) -> None:
-        apart = _differences(self.expected.extras[name][row], actual) / scale
-        if not (apart <= allowed).all():
-            self.jumped.add(row)
-            for rounded in roundings:
-                apart = np.minimum(apart, _differences(rounded, actual) / scale)
-        if (apart <= allowed).all():
-            self.difference = max(self.difference, float(apart.max(initial=0.0)))
-        else:
-            self.wrong_extras[row] = name
+            apart = _differences(expected[row], actual[partner]) / scale
+            if not (apart <= allowed).all():
+                self.jumped.add(row)
+                for rounded in [other[kept[row]] for kept, other in others if row in kept]:
+                    apart = np.minimum(apart, _differences(rounded, actual[partner]) / scale)
+            if (apart <= allowed).all():
+                self.difference = max(self.difference, float(apart.max(initial=0.0)))
+            else:
+                self.wrong_extras[row] = name
 
     def _problems(self) -> tuple[str, ...]:
         told = [

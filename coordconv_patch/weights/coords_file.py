@@ -23,12 +23,9 @@ COORD_SUFFIX = ".coord_weight"
 class CoordsFile:
     """A file, read and checked in itself.
 
-    Attributes:
-        path: Where it lies.
-        sites: What its header tells of each convolution, by site name.
-        weights: The coordinate weights by site name, each of the shape that its record says.
-        batch_norm: Its other tensors, by qualified buffer name.
-        fingerprint: Of the base model.
+    By site name, ``sites`` holds what its header tells of each convolution, and ``weights`` the
+    coordinate weights, of the shapes told there; ``batch_norm`` holds the other tensors by
+    qualified buffer name. The fingerprint is that of the base model.
     """
 
     path: Path

@@ -67,11 +67,7 @@ class SiteRecord:
 
     @classmethod
     def from_dict(cls, fields: object) -> SiteRecord:
-        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything.
-
-        Raises:
-            CoordConvPatchError: If a field is missing, unknown, of another type or impossible.
-        """
+        """Inverse of :meth:`to_dict`, from parsed JSON, which may hold anything; or raises."""
         values = mapping(fields, "the record", ("geometry", "coords"), ("calls", "function"))
         geometry = ConvGeometry.from_dict(values["geometry"])
         coords = Coordinates.from_dict(values["coords"])
@@ -108,8 +104,7 @@ class Header:
     def from_json(cls, header: str) -> Header:
         """Inverse of :meth:`to_json`, also of older formats; the text may be anything.
 
-        Raises:
-            CoordConvPatchError: If it is not such a header, or a newer one; says why.
+        A CoordConvPatchError says why if it is not such a header, or a newer one.
         """
         fields = parse(header, "its header")
         _refuse_newer(fields)

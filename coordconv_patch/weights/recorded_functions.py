@@ -34,8 +34,7 @@ def functions_to_record(model: nn.Module) -> dict[nn.Module, OwnedCalls]:
 def with_recorded_functions(site_map: SiteMap, file: CoordsFile, model: nn.Module) -> SiteMap:
     """The sites of a model, with the functional ones of a file that a trace alone does not tell.
 
-    Raises:
-        WeightsError: If the model does not have the module or the weight of one.
+    A WeightsError if the model does not have the module or the weight of one.
     """
     known = {clean_name(site.name): site for site in site_map.sites}
     recorded = {}
