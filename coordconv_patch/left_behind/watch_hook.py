@@ -146,12 +146,12 @@ class Watch:
 
     def accept(self, module: nn.Module) -> None:
         """Take the module as it is, here and in the watches inside."""
-        for inner in list(module.modules()):  # those inside would say the same again
+        for inner in reversed(list(module.modules())):  # those inside would say the same again
             for watch in watches_on(inner):
                 watch.take_stock(inner)
 
     def take_stock(self, module: nn.Module) -> None:
-        """Take the module as it is for what it should be."""
+        """Take the module as it is for what it should be; those inside have done so before."""
         with untraced():
             self._module = weakref.ref(module)
             self.inner = [
@@ -160,7 +160,8 @@ class Watch:
                 for watch in watches_on(part)
                 if watch is not self
             ]
-            self.inventory = Inventory.of(module, self.inventory.prefix)
+            parts = [watch.inventory for watch in self.inner]
+            self.inventory = Inventory.of(module, self.inventory.prefix, parts)
             self._glance = Glance.at(module, self.inventory.layers)
 
     def __getstate__(self) -> dict[str, Any]:
