@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling  # by itself: compiled code checks each step
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.norms import is_batch_norm
@@ -75,7 +76,7 @@ class Watch:
             module._deepcopy_hooks[:] = kept
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             _look_while_compiling(self.key)
         else:
             self.look(module, runs=True)
