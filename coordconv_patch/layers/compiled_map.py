@@ -10,10 +10,10 @@ that tap v sees at output column j (0 beyond the picture), and M[u, i] = 1 where
 of the picture at output row i, 0 where it sees padding, the part of x in the map is::
 
     map_x[c, i, j] = sum over u, v of W_x[c, u, v] X[v, j] M[u, i]
-                   = sum over u of P[c, u, j] - sum over u of P[c, u, j] (1 - M[u, i])
+                   = sum over u of P[c, u, j] M[u, i]
     P[c, u, j]     = sum over v of W_x[c, u, v] X[v, j]
 
-The first sum is one line a channel, and 1 - M is zero but at the border. So it is for y.
+P is a line for each channel and tap, and M is 1 where a tap never sees padding. So it is for y.
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ class OwnedSite:
         geometry: Their geometry.
         branch: Name of the branch relative to the owner.
         counts: Whether the calls are told by their position.
-        key: All of it that a call asks for: the names of weight and branch, the positions, what
-            the code pads, and the geometry, see :func:`_terms_of`, and the function
-            with the names of its arguments. One tuple, since code that
-            torch.compile made looks at every value again before it runs.
+        key: What each call is compared with: the names of weight and branch, the positions, the
+            pixels that the code pads, the geometry (see :func:`_terms_of`), the function's name
+            and those of its arguments. One tuple, because code that torch.compile made checks
+            every value again before it runs.
     """
 
     name: str
@@ -107,8 +107,8 @@ class BranchMode(TorchFunctionMode):
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         is_known = False
         for index, (site, key) in enumerate(self.owned):
-            stored, indices = self.stored[index], key[2]
-            if name != key[5]:
+            stored, (_, _, indices, _, _, function, names) = self.stored[index], key
+            if name != function:
                 continue
             if weight is not stored if stored is not None else _is_stored(weight):
                 continue
@@ -116,7 +116,7 @@ class BranchMode(TorchFunctionMode):
             position = self.seen[index]
             self.seen[index] += 1
             if indices is None or position in indices:
-                arguments = dict(zip(key[6], args, strict=False))
+                arguments = dict(zip(names, args, strict=False))
                 for argument in kwargs:  # code that torch.compile made checks more for a union
                     arguments[argument] = kwargs[argument]
                 output = self._with_branch(site, key, arguments, output)
@@ -127,13 +127,14 @@ class BranchMode(TorchFunctionMode):
     def _with_branch(
         self, site: OwnedSite, key: tuple[Any, ...], arguments: dict[str, Any], output: Any
     ) -> Any:
+        _, branch_name, _, amounts, terms, *_ = key
         if not self.in_dynamo:
             self._check_not_in_a_checkpoint(site)
-        given = self._input(site, key[3], arguments)
-        branch = self._branch(key[1])
+        given = self._input(site, amounts, arguments)
+        branch = self._branch(branch_name)
         if not self.in_dynamo and isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
-        if not _is_call_of(key[4], arguments):
+        if not _is_call_of(terms, arguments):
             shape, own = arguments["weight"].shape, site.owned.padding
             found = call_geometry(site.function, arguments, shape, None, own)
             raise PatchError(
