@@ -43,7 +43,7 @@ class ConvTracer(fx.Tracer):
 
     def _gives_tensor(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            kind = type(self.root.get_submodule(str(node.target)))
+            kind = self.scope.module_type
             return kind.__module__.startswith("torch.nn") and not issubclass(kind, _GIVES_TUPLES)
         if node.op in ("call_function", "call_method"):
             return str(getattr(node.target, "__name__", node.target)) in _GIVES_A_TENSOR

@@ -10,10 +10,10 @@ that tap v sees at output column j (0 beyond the picture), and M[u, i] = 1 where
 of the picture at output row i, 0 where it sees padding, the part of x in the map is::
 
     map_x[c, i, j] = sum over u, v of W_x[c, u, v] X[v, j] M[u, i]
-                   = sum over u of P[c, u, j] - sum over u of P[c, u, j] (1 - M[u, i])
+                   = sum over u of P[c, u, j] M[u, i]
     P[c, u, j]     = sum over v of W_x[c, u, v] X[v, j]
 
-The first sum is one line a channel, and 1 - M is zero but at the border. So it is for y.
+P is a line for each channel and tap, and M is 1 where a tap never sees padding. So it is for y.
 """
 
 from __future__ import annotations
@@ -93,26 +93,29 @@ def map_by_lines(
     are_inside = [
         (index >= 0) & (index < length) for index, length in zip(indices, size, strict=True)
     ]
+    factors = [_stored(inside.to(weight.dtype)) for inside in are_inside]
     lines = coords.lines(size, weight.device, weight.dtype, indices)
     total: Any = 0
-    borders: Any = 0
     for channel, (own, line) in enumerate(lines):
         other = 1 - own
         seen = _stored(torch.where(are_inside[own], line, 0.0))
-        aligned = seen.unsqueeze(-1) if own == 0 else seen
-        part = _stored((weight[:, channel].unsqueeze(own + 2) * aligned).sum(own + 1))
-        total = total + _stored(part.sum(other + 1, keepdim=True))
+        # Both axes in one memory order, lines last, so that either is computed by vectors.
+        by_taps = weight[:, channel] if own == 1 else weight[:, channel].transpose(1, 2)
+        part = _stored((by_taps.unsqueeze(-1) * seen).sum(2))
         taps, _, spacing, (before, after) = steps[other]
+        clear: Any = 0
         for tap in range(taps):
             if before <= tap * spacing <= spacing * (taps - 1) - after:
-                continue  # it never sees padding
-            outside = _stored((~are_inside[other][tap]).to(weight.dtype))
-            outside = outside.unsqueeze(-1) if other == 0 else outside
-            borders = borders + part.narrow(other + 1, tap, 1) * outside
+                clear = clear + part[:, tap]
+            else:
+                factor = factors[other][tap]
+                factor = factor.unsqueeze(-1) if other == 0 else factor
+                total = total + part[:, tap].unsqueeze(other + 1) * factor
+        if isinstance(clear, Tensor):
+            total = total + (clear).unsqueeze(other + 1)
     # Flat, the loop that adds it to the convolution's output can turn one memory order into
     # the other by blocks.
-    whole = total - borders
-    return _stored(whole.flatten(1)).view(whole.shape).unsqueeze(0)
+    return _stored(total.flatten(1)).view(total.shape).unsqueeze(0)
 
 
 def _seen_by_taps(

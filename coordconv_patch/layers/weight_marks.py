@@ -171,7 +171,7 @@ def glance_at(weight: Tensor) -> Tensor:
     flat = weight.permute(order).flatten()  # as it stands in memory
     if flat.data_ptr() != weight.data_ptr():
         return weight[(0,) * (weight.dim() - 1)][:4]  # it has gaps
-    start = int((flat[: 2**16] != 0).to(torch.uint8).argmax())
+    start = 0 if flat[:1].any() else int((flat[: 2**16] != 0).to(torch.uint8).argmax())
     return flat[start : start + 4]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -46,8 +46,15 @@ class Inventory:
     samples: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module, prefix: str) -> Inventory:
-        """What a module has now; puts marks on its coordinate layers."""
+    def of(cls, module: nn.Module, prefix: str, parts: Iterable[Inventory] = ()) -> Inventory:
+        """What a module has now; puts marks on its coordinate layers.
+
+        Args:
+            module: The module.
+            prefix: Its qualified name, for messages.
+            parts: Inventories of parts of it as they are now, whose layers have marks already.
+        """
+        marked = {part.layers[name] for part in parts for name in part.weights}
         layers = {
             name: layer
             for name, layer in module.named_modules()
@@ -58,6 +65,8 @@ class Inventory:
             weight = weight_of(module, name, layer)
             if weight is not None:
                 inventory._note(name, layer, weight)
+                if isinstance(layer, CoordLayer) and layer not in marked:
+                    layer.__dict__["weight_mark"] = mark_of(layer, weight)
         return inventory
 
     def _note(self, name: str, layer: nn.Module, weight: Tensor) -> None:
@@ -67,7 +76,6 @@ class Inventory:
             self.coords[name] = coords
         if isinstance(layer, CoordLayer):
             layer.__dict__["site_name"] = join_names(self.prefix, site_of(name))
-            layer.__dict__["weight_mark"] = mark_of(layer, weight)
         elif isinstance(layer, _ConvNd):
             rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
             self.samples[name] = sample_of(rows)

@@ -138,7 +138,7 @@ def forget_left_behind_(model: nn.Module) -> nn.Module:
         PatchError: If the model is not a module.
     """
     check_is_module(model)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):
         for watch in watches_on(module):
             watch.take_stock(module)
     return model

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling  # by itself: compiled code checks each step
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.norms import is_batch_norm
@@ -75,7 +76,7 @@ class Watch:
             module._deepcopy_hooks[:] = kept
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             _look_while_compiling(self.key)
         else:
             self.look(module, runs=True)
@@ -146,12 +147,12 @@ class Watch:
 
     def accept(self, module: nn.Module) -> None:
         """Take the module as it is, here and in the watches inside."""
-        for inner in list(module.modules()):  # those inside would say the same again
+        for inner in reversed(list(module.modules())):  # those inside would say the same again
             for watch in watches_on(inner):
                 watch.take_stock(inner)
 
     def take_stock(self, module: nn.Module) -> None:
-        """Take the module as it is for what it should be."""
+        """Take the module as it is for what it should be; those inside have done so before."""
         with untraced():
             self._module = weakref.ref(module)
             self.inner = [
@@ -160,7 +161,8 @@ class Watch:
                 for watch in watches_on(part)
                 if watch is not self
             ]
-            self.inventory = Inventory.of(module, self.inventory.prefix)
+            parts = [watch.inventory for watch in self.inner]
+            self.inventory = Inventory.of(module, self.inventory.prefix, parts)
             self._glance = Glance.at(module, self.inventory.layers)
 
     def __getstate__(self) -> dict[str, Any]:

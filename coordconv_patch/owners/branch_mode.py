@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import CONV_SIGNATURES, call_geometry
 from coordconv_patch.graphs.own_padding import OwnPadding, pad_arguments, unpadded
-from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.capture import is_transforming
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ConvGeometry
 from coordconv_patch.owners.owned_calls import OwnedCalls
@@ -45,8 +44,10 @@ class OwnedSite:
         geometry: Their geometry.
         branch: Name of the branch relative to the owner.
         counts: Whether the calls are told by their position.
-        terms: The geometry in the terms of a call, see :func:`_terms_of`. One tuple, since code
-            that torch.compile made looks at every value again before it runs.
+        key: What each call is compared with: the names of weight and branch, the positions, the
+            pixels that the code pads, the geometry (see :func:`_terms_of`), the function's name
+            and those of its arguments. One tuple, because code that torch.compile made checks
+            every value again before it runs.
     """
 
     name: str
@@ -54,11 +55,14 @@ class OwnedSite:
     geometry: ConvGeometry
     branch: str
     counts: bool = field(init=False)
-    terms: tuple[Any, ...] = field(init=False)
+    key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", self.owned.indices is not None)
-        object.__setattr__(self, "terms", _terms_of(self.geometry, self.owned.padding))
+        owned = self.owned
+        terms, names = _terms_of(self.geometry, owned.padding), CONV_SIGNATURES[self.function]
+        seen = (owned.weight, self.branch, owned.indices, owned.padding.amounts)
+        object.__setattr__(self, "key", (*seen, terms, self.function.__name__, names))
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -78,51 +82,61 @@ class BranchMode(TorchFunctionMode):
         super().__init__()
         self.owner = owner
         self.counts = counts
-        self.owned = [(site, _stored_weight(owner, site)) for site in owned]
+        self.owned = [(site, site.key) for site in owned]
+        # By attrgetter: a name may have dots, or be that of a parametrization.
+        names = [key[0] for _, key in self.owned]
+        self.stored = [None if name is None else operator.attrgetter(name)(owner) for name in names]
         self.seen = [0] * len(owned)
         self.strays: list[tuple[Any, Any]] = []
-        self.sees_padding = any(site.owned.padding.amounts for site in owned)
-        self.padded: deque[tuple[Any, dict[str, Any]]] = deque(maxlen=_MOST_PADS)
-        self.trains = torch.is_grad_enabled()
+        self.in_dynamo = torch.compiler.is_dynamo_compiling()  # which does not show F.pad to modes
+        self.trains = not self.in_dynamo and torch.is_grad_enabled()
+        self.padded: deque[tuple[Any, dict[str, Any]]] | None = None
+        if not self.in_dynamo and any(key[3] for _, key in self.owned):
+            self.padded = deque(maxlen=_MOST_PADS)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         output = func(*args, **kwargs)
-        if func in _FUNCTIONS:
-            arguments = dict(zip(CONV_SIGNATURES[func], args, strict=False)) | kwargs
-            return self._with_branches(func, arguments, output)
-        if self.sees_padding and func is F.pad:
+        if func in _NAMES:
+            return self._with_branches(_NAMES[func], args, kwargs, output)
+        if self.padded is not None and func is F.pad:
             self.padded.append((output, pad_arguments(func, args, kwargs)))
         return output
 
-    def _with_branches(self, func: Any, arguments: dict[str, Any], output: Any) -> Any:
-        weight = arguments["weight"]
-        is_stray = not _is_stored(weight)
-        for index, (site, stored) in enumerate(self.owned):
-            if func is not CONV_FUNCTIONS[site.terms[:2]]:
+    def _with_branches(self, name: str, args: Any, kwargs: Any, output: Any) -> Any:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        is_known = False
+        for index, (site, key) in enumerate(self.owned):
+            stored, (_, _, indices, _, _, function, names) = self.stored[index], key
+            if name != function:
                 continue
             if weight is not stored if stored is not None else _is_stored(weight):
                 continue
-            is_stray = False
+            is_known = True
             position = self.seen[index]
             self.seen[index] += 1
-            indices = site.owned.indices
             if indices is None or position in indices:
-                output = self._with_branch(site, func, arguments, output)
-        if is_stray:
-            self.strays.append((func, None if isinstance(weight, fx.Proxy) else weight.shape))
+                arguments = dict(zip(names, args, strict=False))
+                for argument in kwargs:  # code that torch.compile made checks more for a union
+                    arguments[argument] = kwargs[argument]
+                output = self._with_branch(site, key, arguments, output)
+        if not is_known and not _is_stored(weight):
+            self.strays.append((name, None if isinstance(weight, fx.Proxy) else weight.shape))
         return output
 
     def _with_branch(
-        self, site: OwnedSite, func: Any, arguments: dict[str, Any], output: Any
+        self, site: OwnedSite, key: tuple[Any, ...], arguments: dict[str, Any], output: Any
     ) -> Any:
-        self._check_not_in_a_checkpoint(site)
-        given, own = self._input(site, arguments)
-        branch = self._branch(site)
-        if isinstance(given, fx.Proxy):  # somebody traces
+        _, branch_name, _, amounts, terms, *_ = key
+        if not self.in_dynamo:
+            self._check_not_in_a_checkpoint(site)
+        given = self._input(site, amounts, arguments)
+        branch = self._branch(branch_name)
+        if not self.in_dynamo and isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
-        if not _is_call_of(site.terms, arguments):
-            found = call_geometry(func, arguments, arguments["weight"].shape, None, own)
+        if not _is_call_of(terms, arguments):
+            shape, own = arguments["weight"].shape, site.owned.padding
+            found = call_geometry(site.function, arguments, shape, None, own)
             raise PatchError(
                 f"{site.name} has coordinates for a convolution {site.geometry}, but its code "
                 f"now calls one that is {found}. Unpatch the model, and patch it anew with "
@@ -134,35 +148,35 @@ class BranchMode(TorchFunctionMode):
         if added.dtype is not output.dtype:
             added = added.to(output.dtype)
         # In place, for nobody holds the output yet: it saves a copy of the activations.
-        is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
-        if not is_own or torch.compiler.is_compiling() or is_transforming():
+        if self.in_dynamo or torch.compiler.is_compiling() or is_transforming():
             return output + added
-        return output.add_(added)
+        is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
+        return output.add_(added) if is_own else output + added
 
-    def _branch(self, site: OwnedSite) -> CoordBranch:
-        if "." in site.branch:
-            return cast(CoordBranch, self.owner.get_submodule(site.branch))
-        return cast(CoordBranch, self.owner._modules[site.branch])  # quicker, compiled too
+    def _branch(self, name: str) -> Any:
+        if "." in name:
+            return self.owner.get_submodule(name)
+        return self.owner._modules[name]  # quicker, compiled too
 
-    def _input(self, site: OwnedSite, arguments: dict[str, Any]) -> tuple[Any, OwnPadding]:
+    def _input(self, site: OwnedSite, amounts: Any, arguments: dict[str, Any]) -> Any:
         """The convolution's input, before the code padded it where the site says that it does."""
-        given, expected = arguments["input"], site.owned.padding
-        if not expected.amounts:
-            return given, expected
-        if torch.compiler.is_compiling():  # which does not show F.pad to modes
-            return _without_border(given, expected.amounts), expected
+        given = arguments["input"]
+        if not amounts:
+            return given
+        if torch.compiler.is_compiling():
+            return _without_border(given, amounts)
         geometry = site.geometry
         inner, own = unpadded(arguments, geometry.ndim, geometry.kernel_size, self._pad_behind)
-        if own == expected:
-            return inner, expected
+        if own == site.owned.padding:
+            return inner
         raise PatchError(
             f"{site.name} pads its input by itself, by other pixels than when the model was "
-            f"patched ({expected.amounts}), so its coordinates cannot follow: unpatch the model, "
+            f"patched ({amounts}), so its coordinates cannot follow: unpatch the model, "
             "and patch it anew with example inputs that run this way"
         )
 
     def _pad_behind(self, value: Any) -> dict[str, Any] | None:
-        return next((pad for output, pad in self.padded if output is value), None)
+        return next((pad for output, pad in self.padded or () if output is value), None)
 
     def check(self) -> None:
         """Check, after a method of the owner, that no call of a site can have been missed.
@@ -172,7 +186,7 @@ class BranchMode(TorchFunctionMode):
                 patched, or a call by a computed weight may be one of a site whose stored
                 weight was not used itself.
         """
-        for (site, stored), seen in zip(self.owned, self.seen, strict=True):
+        for (site, _), stored, seen in zip(self.owned, self.stored, self.seen, strict=True):
             if stored is not None and not seen and self._has_stray_like(site, stored):
                 raise PatchError(
                     f"{site.name} is known by its stored weight, but {_place(site)} now calls "
@@ -191,8 +205,8 @@ class BranchMode(TorchFunctionMode):
     def _has_stray_like(self, site: OwnedSite, stored: Any) -> bool:
         shape = None if isinstance(stored, fx.Proxy) else stored.shape
         return any(
-            func is site.function and (shape is None or other is None or other == shape)
-            for func, other in self.strays
+            name == site.owned.function and (shape is None or other is None or other == shape)
+            for name, other in self.strays
         )
 
     def _check_not_in_a_checkpoint(self, site: OwnedSite) -> None:
@@ -215,7 +229,7 @@ class BranchMode(TorchFunctionMode):
             )
 
 
-_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
+_NAMES = {function: function.__name__ for function in CONV_FUNCTIONS.values()}
 _MOST_PADS = 8
 """Pads that are remembered until their convolution comes; each keeps its output alive."""
 
@@ -237,15 +251,18 @@ def _terms_of(geometry: ConvGeometry, own: OwnPadding) -> tuple[Any, ...]:
 
 def _is_call_of(terms: tuple[Any, ...], arguments: Mapping[str, Any]) -> bool:
     """Whether a call has a geometry; in terms that torch.compile can follow, and quick."""
-    ndim = terms[0]
-    return terms[2:] == (
-        arguments.get("groups", 1),
-        tuple(arguments["weight"].shape),
-        _spread(arguments.get("stride", 1), ndim),
-        _spread(arguments.get("dilation", 1), ndim),
-        _spread(arguments.get("output_padding", 0), ndim),
-        _padding_of(arguments.get("padding", 0), ndim),
-    )
+    ndim, _, groups, weight_shape, *expected = terms
+    if arguments.get("groups", 1) != groups or tuple(arguments["weight"].shape) != weight_shape:
+        return False
+    stride, dilation = arguments.get("stride", 1), arguments.get("dilation", 1)
+    given = (stride, dilation, arguments.get("output_padding", 0), arguments.get("padding", 0))
+    for value, wanted in zip(given, expected, strict=True):
+        if not isinstance(value, str):  # it may be one number for all dimensions
+            numbers = (value,) if isinstance(value, int) else tuple(value)
+            value = numbers * ndim if len(numbers) == 1 else numbers
+        if value != wanted:
+            return False
+    return True
 
 
 def _without_border(padded: Tensor, amounts: Sequence[tuple[int, int]]) -> Tensor:
@@ -255,29 +272,11 @@ def _without_border(padded: Tensor, amounts: Sequence[tuple[int, int]]) -> Tenso
     return padded
 
 
-def _padding_of(value: Any, ndim: int) -> Any:
-    return value if isinstance(value, str) else _spread(value, ndim)
-
-
-def _spread(value: Any, ndim: int) -> tuple[int, ...]:
-    """An argument that may be one number for all dimensions, as one for each."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * ndim if len(numbers) == 1 else numbers
-
-
 _CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code__})
 
 
 def _place(site: OwnedSite) -> str:
     return site.owned.owner or "the model"
-
-
-def _stored_weight(owner: nn.Module, site: OwnedSite) -> Any:
-    """The weight by which the calls are known; ``None`` where they are known by position."""
-    name = site.owned.weight
-    if name is None:
-        return None
-    return operator.attrgetter(name)(owner)
 
 
 def _is_stored(weight: Any) -> bool:

@@ -130,7 +130,8 @@ class _Containers:
                 # Not copy.copy: a subclass may copy in its own way.
                 contents = list(value.items()) if isinstance(value, dict) else list(value)
                 self.noted[id(value)] = (value, contents)
-                self.note(value.values() if isinstance(value, dict) else contents)
+                if contents:
+                    self.note(value.values() if isinstance(value, dict) else contents)
 
     def restore(self) -> None:
         """Put back what has changed since."""

@@ -88,13 +88,13 @@ def _full_name(module: nn.Module) -> str:
 
 def adapter_obstacle(model: nn.Module, name: str) -> str:
     """Why a convolution inside a PEFT adapter cannot carry coordinates; empty if it is in none."""
-    parts = name.split(".")
-    for depth, child in enumerate(parts):
-        module = model.get_submodule(".".join(parts[:depth]))
+    module = model
+    for child in name.split("."):
         is_adapter = type(module).__module__.startswith("peft.tuners.")
         if is_adapter and hasattr(module, "base_layer") and child != "base_layer":
             return (
                 "it is part of a PEFT adapter, whose merging would drop the coordinates: patch the "
                 "base layers ('*.base_layer'), or the model before PEFT wraps it"
             )
+        module = module._modules.get(child) or module
     return ""
