@@ -438,8 +438,8 @@ CLAIMS = (
             for variant in ("plain", "patched")
         ),
         "not shown: the plain one is better with both seeds, after a tenth of the usual frames, "
-        "but the patched one also had two hidden layers of 64, which stable-baselines3 adds where the "
-        "extractor's class is not NatureCNN itself",
+        "but the patched one also had two hidden layers of 64, which stable-baselines3 adds where "
+        "the extractor's class is not NatureCNN itself",
     ),
     _finetuning(
         "narrow view, unpadded",
