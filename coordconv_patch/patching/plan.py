@@ -20,7 +20,7 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Call
-from coordconv_patch.patching.plan_notes import roi_notes
+from coordconv_patch.patching.plan_notes import notes_on
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites.site import Site, SiteMap
@@ -254,7 +254,7 @@ def _of_model(decided: Plan, model: nn.Module) -> Plan:
         else row
         for row in decided.rows
     )
-    return replace(decided, rows=rows, notes=roi_notes(decided.site_map, model))
+    return replace(decided, rows=rows, notes=notes_on(decided.site_map, model))
 
 
 def _joined(*notes: str) -> str:
