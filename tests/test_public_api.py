@@ -47,6 +47,7 @@ FLOORS = [
     "folding",
     "patching",
     "training",
+    "stable_baselines3",
     "status",
     "weights",
     "lowering",
@@ -125,9 +126,13 @@ def test_the_root_defines_nothing_of_its_own() -> None:
 
 def test_importing_the_package_imports_neither_the_zoos_nor_the_compiler() -> None:
     """Nor matplotlib: they are extras, and slow; torch's compiler is as slow as torch itself."""
-    slow = ("timm", "torchvision", "matplotlib", "skimage", "torch._dynamo", "torch.onnx")
+    slow = (
+        *("timm", "torchvision", "matplotlib", "skimage", "stable_baselines3"),
+        *("torch._dynamo", "torch.onnx"),
+    )
     code = (
         "import sys, coordconv_patch, coordconv_patch.cli.commands\n"
+        "import coordconv_patch.stable_baselines3\n"
         f"print([name for name in {slow} if name in sys.modules])"
     )
     ran = subprocess.run(
@@ -150,7 +155,7 @@ def test_no_module_but_the_demo_imports_an_extra_at_its_top(module: str) -> None
             else [str(node.module)]
         )
     }
-    assert not roots & {"timm", "torchvision", "matplotlib", "skimage"}
+    assert not roots & {"timm", "torchvision", "matplotlib", "skimage", "stable_baselines3"}
 
 
 @pytest.mark.parametrize("module", modules())

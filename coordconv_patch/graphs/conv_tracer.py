@@ -25,7 +25,7 @@ class ConvTracer(fx.Tracer):
     GraphModules are leaves too: they have a graph of their own.
 
     Where timm is in use, the modules and functions that it declares untraceable
-    are leaves too.
+    are leaves too; so are torchvision's functions that cut out regions of interest.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,12 @@ class ConvTracer(fx.Tracer):
         known = hasattr(timm_layers, "get_notrace_functions")
         functions = timm_layers.get_notrace_functions() if known else []
         self._leaf_classes = tuple(timm_layers.get_notrace_modules()) if known else ()
+        # torchvision wraps these in its own files only, and they ask what kind of tensor they get.
+        ops = sys.modules.get("torchvision.ops")
+        functions = [*functions, *(getattr(ops, name, None) for name in _ROI_FUNCTIONS)]
         super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
+        if ops is not None:  # also where they are called as ops.roi_align(...)
+            self._autowrap_search.append(ops)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that is known to stand for a tensor, where it certainly does."""
@@ -62,6 +67,8 @@ class ConvTracer(fx.Tracer):
         with tracing_alone():
             return super().trace(root, concrete_args)
 
+
+_ROI_FUNCTIONS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
 
 _GIVES_TUPLES = (
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss),

@@ -20,7 +20,11 @@ from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.apply import apply_plan_
 from coordconv_patch.patching.plan import Plan, plan
-from coordconv_patch.patching.plan_warnings import warn_of_obstacles, warn_of_unreached
+from coordconv_patch.patching.plan_warnings import (
+    warn_of_obstacles,
+    warn_of_regions_of_interest,
+    warn_of_unreached,
+)
 from coordconv_patch.patching.same_outputs import Promise
 from coordconv_patch.running.rollback import ModuleStates
 from coordconv_patch.running.untouched import LOOK, copied
@@ -62,8 +66,10 @@ def patch(
         The patched copy.
 
     Warns:
-        UserWarning: Of convolutions that a selector describes and that cannot be patched, and
-            of chosen ones that the example inputs do not reach, or in one mode only.
+        UserWarning: Of convolutions that a selector describes and that cannot be patched; of
+            chosen ones that the example inputs do not reach, or in one mode only; and of those
+            chosen otherwise than by name that see regions of interest, whose coordinates are
+            those of a box and not of the picture.
 
     Raises:
         SelectionError: If a selector matches nothing that can be patched.
@@ -74,6 +80,7 @@ def patch(
     with LOOK:
         decided = plan(module, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_regions_of_interest(decided, module)
         target = module if module is not model else copied(module)
         return _patch_and_check_(module, target, decided, example_inputs if check else None)
 
@@ -102,6 +109,7 @@ def patch_(
     with LOOK:
         decided = plan(model, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_regions_of_interest(decided, model)
         return _patch_and_check_(model, model, decided, example_inputs if check else None)
 
 

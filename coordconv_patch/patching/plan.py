@@ -20,6 +20,7 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Call
+from coordconv_patch.patching.plan_notes import notes_on
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites.site import Site, SiteMap
@@ -93,11 +94,13 @@ class Plan:
         coords: The convention of the coordinate channels.
         rows: One row per site, in order of execution where it is known.
         site_map: The sites and the regions that they were found in.
+        notes: What else to know about the model; often empty.
     """
 
     coords: Coordinates
     rows: tuple[PlanRow, ...]
     site_map: SiteMap
+    notes: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> tuple[Site, ...]:
@@ -124,6 +127,7 @@ class Plan:
             "order_known": self.site_map.order_known,
             "parameters": self.parameters,
             "multiply_adds": self.multiply_adds,
+            "notes": list(self.notes),
             "sites": [
                 {
                     "name": row.site.name,
@@ -171,7 +175,7 @@ class Plan:
                 f"{row.reason}; {row.note}" if row.note else row.reason,
                 style=None if row.chosen else "dim",
             )
-        table.caption = self.summary()
+        table.caption = "\n".join((self.summary(), *self.notes))
         table.caption_justify = "left"
         return table
 
@@ -217,7 +221,7 @@ def plan(
     """
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
     site_map, convention = find_sites(module, example_inputs), Coordinates.of(coords)
-    return _with_windows(plan_sites(site_map, where, convention), module)
+    return _of_model(plan_sites(site_map, where, convention), module)
 
 
 def plan_sites(site_map: SiteMap, where: Where, coords: Coordinates) -> Plan:
@@ -237,11 +241,11 @@ def survey(
     site_map = find_sites(model, example_inputs)
     choices = [not_chosen(site) for site in site_map.sites]
     rows = tuple(_row(choice, convention) for choice in choices)
-    return _with_windows(Plan(convention, rows, site_map), model)
+    return _of_model(Plan(convention, rows, site_map), model)
 
 
-def _with_windows(decided: Plan, model: nn.Module) -> Plan:
-    """A plan whose notes tell the windows that a model's coordinate layers have."""
+def _of_model(decided: Plan, model: nn.Module) -> Plan:
+    """A plan with notes on the model, and on the windows that its coordinate layers have."""
     layers = coord_layers(model)
     windows = {name: layer.coords.window for name, layer in layers.items() if layer.coords.window}
     rows = tuple(
@@ -250,7 +254,7 @@ def _with_windows(decided: Plan, model: nn.Module) -> Plan:
         else row
         for row in decided.rows
     )
-    return replace(decided, rows=rows)
+    return replace(decided, rows=rows, notes=notes_on(decided.site_map, model))
 
 
 def _joined(*notes: str) -> str:
@@ -259,7 +263,8 @@ def _joined(*notes: str) -> str:
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:
     calls = "" if choice.chosen_calls is None else str(choice.chosen_calls)
-    return PlanRow(choice, _cost(choice, coords), _joined(calls, _note(choice.site)))
+    notes = (calls, _note(choice.site), _roi_note(choice.site))
+    return PlanRow(choice, _cost(choice, coords), _joined(*notes))
 
 
 def _cost(choice: Choice, coords: Coordinates) -> Cost:
@@ -285,6 +290,13 @@ def _note(site: Site) -> str:
     if all(math.prod(call.input_size) == 1 for call in site.calls):
         return "its input is one pixel, whose coordinates are 0"
     return ""
+
+
+def _roi_note(site: Site) -> str:
+    if not site.roi_operator:
+        return ""
+    name = site.roi_operator
+    return f"its coordinates are those of a region of interest ({name}), not of the picture"
 
 
 def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:

@@ -1,14 +1,17 @@
-"""Warnings about a plan: convolutions that stay without coordinates, or that nothing runs."""
+"""Warnings about a plan: convolutions without coordinates, never run, or of regions of interest."""
 
 from __future__ import annotations
 
 import warnings
 
+from torch import nn
+
 from coordconv_patch.errors import listing
 from coordconv_patch.patching.plan import Plan
+from coordconv_patch.patching.plan_notes import roi_notes
 from coordconv_patch.patching.same_outputs import Promise
 
-__all__ = ["warn_of_obstacles", "warn_of_unreached"]
+__all__ = ["warn_of_obstacles", "warn_of_regions_of_interest", "warn_of_unreached"]
 
 
 def warn_of_obstacles(decided: Plan) -> None:
@@ -21,6 +24,24 @@ def warn_of_obstacles(decided: Plan) -> None:
             f"convolutions without coordinates, because they cannot carry them: {shown}{more}",
             stacklevel=3,
         )
+
+
+def warn_of_regions_of_interest(decided: Plan, model: nn.Module) -> None:
+    """Warn of chosen convolutions whose coordinates are those of a box, not of the picture.
+
+    Those that were named are left out: where they lie was known.
+    """
+    chosen = [row.site for row in decided.rows if row.chosen and not row.choice.named]
+    names = [site.name for site in chosen if site.roi_operator]
+    if names:
+        warnings.warn(
+            f"chosen convolutions see regions of interest, and their coordinates are those of a "
+            f"box, not of the picture: {listing(names)}. Name them in where=... if that is meant; "
+            "where=lambda site: not site.roi_operator leaves such out",
+            stacklevel=3,
+        )
+    for note in roi_notes(decided.site_map, model) if chosen else ():
+        warnings.warn(note, stacklevel=3)
 
 
 def warn_of_unreached(decided: Plan, promise: Promise | None) -> None:

@@ -22,6 +22,7 @@ from coordconv_patch.sites.obstacles import foreign_sites
 from coordconv_patch.sites.order import execution_order
 from coordconv_patch.sites.owned_functions import recorded_function_sites, traced_function_sites
 from coordconv_patch.sites.regions import Regions, trace_regions
+from coordconv_patch.sites.roi_graph_flow import traced_roi_sites
 from coordconv_patch.sites.run_record import RunRecord, record_run
 from coordconv_patch.sites.site import (
     ForeignSite,
@@ -55,6 +56,8 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> SiteMap:
     sites: list[Site] = [*module_sites(model, regions), *foreign_sites(model), *functions]
     if example_inputs is None or isinstance(model, torch.jit.ScriptModule):
         order = execution_order(model, regions, functions)
+        behind = traced_roi_sites(model, regions, functions)
+        sites = [replace(site, roi_operator=behind.get(site.name, "")) for site in sites]
     else:
         modules = {site.name: site.module for site in sites if isinstance(site, ModuleSite)}
         in_graphs = [site for site in sites if isinstance(site, GraphFunctionSite)]
@@ -95,7 +98,10 @@ def _as_recorded(
         site
         if isinstance(site, ForeignSite)
         else replace(
-            site, calls=tuple(record.calls.get(site.name, ())), caller=record.callers.get(site.name)
+            site,
+            calls=tuple(record.calls.get(site.name, ())),
+            caller=record.callers.get(site.name),
+            roi_operator=record.roi_operators.get(site.name, ""),
         )
         for site in (*(site for site in sites if site.name not in ran), *ran.values())
     ]

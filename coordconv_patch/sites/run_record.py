@@ -21,6 +21,7 @@ from coordconv_patch.running.silence import warnings_ignored
 from coordconv_patch.running.untouched import evaluation, state_restored
 from coordconv_patch.sites.node_by_node import NodeByNode
 from coordconv_patch.sites.regions import Region
+from coordconv_patch.sites.roi_flow import RoiFlow
 from coordconv_patch.sites.site import GraphFunctionSite
 
 __all__ = ["RunRecord", "record_run"]
@@ -35,11 +36,13 @@ class RunRecord:
         callers: For each site the innermost module of whose single call all of them
             were part; ``None`` where there is none that hooks can be put on.
         functions: The functional sites of plain modules, in order of their first calls.
+        roi_operators: For each site that sees regions of interest the operator that gave them.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     callers: dict[str, str | None] = field(default_factory=dict)
     functions: tuple[FunctionSite, ...] = ()
+    roi_operators: dict[str, str] = field(default_factory=dict)
 
 
 def record_run(
@@ -98,6 +101,8 @@ class _CallRecorder(TorchFunctionMode):
         self._graphs_running = 0
         self._running: list[tuple[str, int]] = []
         self._run_numbers = itertools.count()
+        self._roi_flow = RoiFlow()
+        self._roi_operators: dict[int | str, str] = {}
 
     def __enter__(self) -> _CallRecorder:
         for name, module in self._model.named_modules():
@@ -132,7 +137,8 @@ class _CallRecorder(TorchFunctionMode):
         callers = {
             names.get(key, str(key)): self._caller(around) for key, around in self._around.items()
         }
-        return RunRecord(calls, callers, functions)
+        behind = {names.get(key, str(key)): name for key, name in self._roi_operators.items()}
+        return RunRecord(calls, callers, functions, behind)
 
     def _caller(self, around: Sequence[tuple[str, int]]) -> str | None:
         for name, _ in reversed(around):
@@ -143,6 +149,7 @@ class _CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        self._roi_flow.follow(func, args, kwargs or {}, output)
         in_graph = bool(self._graphs_running)
         own = self._log.note(func, args, kwargs or {}, output, self._running, in_graph=in_graph)
         if own is not None:
@@ -168,6 +175,8 @@ class _CallRecorder(TorchFunctionMode):
         if padded:
             size = tuple(length - sum(pair) for length, pair in zip(size, padded, strict=True))
         self._calls.setdefault(name, []).append(Call(size, tuple(output.shape[-ndim:])))
+        if behind := self._roi_flow.behind(source):
+            self._roi_operators.setdefault(name, behind)
         around = self._around.setdefault(name, list(self._running))
         shared = itertools.takewhile(
             lambda pair: pair[0] == pair[1], zip(around, self._running, strict=False)

@@ -42,6 +42,7 @@ class Choice:
         reason: Why, or why not.
         chosen_calls: Which of its calls were chosen; ``None``: every one.
         skipped: Whether a selector describes it, but it cannot be patched.
+        named: Whether it was chosen by its name: exact, by a glob or by a regular expression.
     """
 
     site: Site
@@ -49,6 +50,7 @@ class Choice:
     reason: str
     chosen_calls: ChosenCalls | None = None
     skipped: bool = False
+    named: bool = False
 
 
 def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
@@ -94,7 +96,8 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
         skipped |= {site.name for site in matched if site.obstacle}
         for site in usable:
             calls = None if indices is None else choose_calls(site, indices, _show(selector))
-            choice = Choice(site, True, f"matches {_show(selector)}", calls)
+            named = _names_sites(plain, matched)
+            choice = Choice(site, True, f"matches {_show(selector)}", calls, named=named)
             choices[site.name] = _union(choices.get(site.name), choice)
     return tuple(
         choices.get(site.name) or not_chosen(site, skipped=site.name in skipped)
@@ -109,17 +112,26 @@ def _split_indices(site_map: SiteMap, selector: Any) -> tuple[Any, tuple[int, ..
     return split_indices(selector)
 
 
+def _names_sites(selector: object, matched: Sequence[Site]) -> bool:
+    """Whether a selector tells names of sites, not what they are or where they lie."""
+    if not isinstance(selector, str):
+        return False
+    words = ("first", "all", *PRESETS)
+    return selector not in words or any(selector in site.names for site in matched)
+
+
 def _union(first: Choice | None, second: Choice) -> Choice:
     """What two selectors choose of one site."""
     if first is None:
         return second
+    named = first.named or second.named
     if first.chosen_calls is None:
-        return first
+        return replace(first, named=named)
     if second.chosen_calls is None:
-        return second
+        return replace(second, named=named)
     indices = {*first.chosen_calls.indices, *second.chosen_calls.indices}
     calls = replace(first.chosen_calls, indices=tuple(sorted(indices)))
-    return Choice(first.site, True, f"{first.reason}, {second.reason}", calls)
+    return Choice(first.site, True, f"{first.reason}, {second.reason}", calls, named=named)
 
 
 def not_chosen(site: Site, *, skipped: bool = False) -> Choice:

@@ -33,6 +33,10 @@ class Site:
         obstacle: Why it cannot be patched; empty if it can.
         patched: Whether it already carries coordinates.
         region: The region it was traced in; ``None`` if in none.
+        roi_operator: The operator behind which it sees regions of interest, such as
+            ``"roi_align"``: its coordinates are then those of a box, not of the picture. Empty if
+            it sees pictures, or if that is unknown: what cannot be traced whole needs example
+            inputs.
     """
 
     kind: ClassVar[Literal["module", "function"]] = "module"
@@ -47,6 +51,7 @@ class Site:
     obstacle: str = ""
     patched: bool = False
     region: Region | None = field(default=None, repr=False, compare=False)
+    roi_operator: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
