@@ -5,6 +5,8 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
+from coordconv_patch.concatenated.report import ImportedSite, ImportReport
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -67,6 +69,8 @@ __all__ = [
     "CoordinatesError",
     "ExportError",
     "ExportReport",
+    "ImportReport",
+    "ImportedSite",
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
@@ -83,6 +87,8 @@ __all__ = [
     "fold_with",
     "forget_left_behind_",
     "from_exported",
+    "import_coordconv",
+    "import_coordconv_",
     "layer_status",
     "load_coords",
     "load_coords_",
