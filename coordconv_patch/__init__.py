@@ -5,8 +5,10 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.concatenated.checkpoint import load_concatenated, load_concatenated_
 from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
 from coordconv_patch.concatenated.report import ImportedSite, ImportReport
+from coordconv_patch.concatenated.to_concatenated import to_concatenated
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -90,6 +92,8 @@ __all__ = [
     "import_coordconv",
     "import_coordconv_",
     "layer_status",
+    "load_concatenated",
+    "load_concatenated_",
     "load_coords",
     "load_coords_",
     "param_groups",
@@ -102,6 +106,7 @@ __all__ = [
     "save_coords",
     "set_window_",
     "survey",
+    "to_concatenated",
     "train_only_coords_",
     "unpatch",
     "unpatch_",

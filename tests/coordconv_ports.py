@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 # --- mkocabas/CoordConv-pytorch: AddCoords and a convolution; rows first; r from 0.5 ------------
 
 
@@ -79,7 +78,9 @@ class WalsvidAddCoords(nn.Module):
 
 
 class WalsvidCoordConv1d(nn.Conv1d):
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.addcoords = WalsvidAddCoords(1)
         self.conv = nn.Conv1d(in_channels + 1, out_channels, kernel_size, **kwargs)
@@ -130,7 +131,12 @@ class ToolbeltCoordConv(nn.Module):
     """Concatenates in its own forward, by a function, and stores no module for it."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, with_r: bool = False, first: bool = False, **kw: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        with_r: bool = False,
+        first: bool = False,
+        **kw: Any,
     ) -> None:
         super().__init__()
         self.with_r, self.first = with_r, first
@@ -281,7 +287,7 @@ class WingCoordConv(nn.Module):
 
 
 class BufferedCoordConv(nn.Module):
-    """Coordinates stored for one size; ``edges``: pixel centres in a unit square, left ones: i / n."""
+    """Coordinates stored for one size, of two styles: ``(i + 0.5) / n`` and ``i / n``."""
 
     def __init__(
         self, in_channels: int, out_channels: int, size: tuple[int, int], style: str, **kwargs: Any

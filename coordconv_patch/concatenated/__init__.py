@@ -1,1 +1,1 @@
-"""The published form of CoordConv, conv([x ; c]): what other code has, imported, loaded and written."""
+"""The published form of CoordConv, conv([x ; c]), from other code and back to it."""

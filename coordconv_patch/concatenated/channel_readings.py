@@ -125,7 +125,9 @@ class RadiusCandidate:
         radii = [grid[channel] for grid in grids]
         middle = _snapped(float(torch.stack([_middle(point) for point in points]).mean()))
         center = _center(points, radii)
-        fits = [_distance(point, center) - radius for point, radius in zip(points, radii, strict=True)]
+        fits = [
+            _distance(point, center) - radius for point, radius in zip(points, radii, strict=True)
+        ]
         center = _snapped(center)
         yield Reading(
             f"r from {center:.6g}",
@@ -154,7 +156,9 @@ def _line_through(positions: Tensor, values: Tensor) -> tuple[float, float]:
 def _center(points: Sequence[Tensor], radii: Sequence[Tensor]) -> float:
     """The c that fits r^2 = sum of (v - c)^2: linear in c and in c^2, taken as two unknowns."""
     total = torch.cat([point.sum(0).flatten() for point in points])
-    rest = [radius.square() - point.square().sum(0) for point, radius in zip(points, radii, strict=True)]
+    rest = [
+        radius.square() - point.square().sum(0) for point, radius in zip(points, radii, strict=True)
+    ]
     slope, _ = _line_through(total, torch.cat([part.flatten() for part in rest]))
     return -slope / 2
 

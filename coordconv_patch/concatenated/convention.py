@@ -29,7 +29,13 @@ def convention_of(grids: Sequence[Tensor]) -> tuple[Coordinates, float]:
         PatchError: If a channel is none that is known, or they are none that a
             :class:`Coordinates` can say; with each channel's closest reading and deviation.
     """
-    readings = [_readings(channel, grids) for channel in range(len(grids[0]))]
+    count = len(grids[0])
+    if count > _MOST_CHANNELS:
+        raise PatchError(
+            f"it sees {count} channels that do not depend on the image, more than are looked at "
+            f"({_MOST_CHANNELS})"
+        )
+    readings = [_readings(channel, grids) for channel in range(count)]
     fitting = [[each for each in some if each.deviation <= TOLERANCE] for some in readings]
     if not all(fitting):
         raise PatchError(f"its coordinates are not known: {_words(readings, fitting)}")
@@ -46,6 +52,9 @@ def convention_of(grids: Sequence[Tensor]) -> tuple[Coordinates, float]:
         f"Coordinates cannot express its channels: {_words(readings, fitting)}. It has "
         "each axis once, in one range, and then r"
     )
+
+
+_MOST_CHANNELS = 8
 
 
 def _readings(channel: int, grids: Sequence[Tensor]) -> list[Reading]:
@@ -74,7 +83,9 @@ def _joined_fields(readings: Sequence[Reading], ndim: int) -> Mapping[str, Any] 
         return None
     joined: dict[str, Any] = {"order": order}
     for fields in [reading.fields for reading in readings]:
-        if fields is None or any(joined.get(name, value) != value for name, value in fields.items()):
+        if fields is None or any(
+            joined.get(name, value) != value for name, value in fields.items()
+        ):
             return None
         joined |= fields
     return joined
@@ -82,7 +93,9 @@ def _joined_fields(readings: Sequence[Reading], ndim: int) -> Mapping[str, Any] 
 
 def _order(axes: str, ndim: int) -> str | None:
     names = "xyz"[:ndim]
-    return {names: "xy", names[::-1]: "yx"}.get(axes) if ndim > 1 else ("xy" if axes == "x" else None)
+    return (
+        {names: "xy", names[::-1]: "yx"}.get(axes) if ndim > 1 else ("xy" if axes == "x" else None)
+    )
 
 
 def _deviation(coords: Coordinates, grid: Tensor) -> float:

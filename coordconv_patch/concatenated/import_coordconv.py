@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coordconv_patch.arguments import check_example_inputs
+from coordconv_patch.arguments import check_example_inputs, check_flag
 from coordconv_patch.concatenated.example_images import GROWTHS, other_images, resized
-from coordconv_patch.concatenated.probing import recognise_alone
+from coordconv_patch.concatenated.module_probe import recognise_alone
 from coordconv_patch.concatenated.recognition import Recognised, Recognition, RunPair, recognise
-from coordconv_patch.concatenated.recording import record
+from coordconv_patch.concatenated.recorded_run import record
 from coordconv_patch.concatenated.report import ImportedSite, ImportReport
-from coordconv_patch.concatenated.rewriting import joins_of, rewrite_
+from coordconv_patch.concatenated.rewrite import joins_of, rewrite_
 from coordconv_patch.concatenated.same_outputs import OutputsBefore
 from coordconv_patch.concatenated.sightings import may_be_rewritten
 from coordconv_patch.errors import PatchError
@@ -28,13 +27,15 @@ from coordconv_patch.running.wrappers import check_not_wrapped
 __all__ = ["import_coordconv", "import_coordconv_"]
 
 
-def import_coordconv(model: nn.Module, example_inputs: Any = None) -> ImportReport:
+def import_coordconv(
+    model: nn.Module, example_inputs: Any = None, *, check: bool = True
+) -> ImportReport:
     """A copy of a model whose concatenating CoordConvs are layers of this package.
 
     A convolution that sees an image and coordinate channels, ``conv(cat([x, c], 1))``, becomes a
     coordinate convolution of ``x`` with the same outputs; the coordinates are not concatenated
-    any more. It does not matter how the model makes them, only which values reach the convolution: on
-    images of two sizes, and on two images of each size, since coordinates do not depend on the image.
+    any more. It does not matter how the model computes them: what counts are the values that
+    reach the convolution, on images of two sizes, and on two images of each size.
 
     Args:
         model: The model, with its trained weights. It is run in evaluation mode.
@@ -42,6 +43,8 @@ def import_coordconv(model: nn.Module, example_inputs: Any = None) -> ImportRepo
             arguments). The model is run on images of this size and of a larger one. ``None``:
             modules that join coordinates and one convolution are tried out alone; coordinates that
             a model concatenates in other code are not looked for.
+        check: With example inputs, compare the outputs of the copy with the model's, on both
+            sizes in evaluation mode and on one in training mode; they differ by rounding.
 
     Returns:
         The copy as ``.model``, and what was recognised.
@@ -56,11 +59,13 @@ def import_coordconv(model: nn.Module, example_inputs: Any = None) -> ImportRepo
             outputs differ.
     """
     with LOOK:
-        findings = _findings(model, example_inputs)
-        return _import_(copied(model, advice="use import_coordconv_"), findings, example_inputs)
+        findings = _findings(model, example_inputs, check)
+        return _import_(copied(model, advice="use import_coordconv_"), findings)
 
 
-def import_coordconv_(model: nn.Module, example_inputs: Any = None) -> ImportReport:
+def import_coordconv_(
+    model: nn.Module, example_inputs: Any = None, *, check: bool = True
+) -> ImportReport:
     """Import the CoordConvs of a model in place; see :func:`import_coordconv`.
 
     An optimizer that was built before does not know the new parameters.
@@ -69,7 +74,7 @@ def import_coordconv_(model: nn.Module, example_inputs: Any = None) -> ImportRep
         PatchError: As :func:`import_coordconv`; the model is unchanged then.
     """
     with LOOK:
-        return _import_(model, _findings(model, example_inputs), example_inputs)
+        return _import_(model, _findings(model, example_inputs, check))
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,11 @@ class _Findings:
     recognition: Recognition
     pairs: tuple[RunPair, ...]
     inputs: tuple[Any, ...]
+    """On which outputs are to be compared."""
 
 
-def _findings(model: nn.Module, example_inputs: Any) -> _Findings:
+def _findings(model: nn.Module, example_inputs: Any, check: bool) -> _Findings:
+    check_flag("check", check)
     check_is_module(model)
     check_example_inputs(example_inputs)
     check_not_wrapped(model)
@@ -88,7 +95,7 @@ def _findings(model: nn.Module, example_inputs: Any) -> _Findings:
     else:
         inputs = tuple(_sizes(model, example_inputs))
         pairs = tuple(_pair(model, each) for each in inputs)
-        findings = _Findings(recognise(model, pairs), pairs, inputs)
+        findings = _Findings(recognise(model, pairs), pairs, inputs if check else ())
     recognition = findings.recognition
     if not recognition.convolutions:
         raise PatchError(_nothing(recognition, example_inputs))
@@ -125,12 +132,12 @@ def _pair(model: nn.Module, inputs: Any) -> RunPair:
     return first, record(model, other_images(inputs), may_be_rewritten)
 
 
-def _import_(model: nn.Module, findings: _Findings, example_inputs: Any) -> ImportReport:
+def _import_(model: nn.Module, findings: _Findings) -> ImportReport:
     recognition = findings.recognition
     chosen = tuple(recognition.convolutions.values())
     before = OutputsBefore(model, findings.inputs)
     state = ModuleStates(model)
-    names = rewrite_(model, chosen, joins_of(chosen, findings.pairs))
+    names = rewrite_(model, chosen, joins_of(model, chosen, findings.pairs))
     try:
         difference = before.compare(model)
     except PatchError:

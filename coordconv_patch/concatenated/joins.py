@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from coordconv_patch.errors import PatchError
-
-__all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_"]
+__all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_", "owner_obstacle"]
 
 CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
 """The names of ``torch.cat``."""
@@ -40,7 +39,8 @@ class Join:
         channels: Channels of each part.
         kept: Which parts are left: ``(first, end)``.
         positions: Which calls of ``torch.cat`` these are in one forward of the owner, counted
-            over all, for tracers that know no channels; empty if that changes.
+            over all (of a GraphModule: over its own), for tracers and graphs, which know no
+            channels; empty if that changes from run to run.
     """
 
     channels: tuple[int, ...]
@@ -90,8 +90,8 @@ def _owner_class(joining: type[nn.Module]) -> type[JoinOwner]:
             "forward": _without_coordinates(joining),
         }
         metaclass: Any = type(joining)
-        made = metaclass(joining.__name__, (JoinOwner, joining), own)
-        _OWNER_CLASSES.setdefault(joining, made)  # another thread may have been faster
+        kind = metaclass(joining.__name__, (JoinOwner, joining), own)
+        _OWNER_CLASSES.setdefault(joining, kind)  # another thread may have been faster
     return _OWNER_CLASSES[joining]
 
 
@@ -107,22 +107,18 @@ def _without_coordinates(joining: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
-    """Leave coordinates out of a module's concatenations from now on, in place.
-
-    Raises:
-        PatchError: If its forward cannot be watched.
-    """
+def owner_obstacle(owner: nn.Module) -> str:
+    """Why coordinates cannot be left out of a module's forward; empty if they can."""
     name = type(owner).__name__
     if "forward" in vars(owner):
-        raise PatchError(
-            f"the forward of {name} is replaced on the instance (accelerate hooks, perhaps): "
-            "import the model before"
-        )
-    if isinstance(owner, (fx.GraphModule, torch.jit.ScriptModule)) or hasattr(
-        owner, "parametrizations"
-    ):
-        raise PatchError(f"{name} concatenates them, and its class cannot be replaced")
+        return f"the forward of {name}, which joins them, is replaced on the instance"
+    if isinstance(owner, torch.jit.ScriptModule) or parametrize.is_parametrized(owner):
+        return f"the class of {name}, which joins them, cannot be replaced"
+    return ""
+
+
+def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
+    """Leave coordinates out of a module's concatenations from now on, in place."""
     if not isinstance(owner, JoinOwner):
         owner.__class__ = _owner_class(type(owner))
     owner.__dict__["_joins"] = (*owner.__dict__.get("_joins", ()), *joins)

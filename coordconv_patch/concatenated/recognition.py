@@ -1,4 +1,4 @@
-"""Which convolutions of a model see coordinates beside an image, by which convention, and who joins them."""
+"""Which convolutions of a model see coordinates beside an image, and by which convention."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.concatenated.convention import convention_of
-from coordconv_patch.concatenated.recording import Run
-from coordconv_patch.concatenated.sightings import Place, Sighting, sightings
+from coordconv_patch.concatenated.joins import owner_obstacle
+from coordconv_patch.concatenated.recorded_run import Run
+from coordconv_patch.concatenated.sightings import (
+    Place,
+    Sighting,
+    convolved_by_functions,
+    sightings,
+)
 from coordconv_patch.errors import PatchError, listing
 from coordconv_patch.layers.conversion import check_convertible
 from coordconv_patch.layers.coordinates import Coordinates
@@ -73,11 +79,15 @@ def recognise(model: nn.Module, pairs: Sequence[RunPair]) -> Recognition:
     Raises:
         PatchError: If the model did different things on images of one size.
     """
+    result = Recognition()
     seen: dict[str, list[Sighting]] = {}
     for first, second in pairs:
         for sighting in sightings(model, first, second):
             seen.setdefault(sighting.conv, []).append(sighting)
-    result = Recognition()
+        for function, name in convolved_by_functions(model, first, second):
+            result.refused[f"{function} in {name or 'the model'}"] = (
+                "it is a convolution function: make it a torch.nn convolution module"
+            )
     for name, each in seen.items():
         calls = sum(call.name == name for first, _ in pairs for call in first.convolutions)
         try:
@@ -102,7 +112,9 @@ def _recognised(model: nn.Module, seen: Sequence[Sighting], calls: int) -> Recog
         raise PatchError("its calls see different channels")
     places = tuple(dict.fromkeys(each.place for each in seen))
     if any(place.kind == "layer" for place in places) and len(places) > 1:
-        raise PatchError(f"it is called by {listing(place.name or 'the model' for place in places)}")
+        raise PatchError(
+            f"it is called by {listing(place.name or 'the model' for place in places)}"
+        )
     padding = _checked(model, name, conv)
     grids = _by_size(seen)
     coords, deviation = convention_of(list(grids.values()))
@@ -136,7 +148,7 @@ def _checked(model: nn.Module, name: str, conv: _ConvNd) -> Padding:
 
 
 def _by_size(seen: Iterable[Sighting]) -> dict[tuple[int, ...], Tensor]:
-    """The coordinates at each size; of sizes with an axis of one pixel only if there is no other."""
+    """The coordinates at each size of more than one pixel along every axis."""
     grids: dict[tuple[int, ...], Tensor] = {}
     for each in seen:
         assert each.grid is not None
@@ -178,6 +190,8 @@ def _obstacle(
         return f"{place.name}, which joins image and coordinates, has hooks, which would be lost"
     if place.kind == "layer":
         return ""
+    if place.kind == "cat" and owner_obstacle(module):
+        return owner_obstacle(module)
     own = {name for name, each in result.convolutions.items() if not each.still_joined}
     importable = {each.output for name in own for each in seen[name] if each.place == place}
     for first, _ in pairs:

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from coordconv_patch.concatenated.recording import CatCall, ModuleCall, Run
+from coordconv_patch.concatenated.recorded_run import CatCall, ModuleCall, Run
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coord_layer import CoordLayer
+from coordconv_patch.layers.geometry import CONV_FUNCTIONS
 
-__all__ = ["Place", "Sighting", "convolution_in", "may_be_rewritten", "sightings"]
+__all__ = [
+    "Place",
+    "Sighting",
+    "convolution_in",
+    "convolved_by_functions",
+    "may_be_rewritten",
+    "sightings",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,9 @@ def may_be_rewritten(module: nn.Module) -> bool:
         return False
     if isinstance(module, _ConvNd):
         return conv is not None
-    own = {id(p) for p in module.parameters()} - ({id(p) for p in conv.parameters()} if conv else set())
+    own = {id(p) for p in module.parameters()} - (
+        {id(p) for p in conv.parameters()} if conv else set()
+    )
     return not own and not _computes(module)
 
 
@@ -125,6 +135,8 @@ def _in_layer(
         call, then = first.modules.get(number), second.modules.get(number_then)
         if call is None or then is None or call.output is not one.output:
             continue
+        if call.version != one.version:  # it was written to by an operation in place
+            continue
         if convolution_in(model.get_submodule(call.name)) is not model.get_submodule(one.name):
             continue
         place = Place("layer", call.name)
@@ -137,7 +149,9 @@ def _behind_module(
 ) -> Sighting | None:
     if then is None or then.name != call.name or then.output is not other.input:
         return None
-    return _compared(one, other, call.input, then.input, Place("module", call.name), id(call.output))
+    return _compared(
+        one, other, call.input, then.input, Place("module", call.name), id(call.output)
+    )
 
 
 def _compared(
@@ -176,24 +190,45 @@ def _grid(channels: Tensor, channels_then: Tensor) -> Tensor | None:
 
 def _behind_cat(one: ModuleCall, cat: CatCall, then: CatCall) -> Sighting | None:
     """A call on the result of a concatenation some parts of which are the same in both runs."""
-    if cat.owners != then.owners or len(cat.parts) != len(then.parts) or not cat.owners:
+    joined = _image_and_coordinates(cat, then)
+    if joined is None or not cat.owners:
+        return None
+    kept, grid = joined
+    channels = tuple(int(part.shape[1]) for part in cat.parts)
+    place = Place("cat", cat.owners[-1], channels, kept)
+    image_channels = sum(channels[kept[0] : kept[1]])
+    return Sighting(one.name, place, id(cat.output), image_channels, kept[0] > 0, grid)
+
+
+def _image_and_coordinates(cat: CatCall, then: CatCall) -> tuple[tuple[int, int], Tensor] | None:
+    """Which parts are an image, ``(first, end)``, and the others; ``None`` if it is not so."""
+    if cat.owners != then.owners or len(cat.parts) != len(then.parts):
         return None
     grids = [_grid(part, part_then) for part, part_then in zip(cat.parts, then.parts, strict=True)]
     images = [index for index, grid in enumerate(grids) if grid is None]
     coordinates = [grid for grid in grids if grid is not None]
     if not images or not coordinates or images != list(range(images[0], images[-1] + 1)):
         return None
-    is_first = images[0] > 0
-    if is_first and images[-1] < len(grids) - 1:
+    if images[0] > 0 and images[-1] < len(grids) - 1:
         return None  # on both sides
-    channels = tuple(int(part.shape[1]) for part in cat.parts)
-    kept = (images[0], images[-1] + 1)
-    place = Place("cat", cat.owners[-1], channels, kept)
-    return Sighting(
-        one.name,
-        place,
-        id(cat.output),
-        sum(channels[kept[0] : kept[1]]),
-        is_first,
-        torch.cat(coordinates),
-    )
+    return (images[0], images[-1] + 1), torch.cat(coordinates)
+
+
+def convolved_by_functions(model: nn.Module, first: Run, second: Run) -> set[tuple[str, str]]:
+    """Convolution functions that see an image and coordinates in a module's own code.
+
+    Returns:
+        The name of each function, and that of the module that calls it.
+    """
+    uses: set[tuple[str, str]] = set()
+    for cat, then in zip(first.cats, second.cats, strict=False):
+        if _image_and_coordinates(cat, then) is not None:
+            uses |= first.uses[id(cat.output)]
+    return {
+        (function, name)
+        for function, name in uses
+        if function in _FUNCTIONS and not isinstance(model.get_submodule(name), _ConvNd)
+    }
+
+
+_FUNCTIONS = frozenset(function.__name__ for function in CONV_FUNCTIONS.values())

@@ -47,6 +47,7 @@ class ModuleCall:
         around: The calls that it is a part of, of modules that may be rewritten.
         input: The tensor.
         output: What it returned.
+        version: How often that tensor had been written to when it was returned.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModuleCall:
     around: tuple[int, ...]
     input: Tensor
     output: Tensor
+    version: int
 
 
 @dataclass
@@ -95,6 +97,7 @@ _READS_NO_VALUES = frozenset(
     {
         *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__),  # type: ignore[attr-defined]
         *(Tensor.layout.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__),  # type: ignore[attr-defined]
+        Tensor._version.__get__,  # type: ignore[attr-defined]
         *(Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.stride),
     }
 )
@@ -147,7 +150,7 @@ class _Recorder(TorchFunctionMode):
             if len(given) != 1 or not all(isinstance(each, Tensor) for each in (*given, output)):
                 return
             owners, around = self._stack()
-            call = ModuleCall(name, owners, around, given[0], output)
+            call = ModuleCall(name, owners, around, given[0], output, output._version)
             if isinstance(module, _ConvNd):
                 self.run.convolutions.append(call)
             if kept:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from coordconv_patch.concatenated.graph_joins import leave_out_of_graph_
 from coordconv_patch.concatenated.joins import Join, leave_out_
 from coordconv_patch.concatenated.recognition import Recognised, RunPair
 from coordconv_patch.concatenated.sightings import Place
@@ -49,7 +50,11 @@ def rewrite_(
         for place in modules:
             _replace_(model, place, nn.Identity())
         for owner, own_joins in joins.items():
-            leave_out_(model.get_submodule(owner), own_joins)
+            module = model.get_submodule(owner)
+            if isinstance(module, fx.GraphModule):
+                leave_out_of_graph_(module, own_joins)
+            else:
+                leave_out_(module, own_joins)
         guard_folding_(model)
         watch_(model)
     return names
@@ -97,27 +102,34 @@ def _replace_(model: nn.Module, place: Place, new: nn.Module) -> None:
 
 
 def joins_of(
-    recognised: Iterable[Recognised], pairs: Sequence[RunPair]
+    model: nn.Module, recognised: Iterable[Recognised], pairs: Sequence[RunPair]
 ) -> dict[str, list[Join]]:
     """The concatenations that recognised convolutions need no longer, by their owners."""
     left_out = [each for each in recognised if not each.still_joined]
     places = {place for each in left_out for place in each.places if place.kind == "cat"}
     joins: dict[str, list[Join]] = {}
     for place in sorted(places, key=lambda place: (place.name, place.channels)):
-        join = Join(place.channels, place.kept, _positions(place, pairs))
+        in_graph = isinstance(model.get_submodule(place.name), fx.GraphModule)
+        join = Join(place.channels, place.kept, _positions(place, pairs, own=in_graph))
         joins.setdefault(place.name, []).append(join)
     return joins
 
 
-def _positions(place: Place, pairs: Sequence[RunPair]) -> frozenset[int]:
-    """Which concatenations of a forward these are; none where that changes from run to run."""
+def _positions(place: Place, pairs: Sequence[RunPair], *, own: bool) -> frozenset[int]:
+    """Which concatenations of a forward these are; none where that changes from run to run.
+
+    Args:
+        place: What joins.
+        pairs: The runs.
+        own: Whether those in the code of modules that the forward calls do not count.
+    """
     patterns: dict[tuple[int, int], list[bool]] = {}
     for index, (first, _) in enumerate(pairs):
         for cat in first.cats:
-            if place.name in cat.owners:
+            if place.name in (cat.owners[-1:] if own else cat.owners):
                 number = cat.around[cat.owners.index(place.name)]
                 channels = tuple(int(part.shape[1]) for part in cat.parts)
                 patterns.setdefault((index, number), []).append(channels == place.channels)
-    found = {tuple(pattern) for pattern in patterns.values()}
-    (pattern,) = found if len(found) == 1 else ((),)
+    different = {tuple(pattern) for pattern in patterns.values()}
+    (pattern,) = different if len(different) == 1 else ((),)
     return frozenset(index for index, is_own in enumerate(pattern) if is_own)

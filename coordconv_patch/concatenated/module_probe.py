@@ -1,4 +1,4 @@
-"""Modules that join coordinates and a convolution, tried out alone, without the model around them."""
+"""Modules that join coordinates and a convolution, tried out without the model around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.concatenated.example_images import other_images
 from coordconv_patch.concatenated.recognition import Recognised, Recognition, RunPair, recognise
-from coordconv_patch.concatenated.recording import record
+from coordconv_patch.concatenated.recorded_run import record
 from coordconv_patch.concatenated.sightings import convolution_in, may_be_rewritten
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import join_names
@@ -26,7 +26,7 @@ _MOST_CHANNELS = 5
 
 
 def recognise_alone(model: nn.Module) -> Recognition:
-    """As :func:`~coordconv_patch.concatenated.recognition.recognise`, of modules tried out alone."""
+    """What :func:`~coordconv_patch.concatenated.recognition.recognise` says of modules alone."""
     result = Recognition()
     for name, module in model.named_modules():
         conv = convolution_in(module) if name and may_be_rewritten(module) else None
@@ -34,17 +34,17 @@ def recognise_alone(model: nn.Module) -> Recognition:
             continue
         inner = next(inner for inner, each in module.named_modules() if each is conv)
         own = recognise_one(module, conv)
-        for found in own.convolutions.values():
-            if found.places[0].kind == "layer":
-                inside = found.places[0].name.partition(".")[2]
-                result.convolutions[join_names(name, inner)] = _renamed(found, name, inner, inside)
+        for each in own.convolutions.values():
+            if each.places[0].kind == "layer":
+                inside = each.places[0].name.partition(".")[2]
+                result.convolutions[join_names(name, inner)] = _renamed(each, name, inner, inside)
         result.refused |= {join_names(name, inner): why for why in own.refused.values()}
     return result
 
 
-def _renamed(found: Recognised, name: str, inner: str, inside: str) -> Recognised:
-    place = replace(found.places[0], name=join_names(name, inside))
-    return replace(found, conv=join_names(name, inner), places=(place,))
+def _renamed(each: Recognised, name: str, inner: str, inside: str) -> Recognised:
+    place = replace(each.places[0], name=join_names(name, inside))
+    return replace(each, conv=join_names(name, inner), places=(place,))
 
 
 def recognise_one(module: nn.Module, conv: _ConvNd) -> Recognition:
