@@ -132,10 +132,7 @@ class RadiusCandidate:
         yield Reading(
             f"r from {center:.6g}",
             max(_relative(fit, radius) for fit, radius in zip(fits, radii, strict=True)),
-            fields={
-                "radius": True,
-                "radius_center": None if abs(center - middle) < TOLERANCE else center,
-            },
+            fields={"radius": True, "radius_center": center},
         )
         for each in dict.fromkeys((middle, 0.0, 0.5)):
             distances = [_distance(point, each) for point in points]

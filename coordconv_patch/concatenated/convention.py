@@ -88,6 +88,8 @@ def _joined_fields(readings: Sequence[Reading], ndim: int) -> Mapping[str, Any] 
         ):
             return None
         joined |= fields
+    if joined.get("radius_center") == sum(joined["value_range"]) / 2:
+        joined["radius_center"] = None
     return joined
 
 
