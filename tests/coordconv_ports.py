@@ -332,3 +332,14 @@ class ComputedCoordConv(nn.Module):
         else:
             grid = BufferedCoordConv.grid(size, self.style)
         return self.conv(torch.cat((x, grid.expand(len(x), -1, -1, -1)), 1))
+
+
+class HalfImage(nn.Module):
+    """Runs a module in bfloat16 on images in float32."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.bfloat16()).float()

@@ -15,7 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CANDIDATES", "TOLERANCE", "AxisCandidate", "Candidate", "RadiusCandidate", "Reading"]
+__all__ = [
+    "AXES",
+    "CANDIDATES",
+    "TOLERANCE",
+    "AxisCandidate",
+    "Candidate",
+    "RadiusCandidate",
+    "Reading",
+]
 
 TOLERANCE = 1e-5
 """Largest deviation of a channel from its formula, relative to its largest value (or to 1).

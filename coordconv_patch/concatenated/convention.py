@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coordconv_patch.concatenated.channel_readings import CANDIDATES, TOLERANCE, Reading
+from coordconv_patch.concatenated.channel_readings import AXES, CANDIDATES, TOLERANCE, Reading
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coordinates import Coordinates
 
@@ -94,10 +94,8 @@ def _joined_fields(readings: Sequence[Reading], ndim: int) -> Mapping[str, Any] 
 
 
 def _order(axes: str, ndim: int) -> str | None:
-    names = "xyz"[:ndim]
-    return (
-        {names: "xy", names[::-1]: "yx"}.get(axes) if ndim > 1 else ("xy" if axes == "x" else None)
-    )
+    names = "".join(AXES[:ndim])
+    return {names[::-1]: "yx", names: "xy"}.get(axes)  # of one axis "xy"
 
 
 def _deviation(coords: Coordinates, grid: Tensor) -> float:

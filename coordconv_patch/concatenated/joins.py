@@ -2,7 +2,7 @@
 
 A module that concatenates coordinates in its own code, ``self.conv(torch.cat([x, c], 1))``, keeps
 its code: a copy of it, by a trace say, cannot be proven equal. Its class is replaced in place by
-a subclass, whose forward runs under a torch function mode in which the chosen calls of
+a subclass, whose methods run under a torch function mode in which the chosen calls of
 ``torch.cat`` give ``x`` alone. What makes ``c`` still runs, and nobody reads it: exporters and
 compilers leave it out.
 """
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from coordconv_patch.owners.call_owners import own_methods
 
 __all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_", "owner_obstacle"]
 
@@ -49,7 +51,7 @@ class Join:
 
 
 class JoinOwner(nn.Module):
-    """Mixed in before the class of a module in whose forward coordinates are left out."""
+    """Mixed in before the class of a module in whose code coordinates are left out."""
 
     _joining_class: type[nn.Module]
     """The class that the module has otherwise."""
@@ -87,24 +89,34 @@ def _owner_class(joining: type[nn.Module]) -> type[JoinOwner]:
             "__module__": joining.__module__,
             "__qualname__": joining.__qualname__,
             "__doc__": joining.__doc__,
-            "forward": _without_coordinates(joining),
         }
+        methods = {name: _without_coordinates(joining, name) for name in own_methods(joining)}
         metaclass: Any = type(joining)
-        kind = metaclass(joining.__name__, (JoinOwner, joining), own)
+        kind = metaclass(joining.__name__, (JoinOwner, joining), own | methods)
         _OWNER_CLASSES.setdefault(joining, kind)  # another thread may have been faster
     return _OWNER_CLASSES[joining]
 
 
-def _without_coordinates(joining: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(joining.forward)
-    def forward(self: JoinOwner, *args: Any, **kwargs: Any) -> Any:
-        method = joining.forward  # looked up anew: classes get other methods at run time
-        if not self._joins:
+def _without_coordinates(joining: type[nn.Module], name: str) -> Callable[..., Any]:
+    """A method in which coordinates are left out; a model may be called by others than forward."""
+
+    @functools.wraps(getattr(joining, name))
+    def entered(self: JoinOwner, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(joining, name)  # looked up anew: classes get other methods at run time
+        if not self._joins or _is_entered(self):
             return method(self, *args, **kwargs)
-        with _LeavingOut(self._joins):
+        with _LeavingOut(self, self._joins):
             return method(self, *args, **kwargs)
 
-    return forward
+    return entered
+
+
+def _is_entered(owner: JoinOwner) -> bool:
+    """Whether a method of the same owner calls this one."""
+    return any(
+        type(mode) is _LeavingOut and mode.owner is owner
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    )
 
 
 def owner_obstacle(owner: nn.Module) -> str:
@@ -127,8 +139,9 @@ def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
 class _LeavingOut(TorchFunctionMode):
     """While entered, some concatenations give what they have besides coordinates."""
 
-    def __init__(self, joins: Sequence[Join]) -> None:
+    def __init__(self, owner: nn.Module, joins: Sequence[Join]) -> None:
         super().__init__()
+        self.owner = owner
         self.joins = joins
         self.seen = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -130,6 +131,11 @@ def _checked(model: nn.Module, name: str, conv: _ConvNd) -> Padding:
         raise PatchError(
             f"it has groups={conv.groups}: its groups see different channels, and only some of "
             "them the coordinates"
+        )
+    if torch.finfo(conv.weight.dtype).eps > torch.finfo(torch.float32).eps:
+        raise PatchError(
+            f"in {conv.weight.dtype} coordinates are rounded too much to be read: import "
+            "model.float(), and convert the result"
         )
     if "weight" not in conv._parameters:
         raise PatchError(

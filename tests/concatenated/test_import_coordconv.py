@@ -210,6 +210,14 @@ def test_a_forward_of_its_own_keeps_class_and_code_and_concatenates_no_more() ->
     assert concatenated == [(1, 1)] * 2
 
 
+def test_other_methods_than_forward_leave_the_coordinates_out_too() -> None:
+    model = ports.Solo().eval()
+    after = imported(model).model
+    feature = torch.randn(2, 8, 6, 5)
+    before, now = model.head.forward_single(feature), after.head.forward_single(feature)
+    assert difference(before, now) < 1e-6
+
+
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
 def test_what_was_imported_is_copied_and_saved(way: str) -> None:
     model = imported(ports.Solo().eval()).model
@@ -411,6 +419,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "some calls only": (Sometimes, "conv: 2 of its 4 calls see no coordinates"),
     "a shared weight": (shared, "3: it shares its weight with 4"),
     "a parametrized weight": (parametrized, "3: its weight is parametrized or pruned"),
+    "half precision": (
+        lambda: ports.HalfImage(ports.ToolbeltCoordConv(3, 4, kernel_size=1)).bfloat16(),
+        "inner.conv: in torch.bfloat16 coordinates are rounded too much to be read: import model.f",
+    ),
     "nothing": (net, "no convolution of the model sees coordinate channels beside an image"),
 }
 
