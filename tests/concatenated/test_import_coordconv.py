@@ -341,6 +341,21 @@ def test_what_a_module_does_after_its_convolution_stays(after: Callable[[Tensor]
         assert_same_outputs(model, report.model)
 
 
+def test_what_a_module_does_to_the_output_in_place_stays() -> None:
+    """The module returns the very tensor that its convolution returned."""
+
+    class Activated(ports.MkocabasCoordConv):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu_()
+
+    model = net(Activated(6, 5, kernel_size=3))
+    report = imported(model)
+    assert [site.name for site in report.sites] == ["2.conv"]
+    assert_same_outputs(model, report.model)
+    with pytest.raises(ccp.PatchError, match="no module of the model joins coordinates"):
+        ccp.import_coordconv(model)
+
+
 def test_dropout_behind_the_convolution_is_not_lost() -> None:
     """In evaluation mode it returns its input itself, as if it were not there."""
 

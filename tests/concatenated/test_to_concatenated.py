@@ -109,6 +109,15 @@ def test_it_is_unpickled_where_this_package_is_not(tmp_path: Path) -> None:
     assert ran.stdout.strip().endswith("['coordconv_patch']"), ran.stderr
 
 
+def test_a_graph_that_does_not_give_the_convention_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: plain(x, dim) * 2)
+    with pytest.raises(ccp.PatchError, match="cannot be written as plain torch operations"):
+        ccp.to_concatenated(ccp.patch(nn.Conv2d(3, 4, 3), "all"))
+
+
 def test_there_and_back_again() -> None:
     model = patched("mkocabas")
     report = ccp.import_coordconv(ccp.to_concatenated(model), torch.randn(2, 3, 16, 23))
