@@ -92,6 +92,8 @@ def recognise(model: nn.Module, pairs: Sequence[RunPair]) -> Recognition:
     for name, each in seen.items():
         calls = sum(call.name == name for first, _ in pairs for call in first.convolutions)
         try:
+            if any(name in first.with_more for first, _ in pairs):
+                raise PatchError("it is called with more than its input, such as output_size")
             result.convolutions[name] = _recognised(model, each, calls)
         except PatchError as error:
             result.refused[name] = str(error)
@@ -196,6 +198,8 @@ def _obstacle(
         return f"{place.name}, which joins image and coordinates, has hooks, which would be lost"
     if place.kind == "layer":
         return ""
+    if place.steps > 1:
+        return f"{place.name or 'the model'} joins image and coordinates in {place.steps} steps"
     if place.kind == "cat" and owner_obstacle(module):
         return owner_obstacle(module)
     own = {name for name, each in result.convolutions.items() if not each.still_joined}

@@ -66,6 +66,7 @@ class Run:
         cats: Concatenations, in order.
         convolutions: Calls of convolution modules, in order.
         modules: Calls of modules that may be rewritten, by their numbers.
+        with_more: Convolution modules that were called with more than an input.
         uses: For the output of a concatenation or such a module, by identity, which functions
             took it and in which module's code.
     """
@@ -73,6 +74,7 @@ class Run:
     cats: list[CatCall] = field(default_factory=list)
     convolutions: list[ModuleCall] = field(default_factory=list)
     modules: dict[int, ModuleCall] = field(default_factory=dict)
+    with_more: set[str] = field(default_factory=set)
     uses: dict[int, set[tuple[str, str]]] = field(default_factory=dict)
 
 
@@ -147,6 +149,10 @@ class _Recorder(TorchFunctionMode):
                 return
             number = self._running.pop()[1]
             given = (*args, *kwargs.values())
+            if isinstance(module, _ConvNd):
+                if len(given) > 1:
+                    self.run.with_more.add(name)
+                given = given[:1]
             if len(given) != 1 or not all(isinstance(each, Tensor) for each in (*given, output)):
                 return
             owners, around = self._stack()

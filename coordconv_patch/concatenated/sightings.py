@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +37,14 @@ class Place:
         name: Qualified name of the module.
         channels: For ``"cat"`` the channels of each part; empty otherwise.
         kept: For ``"cat"`` which parts are the image: ``(first, end)``.
+        steps: For ``"cat"`` how many concatenations it takes: of the last one are the others.
     """
 
     kind: Literal["layer", "module", "cat"]
     name: str
     channels: tuple[int, ...] = ()
     kept: tuple[int, int] = (0, 1)
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def sightings(model: nn.Module, first: Run, second: Run) -> list[Sighting]:
         if sighting is None and number is not None:
             sighting = _behind_module(one, other, first.modules[number], second.modules.get(number))
         if sighting is None and index is not None and len(first.cats) == len(second.cats):
-            sighting = _behind_cat(one, first.cats[index], second.cats[index])
+            sighting = _behind_cat(one, index, cats, first, second)
         if sighting is not None:
             seen.append(sighting)
     return seen
@@ -188,16 +191,29 @@ def _grid(channels: Tensor, channels_then: Tensor) -> Tensor | None:
     return channels[0].detach().to("cpu", torch.float64)
 
 
-def _behind_cat(one: ModuleCall, cat: CatCall, then: CatCall) -> Sighting | None:
+def _behind_cat(
+    one: ModuleCall, index: int, cats: Mapping[int, int], first: Run, second: Run
+) -> Sighting | None:
     """A call on the result of a concatenation some parts of which are the same in both runs."""
-    joined = _image_and_coordinates(cat, then)
+    cat = first.cats[index]
+    joined = _image_and_coordinates(cat, second.cats[index])
     if joined is None or not cat.owners:
         return None
     kept, grid = joined
+    is_first, steps = kept[0] > 0, 1
+    image = cat.parts[kept[0] : kept[1]]
+    # r is concatenated by itself in some code, to an image that has x and y already.
+    while len(image) == 1 and (inner := cats.get(id(image[0]))) is not None:
+        joined = _image_and_coordinates(first.cats[inner], second.cats[inner])
+        if joined is None or (joined[0][0] > 0) != is_first:
+            break
+        (start, end), more = joined
+        grid = torch.cat((grid, more) if is_first else (more, grid))
+        image, steps = first.cats[inner].parts[start:end], steps + 1
     channels = tuple(int(part.shape[1]) for part in cat.parts)
-    place = Place("cat", cat.owners[-1], channels, kept)
-    image_channels = sum(channels[kept[0] : kept[1]])
-    return Sighting(one.name, place, id(cat.output), image_channels, kept[0] > 0, grid)
+    place = Place("cat", cat.owners[-1], channels, kept, steps)
+    image_channels = sum(int(part.shape[1]) for part in image)
+    return Sighting(one.name, place, id(cat.output), image_channels, is_first, grid)
 
 
 def _image_and_coordinates(cat: CatCall, then: CatCall) -> tuple[tuple[int, int], Tensor] | None:

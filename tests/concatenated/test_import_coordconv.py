@@ -292,6 +292,25 @@ def test_what_reads_the_coordinates_elsewhere_keeps_them() -> None:
         assert torch.equal(after(X)[0], pickle.loads(pickle.dumps(after))(X)[0])
 
 
+def test_coordinates_that_are_joined_in_several_steps() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            joined = ports.toolbelt_append_coords(x, True, False)
+            joined = torch.cat([torch.cat([x, joined[:, 3:5]], 1), joined[:, 5:]], 1)
+            return self.norm(self.conv(joined))
+
+    model = Steps().eval()
+    report = imported(model)
+    assert report.sites[0].channels == ("x", "y", "r")
+    assert "the model joins image and coordinates in 2 steps" in report.sites[0].was
+    assert_same_outputs(model, report.model)
+
+
 def test_hooks_on_a_module_are_kept() -> None:
     model = net(ports.MkocabasCoordConv(6, 5, kernel_size=3))
     calls: list[int] = []
@@ -381,6 +400,16 @@ class Functional(nn.Module):
         return F.conv2d(ports.toolbelt_append_coords(x, False, False), self.weight)
 
 
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(5, 5, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [2 * x.shape[2] + 2, 2 * x.shape[3] + 2]
+        return self.conv(ports.toolbelt_append_coords(x, False, False), size)
+
+
 class Sometimes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -431,6 +460,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "3: it has groups=2",
     ),
     "a function": (Functional, "conv2d in the model: it is a convolution function: make it a"),
+    "an output size": (Sized, "conv: it is called with more than its input, such as output_size"),
     "some calls only": (Sometimes, "conv: 2 of its 4 calls see no coordinates"),
     "a shared weight": (shared, "3: it shares its weight with 4"),
     "a parametrized weight": (parametrized, "3: its weight is parametrized or pruned"),
