@@ -5,6 +5,10 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.concatenated.checkpoint import load_concatenated, load_concatenated_
+from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
+from coordconv_patch.concatenated.report import ImportedSite, ImportReport
+from coordconv_patch.concatenated.to_concatenated import to_concatenated
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -67,6 +71,8 @@ __all__ = [
     "CoordinatesError",
     "ExportError",
     "ExportReport",
+    "ImportReport",
+    "ImportedSite",
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
@@ -83,7 +89,11 @@ __all__ = [
     "fold_with",
     "forget_left_behind_",
     "from_exported",
+    "import_coordconv",
+    "import_coordconv_",
     "layer_status",
+    "load_concatenated",
+    "load_concatenated_",
     "load_coords",
     "load_coords_",
     "param_groups",
@@ -96,6 +106,7 @@ __all__ = [
     "save_coords",
     "set_window_",
     "survey",
+    "to_concatenated",
     "train_only_coords_",
     "unpatch",
     "unpatch_",

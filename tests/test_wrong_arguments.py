@@ -49,6 +49,11 @@ TAKES_A_MODULE: dict[str, Callable[[Any, Given], Any]] = {
     "plan": lambda wrong, _: ccp.plan(wrong, "first"),
     "unpatch": lambda wrong, _: ccp.unpatch(wrong),
     "unpatch_": lambda wrong, _: ccp.unpatch_(wrong),
+    "import_coordconv": lambda wrong, _: ccp.import_coordconv(wrong, X),
+    "import_coordconv_": lambda wrong, _: ccp.import_coordconv_(wrong),
+    "load_concatenated": lambda wrong, _: ccp.load_concatenated(wrong, {}),
+    "load_concatenated_": lambda wrong, _: ccp.load_concatenated_(wrong, {}),
+    "to_concatenated": lambda wrong, _: ccp.to_concatenated(wrong),
     "set_window_": lambda wrong, _: ccp.set_window_(wrong, None),
     "coord_parameters": lambda wrong, _: ccp.coord_parameters(wrong),
     "param_groups": lambda wrong, _: ccp.param_groups(wrong, lr=0.1),
@@ -138,6 +143,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
             lambda given, inputs: ccp.patch(given.plain, "first", example_inputs=inputs),
             lambda given, inputs: ccp.patch_(given.plain, "first", example_inputs=inputs),
             lambda given, inputs: ccp.plan(given.plain, "first", example_inputs=inputs),
+            lambda given, inputs: ccp.import_coordconv_(given.plain, inputs),
             lambda given, inputs: ccp.export_onnx(given.patched, given.folder / "a.onnx", inputs),
             lambda given, inputs: verify(given, example_inputs=inputs),
         )
@@ -214,6 +220,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
     (lambda given: verify(given, disabled_optimizers=3), "disabled_optimizers=3 is an int"),
     (lambda given: export(given, dynamic_batch="no"), "dynamic_batch='no' is a str: write True or"),
     (lambda given: export(given, dynamic_size=1), "dynamic_size=1 is an int: write True or False"),
+    (lambda given: ccp.import_coordconv(given.plain, X, check=1), "check=1 is an int: write True"),
     (lambda given: ccp.unpatch(given.patched, discard="no"), "discard='no' is a str: write True"),
     (lambda given: ccp.unpatch_(given.patched, discard=None), "discard=None: write True or False"),
     (

@@ -41,6 +41,7 @@ __all__ = [
     "CallOwner",
     "add_to_owner_",
     "geometry_of_calls",
+    "own_methods",
     "owned_calls",
     "owner_obstacle",
     "remove_from_owner_",
@@ -98,7 +99,7 @@ def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
     """
     made: Any = _OWNER_CLASSES.get(plain)
     if made is None:
-        methods = {name: _under_mode(plain, name) for name in _own_methods(plain)}
+        methods = {name: _under_mode(plain, name) for name in own_methods(plain)}
         own: dict[str, Any] = {
             "_plain_class": plain,
             "__module__": plain.__module__,
@@ -110,7 +111,7 @@ def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
     return _OWNER_CLASSES.setdefault(plain, made)  # another thread may have made one meanwhile
 
 
-def _own_methods(plain: type[nn.Module]) -> list[str]:
+def own_methods(plain: type[nn.Module]) -> list[str]:
     """Names of the methods that a class adds to nn.Module, its forward among them.
 
     Not the forward alone: callers may begin at another method (``vae.encode(x)``), and gradient

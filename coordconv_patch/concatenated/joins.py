@@ -1,0 +1,168 @@
+"""The concatenations that are left out of a module's forward once its convolution has coordinates.
+
+A module that concatenates coordinates in its own code, ``self.conv(torch.cat([x, c], 1))``, keeps
+its code: a copy of it, by a trace say, cannot be proven equal. Its class is replaced in place by
+a subclass, whose methods run under a torch function mode in which the chosen calls of
+``torch.cat`` give ``x`` alone. What makes ``c`` still runs, and nobody reads it: exporters and
+compilers leave it out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from coordconv_patch.owners.call_owners import own_methods
+
+__all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_", "owner_obstacle"]
+
+CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
+"""The names of ``torch.cat``."""
+
+
+def cat_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], int]:
+    """What a call of ``torch.cat`` concatenates, and along which dimension."""
+    given = dict(zip(("tensors", "dim"), args, strict=False)) | dict(kwargs)
+    return tuple(given["tensors"]), int(given.get("dim", given.get("axis", 0)))
+
+
+@dataclass(frozen=True)
+class Join:
+    """A concatenation whose coordinates are left out.
+
+    Attributes:
+        channels: Channels of each part.
+        kept: Which parts are left: ``(first, end)``.
+        positions: Which calls of ``torch.cat`` these are in one forward of the owner, counted
+            over all (of a GraphModule: over its own), for tracers and graphs, which know no
+            channels; empty if that changes from run to run.
+    """
+
+    channels: tuple[int, ...]
+    kept: tuple[int, int]
+    positions: frozenset[int] = frozenset()
+
+
+class JoinOwner(nn.Module):
+    """Mixed in before the class of a module in whose code coordinates are left out."""
+
+    _joining_class: type[nn.Module]
+    """The class that the module has otherwise."""
+    _joins: tuple[Join, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not passed on: a library that registers its subclasses would take this for one."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so it is put back on what the other one gives.
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not _OWNER_CLASSES.get(self._joining_class) or isinstance(reduced, str):
+            return reduced
+        make, arguments, *rest = reduced
+        other = self._joining_class
+        arguments = tuple(other if each is type(self) else each for each in arguments)
+        return _rebuilt, (other, make, arguments), *rest
+
+
+def _rebuilt(joining: type[nn.Module], make: Callable[..., Any], arguments: Any) -> Any:
+    module = make(*arguments)
+    if type(module) is joining:
+        module.__class__ = _owner_class(joining)
+    return module
+
+
+_OWNER_CLASSES: dict[type[nn.Module], type[JoinOwner]] = {}
+
+
+def _owner_class(joining: type[nn.Module]) -> type[JoinOwner]:
+    """The class of an owner, by the class that it had; it has that one's name."""
+    if joining not in _OWNER_CLASSES:
+        own: dict[str, Any] = {
+            "_joining_class": joining,
+            "__module__": joining.__module__,
+            "__qualname__": joining.__qualname__,
+            "__doc__": joining.__doc__,
+        }
+        methods = {name: _without_coordinates(joining, name) for name in own_methods(joining)}
+        metaclass: Any = type(joining)
+        kind = metaclass(joining.__name__, (JoinOwner, joining), own | methods)
+        _OWNER_CLASSES.setdefault(joining, kind)  # another thread may have been faster
+    return _OWNER_CLASSES[joining]
+
+
+def _without_coordinates(joining: type[nn.Module], name: str) -> Callable[..., Any]:
+    """A method in which coordinates are left out; a model may be called by others than forward."""
+
+    @functools.wraps(getattr(joining, name))
+    def entered(self: JoinOwner, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(joining, name)  # looked up anew: classes get other methods at run time
+        if not self._joins or _is_entered(self):
+            return method(self, *args, **kwargs)
+        with _LeavingOut(self, self._joins):
+            return method(self, *args, **kwargs)
+
+    return entered
+
+
+def _is_entered(owner: JoinOwner) -> bool:
+    """Whether a method of the same owner calls this one."""
+    return any(
+        type(mode) is _LeavingOut and mode.owner is owner
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    )
+
+
+def owner_obstacle(owner: nn.Module) -> str:
+    """Why coordinates cannot be left out of a module's forward; empty if they can."""
+    name = type(owner).__name__
+    if "forward" in vars(owner):
+        return f"the forward of {name}, which joins them, is replaced on the instance"
+    if isinstance(owner, torch.jit.ScriptModule) or parametrize.is_parametrized(owner):
+        return f"the class of {name}, which joins them, cannot be replaced"
+    return ""
+
+
+def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
+    """Leave coordinates out of a module's concatenations from now on, in place."""
+    if not isinstance(owner, JoinOwner):
+        owner.__class__ = _owner_class(type(owner))
+    owner.__dict__["_joins"] = (*owner.__dict__.get("_joins", ()), *joins)
+
+
+class _LeavingOut(TorchFunctionMode):
+    """While entered, some concatenations give what they have besides coordinates."""
+
+    def __init__(self, owner: nn.Module, joins: Sequence[Join]) -> None:
+        super().__init__()
+        self.owner = owner
+        self.joins = joins
+        self.seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func not in CATS:
+            return func(*args, **kwargs)
+        parts, dim = cat_arguments(args, kwargs)
+        position = self.seen
+        self.seen += 1
+        for join in self.joins:
+            if _is_call_of(join, parts, dim, position):
+                kept = parts[join.kept[0] : join.kept[1]]
+                return kept[0] if len(kept) == 1 else func(list(kept), dim=dim)
+        return func(*args, **kwargs)
+
+
+def _is_call_of(join: Join, parts: Sequence[Any], dim: int, position: int) -> bool:
+    if any(isinstance(part, fx.Proxy) for part in parts):
+        return position in join.positions
+    return len(parts) == len(join.channels) and all(
+        part.dim() > 2 and dim % part.dim() == 1 and part.shape[1] == channels
+        for part, channels in zip(parts, join.channels, strict=True)
+    )
