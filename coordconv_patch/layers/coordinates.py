@@ -334,19 +334,9 @@ class Coordinates:
         """Each channel's values at any pixels, elementwise, see :class:`AxisPixels`.
 
         The window does not matter: the pixels say themselves where they lie.
-
-        Raises:
-            CoordinatesError: If a block gives another number of channels than it names.
         """
-        channels: list[Tensor] = []
-        for block in self.blocks(len(positions)):
-            values, names = block.values(positions), block.names(len(positions))
-            if len(values) != len(names):
-                raise CoordinatesError(
-                    f"{block} gives {len(values)} channels, but names {len(names)}: {names}"
-                )
-            channels += values
-        return channels
+        blocks = self.blocks(len(positions))
+        return [values for block in blocks for values in block.values(positions)]
 
     def lines(
         self,
@@ -381,7 +371,13 @@ class Coordinates:
         # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
         # tensor made in inference mode could not be used for training later.
         with torch.inference_mode(False):
-            return self._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)
+            grid = self._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)
+        names = self.channel_names(len(size))
+        if len(grid) != len(names):
+            raise CoordinatesError(
+                f"{self} gives {len(grid)} channels, but names {len(names)}: {', '.join(names)}"
+            )
+        return grid
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Coordinates)}
