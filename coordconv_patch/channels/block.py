@@ -73,19 +73,22 @@ class ChannelBlock(ABC):
             CoordinatesError: If a field is something that a file cannot hold.
         """
         fields: dict[str, Any] = {"kind": self.kind}
-        for field, value in _changed_fields(self).items():
-            _check_plain(value, f"{type(self).__name__}: {field}={excerpt(value)}")
-            fields[field] = value
-        return fields
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check_plain(value, f"{type(self).__name__}: {field.name}={excerpt(value)}")
+        return fields | _changed_fields(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ChannelBlock:
         """Inverse of :meth:`to_dict`, from parsed JSON, whose fields may hold anything.
 
         Raises:
-            CoordinatesError: If a field is unknown (a newer version wrote it) or invalid.
+            CoordinatesError: If it is of another kind, or a field is unknown (a newer version
+                wrote it) or invalid.
         """
         what = f"channel block {cls.kind!r}"
+        if fields.get("kind") != cls.kind:
+            raise CoordinatesError(f"{what}: {excerpt(dict(fields))} has another kind")
         values = {name: value for name, value in fields.items() if name != "kind"}
         unknown = set(values) - {field.name for field in dataclasses.fields(cls) if field.init}
         if unknown:
