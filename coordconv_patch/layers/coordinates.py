@@ -99,7 +99,7 @@ class Coordinates:
     window: Window | None = None
     swap_sizes: bool = False
     channels: tuple[ChannelBlock, ...] = ()
-    _usual_blocks: ClassVar[tuple[tuple[ChannelBlock, ...], ...]]
+    _usual_blocks: ClassVar[tuple[tuple[ChannelBlock, ...], ...]] = ()
 
     def __post_init__(self) -> None:
         refuse_subclass(self, Coordinates)
@@ -119,20 +119,21 @@ class Coordinates:
             object.__setattr__(self, "radius_center", radius_center_of(self.radius_center))
         object.__setattr__(self, "channels", blocks_of(self.channels))
         check_combination(self.__dict__, _DEFAULTS)
-        self._keep_usual_blocks()
+        self._kept_usual_blocks()
 
-    def _keep_usual_blocks(self) -> None:
-        """Keep what the fields are short for: it is wanted in captured code, too."""
+    def _kept_usual_blocks(self) -> tuple[tuple[ChannelBlock, ...], ...]:
+        """What the fields are short for, by dimensions; kept, as captured code wants it too."""
         fields = {name: getattr(self, name) for name in SHORT_FIELDS}
         usual = tuple(usual_blocks(ndim, **fields) for ndim in (1, 2, 3))
         object.__setattr__(self, "_usual_blocks", usual)
+        return usual
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._keep_usual_blocks()
+        self._kept_usual_blocks()
 
     @classmethod
     def preset(cls, name: str, *, radius: bool = False) -> Coordinates:
@@ -181,7 +182,7 @@ class Coordinates:
         """
         if not 1 <= ndim <= len(AXIS_NAMES):
             raise CoordinatesError(f"{ndim} spatial dimensions: coordinates know 1, 2 or 3")
-        return self.channels or self._usual_blocks[ndim - 1]
+        return self.channels or (self._usual_blocks or self._kept_usual_blocks())[ndim - 1]
 
     def channel_names(self, ndim: int) -> tuple[str, ...]:
         """Names of the K channels for ``ndim`` spatial dimensions, in their order."""

@@ -197,11 +197,15 @@ def test_windows_are_set_beside_channels() -> None:
 
 
 def test_a_plan_says_which_channels() -> None:
-    plan = ccp.plan(Net(), "all", coords=Coordinates(channels=CONVENTIONS["ring"]))
-    assert "sin(2πx)" in str(plan) or "Fourier(axes='x'" in str(plan)
+    coords = Coordinates(channels=CONVENTIONS["ring"])
+    plan = ccp.plan(nn.Conv2d(3, 4, 1), "all", coords=coords, example_inputs=torch.ones(1, 3, 1, 1))
+    assert "(Axes(axes='y'), Fourier(axes='x', octaves=2, centring='edges'))" in str(plan)
+    assert [row.note for row in plan.rows] == ["its input is one pixel"]  # where cos is 1
+    assert plan.rows[0].parameters == 5 * 4
 
 
-def test_axes_that_the_convolution_does_not_have(tmp_path: Path) -> None:
-    coords = Coordinates(channels=(Axes("z"),))
-    with pytest.raises(ccp.CoordConvPatchError, match="axes='z' has 'z'"):
-        ccp.patch(Net(), "all", coords=coords)
+def test_axes_that_a_convolution_does_not_have() -> None:
+    model, coords = nn.Sequential(nn.Conv2d(3, 4, 1)), Coordinates(channels=(Axes("z"),))
+    with pytest.raises(ccp.CoordinatesError, match="0: axes='z' has 'z'"):
+        ccp.patch_(model, "all", coords=coords)
+    assert type(model[0]) is nn.Conv2d
