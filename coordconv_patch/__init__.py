@@ -5,6 +5,12 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.channels.axes import Axes
+from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.fourier import Fourier
+from coordconv_patch.channels.positions import AxisPixels
+from coordconv_patch.channels.radius import Radius
+from coordconv_patch.channels.registry import register_channel_block
 from coordconv_patch.concatenated.checkpoint import load_concatenated, load_concatenated_
 from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
 from coordconv_patch.concatenated.report import ImportedSite, ImportReport
@@ -58,6 +64,9 @@ from coordconv_patch.weights.save_load import load_coords, load_coords_, save_co
 
 __all__ = [
     "ArgumentError",
+    "Axes",
+    "AxisPixels",
+    "ChannelBlock",
     "Check",
     "CoordConv1d",
     "CoordConv2d",
@@ -71,12 +80,14 @@ __all__ = [
     "CoordinatesError",
     "ExportError",
     "ExportReport",
+    "Fourier",
     "ImportReport",
     "ImportedSite",
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
     "Plan",
+    "Radius",
     "SelectionError",
     "Site",
     "WeightsError",
@@ -100,6 +111,7 @@ __all__ = [
     "patch",
     "patch_",
     "plan",
+    "register_channel_block",
     "register_folding_method",
     "register_lowering",
     "register_selector",

@@ -112,7 +112,10 @@ class Scaled(Functional):
 
 
 def functions_patched(model: nn.Module) -> nn.Module:
-    return ccp.patch(model, "all", example_inputs=torch.zeros(1, 3, 9, 9))
+    radius = ccp.Radius(center=(0.0, 0.5), axes="yx", normalized=True)
+    blocks = (ccp.Axes("y", (2.0, 0.0), "edges"), radius, ccp.Fourier("x", octaves=2, period=1.5))
+    coords = ccp.Coordinates(channels=blocks)
+    return ccp.patch(model, "all", coords=coords, example_inputs=torch.zeros(1, 3, 9, 9))
 
 
 def odd_layers() -> nn.Module:
@@ -239,6 +242,7 @@ BYTE_MUTATIONS = [
 FIELDS = [
     *("radius", "fourier", "align_corners", "swap_sizes", "window", "order", "value_range"),
     *("radius_center", "calls", "groups", "padding_mode", "output_padding", "spiral", "a" * 5000),
+    *("channels", "kind", "axes", "octaves", "period", "centring", "center", "normalized"),
 ]
 """Names that a field is given, or that are added."""
 CONVENTIONS = [
@@ -247,6 +251,10 @@ CONVENTIONS = [
     *('"value_range": [-1e300, 1e300]', '"swap_sizes": true', '"radius_center": 0.5'),
     '"window": {"offset": [1, 1], "size": [2, 2], "image_size": [9, 9]}',
     '"window": {"offset": [1, 1.5], "size": [2, 2], "image_size": [9, 9]}',
+    *('"channels": [{"kind": "axes"}]', '"channels": [{"kind": "axes", "axes": "yx"}]'),
+    *('"channels": [{"kind": "radius", "center": [0, 1]}]', '"channels": [{"kind": "solar"}]'),
+    *('"channels": [{"kind": "fourier", "octaves": 1.0}]', '"channels": {"kind": "axes"}'),
+    '"channels": [{"kind": "axes", "value_range": [0, true]}, {"kind": "radius"}]',
 ]
 """Fields of a convention: possible ones and nearly possible ones."""
 
@@ -509,12 +517,34 @@ def wrong_fields(coords: ccp.Coordinates, fields: dict[str, Any]) -> str:
         elif each.name == "window" and isinstance(stored, dict):
             good = all(type(v) is int for values in stored.values() for v in values)
             stored = ccp.Window(**{k: tuple(v) for k, v in stored.items()})
+        elif each.name == "channels" and isinstance(stored, list):
+            pairs = zip(found, stored, strict=False)
+            good = len(found) == len(stored) and all(is_block(*pair) for pair in pairs)
+            stored = found if good else stored
         else:
             allowed = (int, float, type(None)) if each.name == "radius_center" else ()
             good = type(stored) in allowed if allowed else type(stored) is type(each.default)
         if not good or found != stored:
             return f"{each.name}={stored!r} was taken for {found!r}"
     return ""
+
+
+def is_block(block: ccp.ChannelBlock, fields: dict[str, Any]) -> bool:
+    """Whether a block is what its fields in a file say, types included."""
+    kinds = {"axes": ccp.Axes, "radius": ccp.Radius, "fourier": ccp.Fourier}
+    names = {each.name: each.default for each in dataclasses.fields(block)}
+    if type(block) is not kinds.get(fields["kind"]) or set(fields) - {*names, "kind"}:
+        return False
+    for name, default in names.items():
+        found, stored = getattr(block, name), fields.get(name, default)
+        if isinstance(stored, list):
+            if not all(type(value) in (int, float) for value in stored):
+                return False
+            stored = tuple(map(float, stored))
+        kind = float if type(stored) is int and type(found) is float else type(stored)
+        if type(found) is not kind or found != stored:
+            return False
+    return True
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
+from coordconv_patch.channels.registry import BLOCKS
 from coordconv_patch.export.targets import REWRITES
 from coordconv_patch.lowering.constants import CoordConstant
 from coordconv_patch.lowering.registry import LOWERINGS
@@ -23,7 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def _registries_restored() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [LOWERINGS, REWRITES, PRESETS]
+    registries: list[dict[str, Any]] = [LOWERINGS, REWRITES, PRESETS, BLOCKS]
     before = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -79,8 +80,39 @@ def test_the_lowering_of_the_page(tmp_path: Path) -> None:
     assert 0 < difference < 1e-2  # the map is in half precision, so it is not exact
 
 
+def test_the_channel_block_of_the_page(tmp_path: Path) -> None:
+    code = PAGE.read_text(encoding="utf-8").split("```python")
+    (block,) = [part.split("```")[0] for part in code if "class Diagonal(" in part]
+    names: dict[str, Any] = {"ccp": ccp, "model": model(), "__name__": __name__}
+    exec(block, names)
+    patched, plain, x = names["model"], model(), torch.randn(2, 3, 9, 8)
+    assert torch.equal(patched(x), plain(x))
+    for weight in ccp.coord_parameters(patched):
+        nn.init.normal_(weight)
+    row, column = ((torch.arange(9) + 0.5) / 9)[:, None], (torch.arange(8) + 0.5) / 8
+    x_line, y_line = torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 9)
+    channels = torch.stack(
+        (x_line.expand(9, 8), y_line[:, None].expand(9, 8), ((row + column) / 2) ** 2)
+    )
+    layer = patched[0]
+    joined = torch.cat((x, channels.expand(2, 3, 9, 8)), dim=1)
+    weight = torch.cat((layer.weight, layer.coord_weight), dim=1)
+    expected = plain[1:](nn.functional.conv2d(joined, weight, layer.bias))
+    torch.testing.assert_close(patched(x), expected, rtol=1e-5, atol=1e-5)
+    options: dict[str, Any] = {"providers": ["CPUExecutionProvider"]}
+    ccp.export_onnx(patched, tmp_path / "m.onnx", x, **options)
+    ccp.save_coords(patched, tmp_path / "c.safetensors")
+    assert torch.equal(ccp.load_coords(plain, tmp_path / "c.safetensors")(x), patched(x))
+    del BLOCKS["diagonal"]
+    with pytest.raises(ccp.WeightsError, match="no kind of channel block 'diagonal' is known here"):
+        ccp.load_coords(plain, tmp_path / "c.safetensors")
+
+
 def test_the_page_names_files_that_exist() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name in ("lowering/test_registry", "export/test_targets", "cli/test_sources"):
+    for name in (
+        *("lowering/test_registry", "export/test_targets", "cli/test_sources"),
+        "channels/test_fields",
+    ):
         assert f"tests/{name}.py" in text
         assert (Path(__file__).parent / f"{name}.py").is_file()

@@ -20,6 +20,7 @@ PREFIX = "coordconv_patch."
 
 PUBLIC = {
     *("Coordinates", "Window"),
+    *("Axes", "AxisPixels", "ChannelBlock", "Fourier", "Radius", "register_channel_block"),
     *("CoordConv1d", "CoordConv2d", "CoordConv3d"),
     *("CoordConvTranspose1d", "CoordConvTranspose2d", "CoordConvTranspose3d"),
     *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
@@ -41,6 +42,7 @@ FLOORS = [
     "arguments",
     "files",
     "running",
+    "channels",
     "layers",
     "graphs",
     "owners",

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from coordconv_patch.errors import ModelSourceError
 
@@ -44,8 +45,8 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
             state = state[key]
     if not isinstance(state, Mapping):
         raise ModelSourceError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    if state and all(str(name).startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(state, dict) and state and all(str(n).startswith("module.") for n in state):
+        consume_prefix_in_state_dict_if_present(state, "module.")  # of the metadata too
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -26,6 +26,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry, Convolution, Padding
 from coordconv_patch.layers.load_in_progress import load_in_progress
 from coordconv_patch.layers.map_cache import MapCache
+from coordconv_patch.layers.saved_convention import convention_refusal, tell_convention
 from coordconv_patch.layers.unsupported import refuse_mkldnn, refuse_script
 from coordconv_patch.running.inputs import check_is_module
 
@@ -163,6 +164,10 @@ class CoordLayer(nn.Module):
         """
         return refuse_script(self)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        tell_convention(destination, prefix, self.coords)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -173,6 +178,10 @@ class CoordLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        refusal = convention_refusal(state_dict, prefix, local_metadata, self.coords)
+        if refusal:
+            error_msgs.append(refusal)
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

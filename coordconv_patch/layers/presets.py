@@ -39,7 +39,9 @@ def preset_fields(name: object, *, radius: bool) -> dict[str, Any]:
         close = difflib.get_close_matches(name, _PRESETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise CoordinatesError(
-            f"no coordinate preset {excerpt(name)}: {hint}presets are {PRESET_NAMES}"
+            f"no coordinate preset {excerpt(name)}: {hint}presets are {PRESET_NAMES}; "
+            "other conventions are written in Python, as Coordinates(channels=...). The command "
+            "line takes these from a file of save_coords"
         )
     fields = dict(_PRESETS[name])
     if radius:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from coordconv_patch.channels.convention_fields import is_whole, refuse_subclass
 from coordconv_patch.errors import CoordinatesError, excerpt
-from coordconv_patch.layers.convention_fields import is_whole, refuse_subclass
 
 __all__ = ["Window", "window_from_fields"]
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import coord_layers
@@ -263,7 +264,7 @@ def _joined(*notes: str) -> str:
 
 def _row(choice: Choice, coords: Coordinates) -> PlanRow:
     calls = "" if choice.chosen_calls is None else str(choice.chosen_calls)
-    notes = (calls, _note(choice.site), _roi_note(choice.site))
+    notes = (calls, _note(choice.site, coords), _roi_note(choice.site))
     return PlanRow(choice, _cost(choice, coords), _joined(*notes))
 
 
@@ -271,7 +272,10 @@ def _cost(choice: Choice, coords: Coordinates) -> Cost:
     geometry, calls = choice.site.geometry, choice.site.calls
     if not choice.chosen or geometry is None:
         return Cost()
-    names = coords.channel_names(geometry.ndim)  # checks that the window fits, too
+    try:
+        names = coords.channel_names(geometry.ndim)  # checks that window and axes fit, too
+    except CoordinatesError as error:
+        raise CoordinatesError(f"{choice.site.name}: {error}") from error
     parameters = math.prod(geometry.coord_weight_shape(len(names)))
     if calls is None:
         return Cost(parameters)
@@ -282,13 +286,14 @@ def _cost(choice: Choice, coords: Coordinates) -> Cost:
     return Cost(parameters, parameters * sum(map(math.prod, sizes)))
 
 
-def _note(site: Site) -> str:
+def _note(site: Site, coords: Coordinates) -> str:
     if site.calls is None:
         return ""
     if not site.calls:
         return "never called on the example inputs"
     if all(math.prod(call.input_size) == 1 for call in site.calls):
-        return "its input is one pixel, whose coordinates are 0"
+        zero = _are_zero(coords, len(site.calls[0].input_size))
+        return "its input is one pixel" + (", whose coordinates are 0" if zero else "")
     return ""
 
 
@@ -297,6 +302,14 @@ def _roi_note(site: Site) -> str:
         return ""
     name = site.roi_operator
     return f"its coordinates are those of a region of interest ({name}), not of the picture"
+
+
+def _are_zero(coords: Coordinates, ndim: int) -> bool:
+    """Whether every coordinate of one pixel is 0."""
+    try:
+        return not coords.shared_grid((1,) * ndim).any()
+    except CoordinatesError:  # they do not fit, which matters where the site is chosen
+        return False
 
 
 def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:

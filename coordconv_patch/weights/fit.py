@@ -45,15 +45,15 @@ def check_sites(file: CoordsFile, sites: Mapping[str, Site], model: nn.Module) -
                 f"the coordinate weight of {name} is computed from other parameters (it is pruned "
                 "or parametrized): load the file first, then prune or parametrize"
             )
-        if layer is not None and tuple(layer.coord_weight.shape) != record.weight_shape:
-            raise WeightsError(
-                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} in "
-                f"the model, not {record.weight_shape}: has a wrapper flattened it?"
-            )
         if layer is not None and layer.coords != record.coords:
             raise WeightsError(
                 f"{name}: the file uses coordinates {record.coords}, the model is patched with "
                 f"{layer.coords}"
+            )
+        if layer is not None and tuple(layer.coord_weight.shape) != record.weight_shape:
+            raise WeightsError(
+                f"the coordinate weight of {name} has shape {tuple(layer.coord_weight.shape)} in "
+                f"the model, not {record.weight_shape}: has a wrapper flattened it?"
             )
         _check_chosen_calls(file, name, site, layer, model)
         if layer is None and site.obstacle:

@@ -721,8 +721,13 @@ def test_strict_loading_still_refuses_other_missing_and_misshapen_keys() -> None
     layer = CoordConv2d(3, 4, 3)
     with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
         layer.load_state_dict(nn.Conv2d(3, 4, 3, bias=False).state_dict())
+    other = CoordConv2d(3, 4, 3, coords=Coordinates(radius=True)).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"coord_weight was trained with coordinates \(x, y, r\)"
+    ):
+        layer.load_state_dict(other)
     with pytest.raises(RuntimeError, match="size mismatch for coord_weight"):
-        layer.load_state_dict(CoordConv2d(3, 4, 3, coords=Coordinates(radius=True)).state_dict())
+        layer.load_state_dict(dict(other))  # which does not tell the convention
 
 
 @pytest.mark.parametrize("frozen", [False, True])
