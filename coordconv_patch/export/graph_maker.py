@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
+import torch
 from torch import nn
 
 from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser
@@ -21,6 +22,8 @@ from coordconv_patch.export.targets import passes_for, rewrite_
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
+from coordconv_patch.lowering.unstored import Computed
+from coordconv_patch.patching.placed_model import PLACES, PlacedModel
 from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import make_session
@@ -71,7 +74,11 @@ class GraphMaker:
         """Lower, export and rewrite; the model is left as it was."""
         model, example = copy.deepcopy(self.folded), self.request.example_inputs
         lowered = lower_(model, example, choose)
+        if self.request.places:
+            model = PlacedModel(model)
         exported = export_graph(model, self.request, self.exporter)
+        if self.request.places:
+            _give_default_place_(exported.model, self.request.places)
         passes = passes_for(self.target, lowered, batch=batch_size(tensors_in(example)))
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(
@@ -81,6 +88,8 @@ class GraphMaker:
     def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
         request = self.request
+        if request.places:
+            return lambda site: Computed.name  # from the places, and constants of the sizes
         if lowering == "auto":
             weights = sum(t.numel() * t.element_size() for t in self.folded.parameters())
             return Chooser(
@@ -120,3 +129,11 @@ class GraphMaker:
             dynamic_batch=request.dynamic_batch,
         )
         return tuning.trials, lambda site: tuning.lowerings[site.name]
+
+
+def _give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
+    """Let a graph take samples for whole pictures where it is fed no places, in place."""
+    value = next(value for value in model.graph.inputs if value.name == PLACES)
+    identity = torch.eye(ndim, ndim + 1).unsqueeze(0).numpy()
+    value.const_value = onnx_ir.Tensor(identity, name=PLACES)
+    model.graph.register_initializer(value)

@@ -7,7 +7,7 @@ import numbers
 
 from coordconv_patch.errors import CoordinatesError, excerpt
 
-__all__ = ["is_whole", "radius_center_of", "refuse_subclass", "value_range_of"]
+__all__ = ["finite", "is_whole", "radius_center_of", "refuse_subclass", "value_range_of"]
 
 _LARGEST_VALUE = 1e18
 """Coordinates of at most this size have squares that are finite in float32."""
@@ -39,7 +39,7 @@ def value_range_of(value: object) -> tuple[float, float]:
         CoordinatesError: If it is not two finite numbers, the smaller first.
     """
     numbers_given = value if isinstance(value, (tuple, list)) and len(value) == 2 else (None, None)
-    low, high = map(_finite, numbers_given)
+    low, high = map(finite, numbers_given)
     if not low < high:
         raise CoordinatesError(
             f"value_range={excerpt(value)}: write two finite numbers, the smaller first, such as "
@@ -54,7 +54,7 @@ def radius_center_of(value: object) -> float:
     Raises:
         CoordinatesError: If it is not a finite number.
     """
-    center = _finite(value)
+    center = finite(value)
     if math.isnan(center):
         raise CoordinatesError(
             f"radius_center={excerpt(value)}: write a finite number, the coordinate from which r "
@@ -63,7 +63,7 @@ def radius_center_of(value: object) -> float:
     return center
 
 
-def _finite(value: object) -> float:
+def finite(value: object) -> float:
     """A real number as a float; NaN if it is none, or too large to be a coordinate."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return math.nan
