@@ -5,6 +5,12 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from coordconv_patch.channels.axes import Axes
+from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.fourier import Fourier
+from coordconv_patch.channels.positions import AxisPixels
+from coordconv_patch.channels.radius import Radius
+from coordconv_patch.channels.registry import register_channel_block
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -55,6 +61,9 @@ from coordconv_patch.weights.save_load import load_coords, load_coords_, save_co
 
 __all__ = [
     "ArgumentError",
+    "Axes",
+    "AxisPixels",
+    "ChannelBlock",
     "Check",
     "CoordConv1d",
     "CoordConv2d",
@@ -68,10 +77,12 @@ __all__ = [
     "CoordinatesError",
     "ExportError",
     "ExportReport",
+    "Fourier",
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
     "Plan",
+    "Radius",
     "SelectionError",
     "Site",
     "WeightsError",
@@ -92,6 +103,7 @@ __all__ = [
     "patch_",
     "places",
     "plan",
+    "register_channel_block",
     "register_folding_method",
     "register_lowering",
     "register_selector",

@@ -20,9 +20,11 @@ PREFIX = "coordconv_patch."
 
 PUBLIC = {
     *("Coordinates", "Window"),
+    *("Axes", "AxisPixels", "ChannelBlock", "Fourier", "Radius", "register_channel_block"),
     *("CoordConv1d", "CoordConv2d", "CoordConv3d"),
     *("CoordConvTranspose1d", "CoordConvTranspose2d", "CoordConvTranspose3d"),
     *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
+    *("places", "set_places_"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
     "from_exported",
@@ -39,6 +41,7 @@ FLOORS = [
     "arguments",
     "files",
     "running",
+    "channels",
     "layers",
     "graphs",
     "owners",

@@ -56,7 +56,7 @@ def suits_lines(
         and (input.dim() == 3 or input.shape[0] == 1)
         and weight.device.type == "cpu"
         and weight.dtype is torch.float32
-        and not coords.radius
+        and coords.is_separable(2)
         and not convolution.transposed
         and pad_modes(rule, convolution) == ("zeros", "zeros")
     )
@@ -74,7 +74,7 @@ def map_by_lines(
     Args:
         input_size: ``(H, W)`` of the input, in pixels.
         weight: The coordinate weight, shape ``(C_out, K, kH, kW)``.
-        coords: A convention without radius.
+        coords: A convention whose channels each depend on one axis.
         convolution: The convolution, or its geometry.
         rule: How it pads.
 

@@ -14,34 +14,33 @@ convolutional neural networks and the CoordConv solution"
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from coordconv_patch.errors import CoordinatesError, excerpt
-from coordconv_patch.layers.axis_positions import axis_positions
-from coordconv_patch.layers.capture import is_capturing, is_transforming
-from coordconv_patch.layers.convention_fields import (
+from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.convention_fields import (
     is_whole,
+    octaves_of,
     radius_center_of,
     refuse_subclass,
     value_range_of,
 )
+from coordconv_patch.channels.positions import AXIS_NAMES, AxisPixels
+from coordconv_patch.channels.registry import blocks_from_fields, blocks_of
+from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.layers.capture import is_capturing, is_transforming
+from coordconv_patch.layers.field_combinations import SHORT_FIELDS, check_combination
 from coordconv_patch.layers.grid_cache import GridCache
+from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.layers.presets import PRESET_NAMES, preset_fields
+from coordconv_patch.layers.usual_blocks import usual_blocks
 from coordconv_patch.layers.window import Window, window_from_fields
 
 __all__ = ["Coordinates"]
-
-_AXIS_NAMES = ("x", "y", "z")
-"""Axis names, counted from the last dimension: x along W, y along H, z along D."""
-_MOST_OCTAVES = 32
-"""At 32 octaves float64 still tells sin(2^k pi u) to six digits; NeRF uses 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,11 @@ class Coordinates:
         swap_sizes: Divide x by H - 1 and y by W - 1, as the authors' released code
             does. A known bug, kept so that its weights can be imported; it shows
             on inputs that are not square.
+        channels: The channels as a list of blocks, such as ``(Axes("y"), Fourier("x"))``, in
+            place of all other fields but ``window``: see :class:`coordconv_patch.Axes`,
+            :class:`coordconv_patch.Radius`, :class:`coordconv_patch.Fourier` and, for blocks of
+            your own, :func:`coordconv_patch.register_channel_block`. Empty: the channels that the
+            other fields say.
 
     Raises:
         CoordinatesError: If a value is out of range or of another type (1 is not
@@ -94,6 +98,8 @@ class Coordinates:
     fourier: int = 0
     window: Window | None = None
     swap_sizes: bool = False
+    channels: tuple[ChannelBlock, ...] = ()
+    _usual_blocks: ClassVar[tuple[tuple[ChannelBlock, ...], ...]]
 
     def __post_init__(self) -> None:
         refuse_subclass(self, Coordinates)
@@ -106,26 +112,27 @@ class Coordinates:
             if type(value) is not bool:
                 raise CoordinatesError(f"{field}={excerpt(value)}: write True or False")
         object.__setattr__(self, "value_range", value_range_of(self.value_range))
-        if not is_whole(self.fourier) or not 0 <= self.fourier <= _MOST_OCTAVES:
-            raise CoordinatesError(
-                f"fourier={excerpt(self.fourier)}: write a number of octaves, 0 or more and at "
-                f"most {_MOST_OCTAVES}"
-            )
-        object.__setattr__(self, "fourier", int(self.fourier))
+        object.__setattr__(self, "fourier", octaves_of("fourier", self.fourier, least=0))
         if self.window is not None and type(self.window) is not Window:
             raise CoordinatesError(f"window={excerpt(self.window)}: write a Window(...) or None")
         if self.radius_center is not None:
             object.__setattr__(self, "radius_center", radius_center_of(self.radius_center))
-        self._check_combination()
+        object.__setattr__(self, "channels", blocks_of(self.channels))
+        check_combination(self.__dict__, _DEFAULTS)
+        self._keep_usual_blocks()
 
-    def _check_combination(self) -> None:
-        if self.radius_center is not None and not self.radius:
-            raise CoordinatesError("radius_center is given, but radius=False: write radius=True")
-        if self.swap_sizes and (self.window is not None or not self.align_corners):
-            raise CoordinatesError(
-                "swap_sizes reproduces the released reference code, which knows neither windows "
-                "nor align_corners=False: leave those out"
-            )
+    def _keep_usual_blocks(self) -> None:
+        """Keep what the fields are short for: it is wanted in captured code, too."""
+        fields = {name: getattr(self, name) for name in SHORT_FIELDS}
+        usual = tuple(usual_blocks(ndim, **fields) for ndim in (1, 2, 3))
+        object.__setattr__(self, "_usual_blocks", usual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep_usual_blocks()
 
     @classmethod
     def preset(cls, name: str, *, radius: bool = False) -> Coordinates:
@@ -167,20 +174,23 @@ class Coordinates:
             f"({PRESET_NAMES})"
         )
 
+    def blocks(self, ndim: int) -> tuple[ChannelBlock, ...]:
+        """What the channels are made of, for ``ndim`` spatial dimensions (1 to 3).
+
+        ``channels``, or the blocks that the other fields are short for.
+        """
+        if not 1 <= ndim <= len(AXIS_NAMES):
+            raise CoordinatesError(f"{ndim} spatial dimensions: coordinates know 1, 2 or 3")
+        return self.channels or self._usual_blocks[ndim - 1]
+
     def channel_names(self, ndim: int) -> tuple[str, ...]:
         """Names of the K channels for ``ndim`` spatial dimensions, in their order."""
-        axes = self._axes(ndim)
-        names = list(axes)
-        if self.radius:
-            names.append("r")
-        for octave in range(self.fourier):
-            for axis in axes:
-                names += [f"sin({2**octave}\u03c0{axis})", f"cos({2**octave}\u03c0{axis})"]
-        return tuple(names)
+        self._check_ndim(ndim)
+        return tuple(name for block in self.blocks(ndim) for name in block.names(ndim))
 
     def num_channels(self, ndim: int) -> int:
         """K, the number of coordinate channels for ``ndim`` spatial dimensions (1 to 3)."""
-        return ndim + int(self.radius) + 2 * ndim * self.fourier
+        return sum(len(block.names(ndim)) for block in self.blocks(ndim))
 
     def grid(
         self,
@@ -255,8 +265,13 @@ class Coordinates:
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
-                fields[field.name] = dataclasses.asdict(value) if field.name == "window" else value
+            if value == field.default:
+                continue
+            if field.name == "window":
+                value = dataclasses.asdict(value)
+            elif field.name == "channels":
+                value = [block.to_dict() for block in value]
+            fields[field.name] = value
         return fields
 
     @classmethod
@@ -278,6 +293,8 @@ class Coordinates:
         try:
             if values.get("window") is not None:
                 values["window"] = window_from_fields(values["window"])
+            if "channels" in values:
+                values["channels"] = blocks_from_fields(values["channels"])
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise CoordinatesError(
@@ -285,20 +302,17 @@ class Coordinates:
             ) from error
 
     def __str__(self) -> str:
+        if self.channels:
+            window = "" if self.window is None else f" window={self.window}"
+            return f"({', '.join(map(str, self.channels))}){window}"
         ndim = 2 if self.window is None else len(self.window.size)
         names = ", ".join(self.channel_names(ndim)[: ndim + self.radius])
         parts = [f"({names})"]
         parts += [f"{key}={value!r}" for key, value in self.to_dict().items() if key != "radius"]
         return " ".join(parts)
 
-    def _axes(self, ndim: int) -> tuple[str, ...]:
-        self._check_ndim(ndim)
-        axes = _AXIS_NAMES[:ndim]
-        return axes if self.order == "xy" else axes[::-1]
-
     def _check_ndim(self, ndim: int) -> None:
-        if not 1 <= ndim <= len(_AXIS_NAMES):
-            raise CoordinatesError(f"{ndim} spatial dimensions: coordinates know 1, 2 or 3")
+        self.blocks(ndim)
         if self.window is not None and len(self.window.size) != ndim:
             raise CoordinatesError(
                 f"{self.window} has {len(self.window.size)} dimensions, the input has {ndim} "
@@ -312,62 +326,53 @@ class Coordinates:
         dtype: torch.dtype,
     ) -> Tensor:
         """The grid ``(K, *size)`` by plain torch operations in ``dtype``."""
-        lines = self.lines(size, device, dtype)
+        channels = self.values(pixel_positions(size, self.window, device, dtype))
         expanded = cast("tuple[int, ...]", size)
-        channels = [_along(line, dim, len(size)).expand(expanded) for dim, line in lines]
-        if self.radius:
-            axes = channels[: len(size)]
-            low, high = self.value_range
-            center = (low + high) / 2 if self.radius_center is None else self.radius_center
-            squares = [(values - center).square() for values in axes]
-            channels.insert(len(size), functools.reduce(torch.add, squares).sqrt())
-        return torch.stack(channels)
+        return torch.stack([values.expand(expanded) for values in channels])
+
+    def values(self, positions: Sequence[AxisPixels]) -> list[Tensor]:
+        """Each channel's values at any pixels, elementwise, see :class:`AxisPixels`.
+
+        The window does not matter: the pixels say themselves where they lie.
+
+        Raises:
+            CoordinatesError: If a block gives another number of channels than it names.
+        """
+        channels: list[Tensor] = []
+        for block in self.blocks(len(positions)):
+            values, names = block.values(positions), block.names(len(positions))
+            if len(values) != len(names):
+                raise CoordinatesError(
+                    f"{block} gives {len(values)} channels, but names {len(names)}: {names}"
+                )
+            channels += values
+        return channels
 
     def lines(
         self,
         size: tuple[int | torch.SymInt | Tensor, ...],
         device: torch.device,
         dtype: torch.dtype,
-        indices: Sequence[Tensor] | None = None,
+        indices: Sequence[Tensor],
     ) -> list[tuple[int, Tensor]]:
-        """Each channel but the radius, in order: the dimension it depends on, and its values there.
+        """Each channel, in order: the dimension it depends on, and its values there.
 
-        By plain torch operations in ``dtype``.
+        By plain torch operations in ``dtype``, of a convention that :meth:`is_separable`.
 
         Args:
             size: Spatial size, in pixels.
             device: Device of the values.
             dtype: Their dtype.
-            indices: For each dimension the pixels to tell of, any shape, beyond the image too;
-                ``None``: all of the image.
+            indices: For each dimension the pixels to tell of, any shape, beyond the image too.
         """
-        ndim = len(size)
-        low, high = self.value_range
-        dims = {axis: ndim - 1 - _AXIS_NAMES.index(axis) for axis in self._axes(ndim)}
-        if indices is None:
-            lengths = cast("tuple[int, ...]", size)
-            indices = [torch.arange(length, device=device, dtype=dtype) for length in lengths]
-        positions = {
-            dim: axis_positions(
-                indices[dim].to(device, dtype),
-                dim,
-                size,
-                self.window,
-                align_corners=self.align_corners,
-                swap_sizes=self.swap_sizes,
-            )
-            for dim in dims.values()
-        }
-        if (low, high) == (-1.0, 1.0):
-            lines = list(positions.items())
-        else:
-            half, middle = (high - low) / 2, (low + high) / 2
-            lines = [(dim, middle + position * half) for dim, position in positions.items()]
-        for octave in range(self.fourier):
-            for dim, position in positions.items():
-                angle = position * (2**octave * math.pi)
-                lines += [(dim, angle.sin()), (dim, angle.cos())]
-        return lines
+        positions = pixel_positions(size, self.window, device, dtype, indices)
+        dims = [dim for block in self.blocks(len(size)) for dim in block.dims(len(size))]
+        lines = zip(dims, self.values(positions), strict=True)
+        return [(dim, line) for dim, line in lines if dim is not None]
+
+    def is_separable(self, ndim: int) -> bool:
+        """Whether each channel depends on one of ``ndim`` spatial dimensions alone."""
+        return None not in [dim for block in self.blocks(ndim) for dim in block.dims(ndim)]
 
     def _computed(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The grid as the cache keeps it."""
@@ -379,13 +384,10 @@ class Coordinates:
             return self._compute(size, torch.device("cpu"), torch.float64).to(device, dtype)
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Coordinates)}
+
 _cached_grid = GridCache(max_bytes=64 * 2**20)
 """Grids by convention, size, device and dtype: eight of 2 x 1024 x 1024 in float32."""
-
-
-def _along(line: Tensor, dim: int, ndim: int) -> Tensor:
-    """A line as a tensor of ``ndim`` dimensions that all but one have length 1."""
-    return line.reshape([-1 if at == dim else 1 for at in range(ndim)])
 
 
 def _plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:

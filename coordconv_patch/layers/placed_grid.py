@@ -58,7 +58,7 @@ def placed_grid(
     lengths = lengths.square().sum(-1).rsqrt()
     lines = [_line(dim, size, device, wide) for dim in range(len(size))]
     channels: list[Tensor] = []
-    for block in coords.blocks:
+    for block in coords.blocks(len(size)):
         if block.is_affine:
             channels += _affine_channels(block, linear, shift, lengths, lines, computed)
         else:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coordconv_patch.channels.convention_fields import finite, refuse_subclass
 from coordconv_patch.errors import CoordinatesError, excerpt
-from coordconv_patch.layers.convention_fields import finite, refuse_subclass
 
 __all__ = ["Window", "window_from_fields"]
 

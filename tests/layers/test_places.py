@@ -218,9 +218,10 @@ def test_places_nest_and_end_also_by_an_error() -> None:
         whole = model(X)
         with ccp.places(model, WINDOWS[0]):
             outer = model(X)
-            with pytest.raises(KeyError), ccp.places(model, WINDOWS[1]):
+            with ccp.places(model, WINDOWS[1]):
                 assert not torch.equal(model(X), outer)
-                raise KeyError
+            with pytest.raises(ccp.PatchError), ccp.places(model, WINDOWS):
+                model(X[:3])
             assert torch.equal(model(X), outer)
         assert torch.equal(model(X), whole)
 
