@@ -134,6 +134,7 @@ class GraphMaker:
 def _give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
     """Let a graph take samples for whole pictures where it is fed no places, in place."""
     value = next(value for value in model.graph.inputs if value.name == PLACES)
-    identity = torch.eye(ndim, ndim + 1).unsqueeze(0).numpy()
+    samples = value.shape[0] if value.shape and isinstance(value.shape[0], int) else 1
+    identity = torch.eye(ndim, ndim + 1).repeat(samples, 1, 1).numpy()
     value.const_value = onnx_ir.Tensor(identity, name=PLACES)
     model.graph.register_initializer(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ class PlacedModel(nn.Module):
         self.__dict__["_model"] = model
         self.ndim = _ndim_of(model)
         self._signature = _with_argument(inspect.signature(model.forward))
-        # Exporters and TorchScript's tracer look at the signature, and call by it.
-        vars(self)["forward"] = _Forward(self)
+        vars(self)["forward"] = _forward_of(self)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs; the places are the last argument, or by name."""
@@ -54,15 +54,14 @@ class PlacedModel(nn.Module):
             return model(*bound.args, **bound.kwargs)
 
 
-class _Forward:
-    """The forward of a placed model, with its signature."""
+def _forward_of(placed: PlacedModel) -> Callable[..., Any]:
+    """The forward of a placed model, with its signature: exporters call by that."""
 
-    def __init__(self, placed: PlacedModel) -> None:
-        self._placed = placed
-        self.__signature__ = placed._signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return placed.run(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._placed.run(*args, **kwargs)
+    forward.__signature__ = placed._signature  # type: ignore[attr-defined]
+    return forward
 
 
 def _ndim_of(model: nn.Module) -> int:
