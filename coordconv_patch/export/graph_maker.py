@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
-import torch
 from torch import nn
 
 from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import ExportRequest, batch_size
+from coordconv_patch.export.default_place import give_default_place_
 from coordconv_patch.export.exporters import export_graph
 from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.export.model_file import write_model
@@ -23,7 +23,7 @@ from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 from coordconv_patch.lowering.unstored import Computed
-from coordconv_patch.patching.placed_model import PLACES, PlacedModel
+from coordconv_patch.patching.placed_model import PlacedModel
 from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import make_session
@@ -78,7 +78,7 @@ class GraphMaker:
             model = PlacedModel(model)
         exported = export_graph(model, self.request, self.exporter)
         if self.request.places:
-            _give_default_place_(exported.model, self.request.places)
+            give_default_place_(exported.model, self.request.places)
         passes = passes_for(self.target, lowered, batch=batch_size(tensors_in(example)))
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(
@@ -129,12 +129,3 @@ class GraphMaker:
             dynamic_batch=request.dynamic_batch,
         )
         return tuning.trials, lambda site: tuning.lowerings[site.name]
-
-
-def _give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
-    """Let a graph take samples for whole pictures where it is fed no places, in place."""
-    value = next(value for value in model.graph.inputs if value.name == PLACES)
-    samples = value.shape[0] if value.shape and isinstance(value.shape[0], int) else 1
-    identity = torch.eye(ndim, ndim + 1).repeat(samples, 1, 1).numpy()
-    value.const_value = onnx_ir.Tensor(identity, name=PLACES)
-    model.graph.register_initializer(value)
