@@ -45,6 +45,7 @@ from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.lowering.registry import register_lowering
 from coordconv_patch.patching.fx_pass import CoordConvPass
 from coordconv_patch.patching.patch import patch, patch_
+from coordconv_patch.patching.places import places, set_places_
 from coordconv_patch.patching.plan import Plan, plan, survey
 from coordconv_patch.patching.unpatch import unpatch, unpatch_
 from coordconv_patch.patching.window import set_window_
@@ -110,12 +111,14 @@ __all__ = [
     "param_groups",
     "patch",
     "patch_",
+    "places",
     "plan",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",
     "register_selector",
     "save_coords",
+    "set_places_",
     "set_window_",
     "survey",
     "to_concatenated",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,19 +32,8 @@ def position(index: float, length: float, align_corners: bool = True) -> float:
     return -1.0 + 2.0 * (index + 0.5) / length
 
 
-def paper_grid(
-    size: Sequence[int],
-    *,
-    order: str = "xy",
-    align_corners: bool = True,
-    value_range: tuple[float, float] = (-1.0, 1.0),
-    radius: bool = False,
-    radius_center: float | None = None,
-    fourier: int = 0,
-) -> Tensor:
-    """Coordinate channels ``(K, *size)`` in float64, pixel by pixel."""
-    low, high = value_range
-    center = (low + high) / 2 if radius_center is None else radius_center
+def paper_grid(size: Sequence[int], *, align_corners: bool = True, **convention: Any) -> Tensor:
+    """Coordinate channels ``(K, *size)`` in float64, pixel by pixel; see :func:`channels_at`."""
     columns = []
     for pixel in np.ndindex(*size):
         # x belongs to the last dimension, so the reversed pixel index reads (x, y, z).
@@ -51,17 +41,64 @@ def paper_grid(
             position(index, length, align_corners)
             for index, length in zip(pixel[::-1], tuple(size)[::-1], strict=True)
         ]
-        if order == "yx":
-            units.reverse()
-        values = [low + (unit + 1) / 2 * (high - low) for unit in units]
-        column = list(values)
-        if radius:
-            column.append(math.sqrt(sum((value - center) ** 2 for value in values)))
-        for octave in range(fourier):
-            for unit in units:
-                column.append(math.sin(2.0**octave * math.pi * unit))
-                column.append(math.cos(2.0**octave * math.pi * unit))
-        columns.append(column)
+        columns.append(channels_at(units, **convention))
+    return _grid(columns, size)
+
+
+def placed_grid(
+    theta: Tensor, size: Sequence[int], *, align_corners: bool = True, **convention: Any
+) -> Tensor:
+    """The same of an input that is a part of a larger picture.
+
+    Args:
+        theta: Shape (d, d + 1), from positions in the input to positions in the picture.
+        size: Spatial size of the input.
+        align_corners: The centring.
+        **convention: See :func:`channels_at`.
+    """
+    place = theta.double().numpy()
+    lengths = np.array(size[::-1], dtype=np.float64)
+    columns = []
+    for pixel in np.ndindex(*size):
+        inside = (2 * np.array(pixel[::-1]) + 1) / lengths - 1
+        whole = place @ np.append(inside, 1.0)
+        units = []
+        for axis, unit in enumerate(whole):
+            full = 1 / math.sqrt(sum((place[axis, :-1] / lengths) ** 2))
+            if align_corners:
+                unit = unit * full / (full - 1) if full > 1 else 0.0
+            units.append(float(unit))
+        columns.append(channels_at(units, **convention))
+    return _grid(columns, size)
+
+
+def channels_at(
+    units: Sequence[float],
+    *,
+    order: str = "xy",
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    radius: bool = False,
+    radius_center: float | None = None,
+    fourier: int = 0,
+) -> list[float]:
+    """The channels of a pixel at a position (x, y, z) between -1 and 1."""
+    low, high = value_range
+    center = (low + high) / 2 if radius_center is None else radius_center
+    units = list(units)
+    if order == "yx":
+        units.reverse()
+    values = [low + (unit + 1) / 2 * (high - low) for unit in units]
+    column = list(values)
+    if radius:
+        column.append(math.sqrt(sum((value - center) ** 2 for value in values)))
+    for octave in range(fourier):
+        for unit in units:
+            column.append(math.sin(2.0**octave * math.pi * unit))
+            column.append(math.cos(2.0**octave * math.pi * unit))
+    return column
+
+
+def _grid(columns: list[list[float]], size: Sequence[int]) -> Tensor:
     grid = np.array(columns, dtype=np.float64).T.reshape(-1, *size)
     return torch.from_numpy(np.ascontiguousarray(grid))
 

@@ -24,6 +24,7 @@ PUBLIC = {
     *("CoordConv1d", "CoordConv2d", "CoordConv3d"),
     *("CoordConvTranspose1d", "CoordConvTranspose2d", "CoordConvTranspose3d"),
     *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
+    *("places", "set_places_"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),

@@ -10,6 +10,7 @@ from coordconv_patch.errors import CoordinatesError, excerpt
 
 __all__ = [
     "center_of",
+    "finite",
     "is_whole",
     "octaves_of",
     "period_of",
@@ -52,7 +53,7 @@ def value_range_of(value: object) -> tuple[float, float]:
         CoordinatesError: If it is not two finite numbers, the smaller first.
     """
     numbers_given = value if isinstance(value, (tuple, list)) and len(value) == 2 else (None, None)
-    low, high = map(_finite, numbers_given)
+    low, high = map(finite, numbers_given)
     if not low < high:
         raise CoordinatesError(
             f"value_range={excerpt(value)}: write two finite numbers, the smaller first, such as "
@@ -68,7 +69,7 @@ def range_of(value: object) -> tuple[float, float]:
         CoordinatesError: If it is not two different finite numbers.
     """
     numbers_given = value if isinstance(value, (tuple, list)) and len(value) == 2 else (None, None)
-    first, last = map(_finite, numbers_given)
+    first, last = map(finite, numbers_given)
     if not abs(last - first) > 0:
         raise CoordinatesError(
             f"value_range={excerpt(value)}: write two different finite numbers, such as "
@@ -88,9 +89,9 @@ def center_of(value: object, axes: str | None) -> float | tuple[float, ...]:
         CoordinatesError: If it is not a finite number, or one for each axis.
     """
     if not isinstance(value, (tuple, list)):
-        values: tuple[float, ...] = (_finite(value),)
+        values: tuple[float, ...] = (finite(value),)
     else:
-        values = tuple(map(_finite, value))
+        values = tuple(map(finite, value))
     counts = range(1, 4) if axes is None else (len(axes),)
     is_tuple = isinstance(value, (tuple, list))
     if any(map(math.isnan, values)) or (is_tuple and len(values) not in counts):
@@ -122,7 +123,7 @@ def period_of(value: object) -> float:
     Raises:
         CoordinatesError: If it is not a number above 0 that is neither tiny nor huge.
     """
-    period = _finite(value)
+    period = finite(value)
     if not 1 / _LARGEST_PERIOD <= period <= _LARGEST_PERIOD:
         raise CoordinatesError(
             f"period={excerpt(value)}: write the longest period as a multiple of the picture's "
@@ -137,7 +138,7 @@ def radius_center_of(value: object) -> float:
     Raises:
         CoordinatesError: If it is not a finite number.
     """
-    center = _finite(value)
+    center = finite(value)
     if math.isnan(center):
         raise CoordinatesError(
             f"radius_center={excerpt(value)}: write a finite number, the coordinate from which r "
@@ -146,7 +147,7 @@ def radius_center_of(value: object) -> float:
     return center
 
 
-def _finite(value: object) -> float:
+def finite(value: object) -> float:
     """A real number as a float; NaN if it is none, or too large to be a coordinate."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return math.nan

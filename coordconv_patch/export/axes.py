@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.patching.placed_model import places_to_try, whole_picture, with_places
 from coordconv_patch.running.inputs import (
     describe_inputs,
     split_inputs,
@@ -31,6 +32,8 @@ class ExportRequest:
     """The arguments of one export but the model, checked.
 
     Attributes:
+        example_inputs: Those of the model itself.
+        places: Number of dimensions of the places that the graph takes as its last input; 0: none.
         axes: The names of the dynamic axes of each input tensor, in pytree order.
     """
 
@@ -40,10 +43,13 @@ class ExportRequest:
     opset: int | None = None
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
+    places: int = 0
     axes: tuple[dict[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         axes = dynamic_axes(self.example_inputs, self.dynamic_batch, self.dynamic_size)
+        if self.places:
+            axes.append({0: "batch"} if self.dynamic_batch else {})
         object.__setattr__(self, "axes", tuple(axes))
 
     @property
@@ -118,8 +124,15 @@ def inputs_for_tracing(request: ExportRequest) -> Any:
     torch.export takes a length of one for a constant.
     """
     if not request.dynamic_batch or batch_size(request.example_inputs) > 1:
-        return request.example_inputs
-    return _with_batch(request, 2)
+        return _placed(request, request.example_inputs)
+    return _placed(request, _with_batch(request, 2))
+
+
+def _placed(request: ExportRequest, inputs: Any) -> Any:
+    """The same inputs and, where the graph takes them, places that differ from sample to sample."""
+    if not request.places:
+        return inputs
+    return with_places(inputs, places_to_try(request.places, batch_size(inputs), inputs))
 
 
 def _with_batch(request: ExportRequest, batch: int) -> Any:
@@ -166,13 +179,18 @@ def inputs_to_check(
     """The example and others of other contents and sizes, each with what torch gives on it.
 
     A trace knows the example's way through the code only, so a ``traced`` graph is tried on
-    another content even if no axis is dynamic.
+    another content even if no axis is dynamic. Where the graph takes places, the model is the
+    placed one.
     """
-    checks = [(request.example_inputs, run_torch(model, request.example_inputs))]
+    example = _placed(request, request.example_inputs)
+    checks = [(example, run_torch(model, example))]
+    if request.places:
+        whole = with_places(request.example_inputs, whole_picture(request.places, example))
+        checks.append((whole, run_torch(model, whole)))
     if request.dynamic_batch:
         own = batch_size(request.example_inputs)
         for batch in [batch for batch in (1, 3) if batch != own]:
-            other = _with_batch(request, batch)
+            other = _placed(request, _with_batch(request, batch))
             run = _run_or_none(model, other)
             if run is None:
                 raise ExportError(
@@ -181,7 +199,7 @@ def inputs_to_check(
                 )
             checks.append((other, run))
     if request.dynamic_size:
-        sizes = [_with_size(request, steps) for steps in ((1, 1, 2), (2, 2, 1))]
+        sizes = [_placed(request, _with_size(request, steps)) for steps in ((1, 1, 2), (2, 2, 1))]
         runs = [(other, run) for other in sizes if (run := _run_or_none(model, other)) is not None]
         if not runs:
             raise ExportError(
@@ -191,7 +209,7 @@ def inputs_to_check(
             )
         checks += runs
     if traced and len(checks) == 1:
-        other = pytree.tree_map_only(Tensor, _mirrored, request.example_inputs)
+        other = _placed(request, pytree.tree_map_only(Tensor, _mirrored, request.example_inputs))
         run = _run_or_none(model, other)
         checks += [(other, run)] if run is not None else []
     return checks

@@ -13,6 +13,7 @@ from torch import nn
 from coordconv_patch.export.auto_lowering import MAX_GROWTH, Chooser
 from coordconv_patch.export.autotune import Trial, autotune
 from coordconv_patch.export.axes import ExportRequest, batch_size
+from coordconv_patch.export.default_place import give_default_place_
 from coordconv_patch.export.exporters import Exported, export_graph
 from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.export.model_file import write_model
@@ -20,6 +21,8 @@ from coordconv_patch.export.targets import passes_for, rewrite_
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
+from coordconv_patch.lowering.unstored import Computed
+from coordconv_patch.patching.placed_model import PlacedModel
 from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.runtime.binding import BoundRun
 from coordconv_patch.runtime.providers import make_session
@@ -56,7 +59,11 @@ class GraphMaker:
         """Lower, export and rewrite; the model is left as it was."""
         model, example = copy.deepcopy(self.folded), self.request.example_inputs
         lowered = lower_(model, example, choose)
+        if self.request.places:
+            model = PlacedModel(model)
         exported = export_graph(model, self.request, self.exporter)
+        if self.request.places:
+            give_default_place_(exported.model, self.request.places)
         passes = passes_for(self.target, lowered, batch=batch_size(example))
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(**vars(exported), lowerings=lowered.lowerings, refusals=refusals)
@@ -64,6 +71,8 @@ class GraphMaker:
     def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
         request = self.request
+        if request.places:
+            return lambda site: Computed.name  # from the places, and constants of the sizes
         if lowering == "auto":
             weights = sum(t.nbytes for t in self.folded.parameters())
             return Chooser(

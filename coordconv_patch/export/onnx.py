@@ -33,6 +33,7 @@ from coordconv_patch.folding.batch_norms import fold_batch_norms_
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import check_left_behind
+from coordconv_patch.patching.placed_model import PLACES, PlacedModel
 from coordconv_patch.running.inputs import check_is_module, in_signature_order
 from coordconv_patch.runtime.providers import working_providers
 from coordconv_patch.verification.check import Check
@@ -56,6 +57,7 @@ def export_onnx(
     providers: Sequence[str] | None = None,
     tolerance: float = 1e-4,
     disabled_optimizers: Sequence[str] = (),
+    places: bool = False,
 ) -> ExportReport:
     """Export a model to ONNX in evaluation mode; verified in ONNX Runtime before it is written.
 
@@ -90,6 +92,10 @@ def export_onnx(
         tolerance: Largest difference allowed, relative to the largest output; three
             times the model's own float32 rounding noise is allowed too.
         disabled_optimizers: ONNX Runtime graph optimizers to leave out in the check.
+        places: The graph takes one more input, ``places`` of shape (N, 2, 3), which tells the
+            part of a larger picture that each sample is, see :func:`coordconv_patch.places`;
+            one file then serves all tiles of a picture. Fed nothing for it, the file takes
+            samples for whole pictures.
 
     Returns:
         What was written, and how far it is from torch.
@@ -112,12 +118,27 @@ def export_onnx(
     check_opset(opset, exporter)
     check_number("tolerance", tolerance)
     check_names("disabled_optimizers", disabled_optimizers)
+    check_flag("places", places)
     check_left_behind(model)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
+    if places and lowering != "auto":
+        raise ArgumentError(
+            f"lowering={lowering!r} with places=True: coordinates of places have one form, leave "
+            "lowering out"
+        )
+    placed = PlacedModel(model) if places else None
+    if placed is None:
+        _check_no_places(model)
     example_inputs = in_signature_order(model, example_inputs)
     request = ExportRequest(
-        example_inputs, dynamic_batch, dynamic_size, opset, input_names, output_names
+        example_inputs,
+        dynamic_batch,
+        dynamic_size,
+        opset,
+        [*input_names, PLACES] if places and input_names else input_names,
+        output_names,
+        placed.ndim if placed else 0,
     )
     progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
     with replacement(path, ExportError) as temporary, progress:
@@ -138,14 +159,15 @@ def export_onnx(
         files = write_model(graph.model, temporary)
         progress.set_description("verifying")
         progress.update()
+        checked = placed or model
         verifier = Verifier(
-            model,
+            checked,
             temporary,
             providers=working,
             tolerance=tolerance,
             disabled_optimizers=disabled_optimizers,
         )
-        inputs = inputs_to_check(request, model, traced=graph.exporter == "torchscript")
+        inputs = inputs_to_check(request, checked, traced=graph.exporter == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
         progress.update()
         return ExportReport(
@@ -175,6 +197,21 @@ def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:
         if window is not None:
             sites[window] = (*sites.get(window, ()), name)
     return sites
+
+
+def _check_no_places(model: nn.Module) -> None:
+    """Check that no places hold, which a file would not have.
+
+    Raises:
+        ExportError: If some do.
+    """
+    for name, layer in coord_layers(model).items():
+        if layer._places is not None and layer._places.now() is not None:
+            raise ExportError(
+                f"places hold for {name}, and a file without them would compute something else: "
+                "export with places=True, or after set_places_(model, None), or for one part of a "
+                "picture after set_window_(model, window)"
+            )
 
 
 def _notes_on(

@@ -26,6 +26,8 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry, Convolution, Padding
 from coordconv_patch.layers.load_in_progress import load_in_progress
 from coordconv_patch.layers.map_cache import MapCache
+from coordconv_patch.layers.placed_grid import check_one_place_a_sample, placed_grid
+from coordconv_patch.layers.places import Places
 from coordconv_patch.layers.saved_convention import convention_refusal, tell_convention
 from coordconv_patch.layers.unsupported import refuse_mkldnn, refuse_script
 from coordconv_patch.running.inputs import check_is_module
@@ -57,8 +59,15 @@ class CoordLayer(nn.Module):
     coord_geometry: ConvGeometry
     chosen_calls: ChosenCalls | None = None
     _map_cache: MapCache
+    _places: Places | None = None
+    """Which parts of their pictures samples are, once that was told; shared by a model's layers."""
     _followed: Any = None
     """The ``_conv_forward`` put on the instance that ``coord_padding`` was found for, if any."""
+
+    @property
+    def _site_name(self) -> str:
+        """What messages call the layer."""
+        return str(getattr(self, "site_name", "") or f"a convolution {self.coord_geometry}")
 
     @property
     def _convolution(self) -> Convolution:
@@ -89,6 +98,7 @@ class CoordLayer(nn.Module):
             type(weight) is nn.Parameter
             and (weight.is_cpu or self._map_cache.is_constant)
             and not (is_capturing() or is_transforming())
+            and (self._places is None or self._places.now() is None)
         ):
             if self.__dict__.get("_conv_forward") is not self._followed:
                 self._follow_padding()
@@ -96,11 +106,20 @@ class CoordLayer(nn.Module):
         return self.compute_map(input, output, weight)
 
     def compute_map(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
-        """The same, computed anew. Shape ``(1, C_out, *output_size)``, without 1 if unbatched."""
+        """The same, computed anew.
+
+        Shape ``(1, C_out, *output_size)``, of samples with places ``(N, C_out, *output_size)``;
+        without the first dimension if the input is not batched.
+        """
         convolution = self._convolution
         ndim = len(convolution.kernel_size)
         input_size = input.shape[-ndim:]
-        if suits_lines(input, weight, self.coords, convolution, self.coord_padding):
+        theta = None if self._places is None else self._places.now()
+        if theta is not None:
+            check_one_place_a_sample(theta, input, ndim, self._site_name)
+            output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
+            branch = self.compute_branch(input_size, output_padding, weight, theta)
+        elif suits_lines(input, weight, self.coords, convolution, self.coord_padding):
             branch = map_by_lines(input_size, weight, self.coords, convolution, self.coord_padding)
         else:
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
@@ -112,6 +131,7 @@ class CoordLayer(nn.Module):
         input_size: Sequence[int],
         output_padding: Sequence[int],
         weight: Tensor | None = None,
+        theta: Tensor | None = None,
     ) -> Tensor:
         """The coordinate map for one input size.
 
@@ -119,12 +139,16 @@ class CoordLayer(nn.Module):
             input_size: Spatial size of the input, such as ``(H, W)``.
             output_padding: Of a transposed convolution, in pixels per dimension.
             weight: The coordinate weight; ``None``: the layer's.
+            theta: The places of samples, shape (N, d, d + 1); ``None``: whole pictures.
 
         Returns:
-            Shape ``(1, C_out, *output_size)``.
+            Shape ``(1, C_out, *output_size)``, with places ``(N, C_out, *output_size)``.
         """
         weight = self.coord_weight if weight is None else weight
-        grid = grid_for(weight, self.coords, input_size)
+        if theta is None:
+            grid = grid_for(weight, self.coords, input_size)
+        else:
+            grid = placed_grid(self.coords, theta, input_size, weight.device, weight.dtype)
         return coordinate_map(grid, weight, self._convolution, self.coord_padding, output_padding)
 
     def output_padding_of(

@@ -153,7 +153,7 @@ class CoordConvNd(PaddingFollower):
         reason = why_refused(old, new, transposed=self.transposed, groups=self.groups)
         if reason:
             raise PatchError(
-                f"the weight of {self.site_name or 'a coordinate convolution'} is about to be "
+                f"the weight of {self._site_name} is about to be "
                 f"replaced, while its coordinate weight is not zero. {reason}"
             )
 
@@ -247,7 +247,7 @@ class CoordConvNd(PaddingFollower):
             del self.__dict__[name]
         for name in (
             *("_followed", "_must_follow", "_written_in_forward"),
-            *("site_name", "weight_mark"),
+            *("site_name", "weight_mark", "_places"),
         ):
             self.__dict__.pop(name, None)
 

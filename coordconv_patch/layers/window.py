@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordconv_patch.channels.convention_fields import is_whole, refuse_subclass
+import torch
+from torch import Tensor
+
+from coordconv_patch.channels.convention_fields import finite, refuse_subclass
 from coordconv_patch.errors import CoordinatesError, excerpt
 
 __all__ = ["Window", "window_from_fields"]
@@ -21,24 +25,25 @@ class Window:
 
     A tile or crop that is given its window sees the coordinates of the whole
     image. All three fields are in the order of a tensor's spatial dimensions:
-    ``(H, W)`` for images, ``(L,)`` for signals, ``(D, H, W)`` for volumes.
+    ``(H, W)`` for images, ``(L,)`` for signals, ``(D, H, W)`` for volumes. They may be
+    fractions of pixels, and the rectangle may reach beyond the image, where a crop was padded.
 
     Inside a network, a feature map of ``h'`` rows stands for the same part of
     the image, so its full-image counterpart has ``h' * image_size / size`` rows.
 
     Args:
-        offset: First pixel of the window, ``(top, left)``, whole numbers, each ``>= 0``.
-        size: Extent of the window, ``(height, width)``, each ``>= 1``.
-        image_size: Extent of the whole image, ``(height, width)``, each below ``2**31``.
+        offset: Where the window begins, ``(top, left)``; negative above and left of the image.
+        size: Extent of the window, ``(height, width)``, each above 0.
+        image_size: Extent of the whole image, ``(height, width)``, each above 0.
 
     Raises:
-        CoordinatesError: If the numbers are not whole ones, or the window does not lie
-            inside the image.
+        CoordinatesError: If they are not finite numbers below ``2**31``, one per spatial
+            dimension, or an extent is not above 0.
     """
 
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    image_size: tuple[int, ...]
+    offset: tuple[float, ...]
+    size: tuple[float, ...]
+    image_size: tuple[float, ...]
 
     def __post_init__(self) -> None:
         refuse_subclass(self, Window)
@@ -49,12 +54,21 @@ class Window:
                 f"{self}: offset, size and image_size must have one number per spatial "
                 "dimension each, such as offset=(top, left), size=(h, w), image_size=(H, W)"
             )
-        for offset, size, image in zip(self.offset, self.size, self.image_size, strict=True):
-            if offset < 0 or size < 1 or offset + size > image:
-                raise CoordinatesError(
-                    f"{self} does not lie inside its image: need 0 <= offset, 1 <= size and "
-                    "offset + size <= image_size in every dimension"
-                )
+        if min(self.size) <= 0 or min(self.image_size) <= 0:
+            raise CoordinatesError(f"{self}: size and image_size must be above 0 pixels")
+
+    def theta(self) -> Tensor:
+        """The window as a place, see :func:`coordconv_patch.places`.
+
+        Returns:
+            Shape (d, d + 1) for d dimensions, float64, rows and columns in the order x, y, z.
+        """
+        pairs = list(zip(self.offset, self.size, self.image_size, strict=True))[::-1]
+        theta = torch.zeros(len(pairs), len(pairs) + 1, dtype=torch.float64)
+        for axis, (offset, size, image) in enumerate(pairs):
+            theta[axis, axis] = size / image
+            theta[axis, -1] = (2 * offset + size) / image - 1
+        return theta
 
 
 def window_from_fields(fields: object) -> Window:
@@ -72,15 +86,16 @@ def window_from_fields(fields: object) -> Window:
     return Window(**given)
 
 
-def _pixels(field: str, values: object) -> tuple[int, ...]:
-    """One of a window's fields; numpy's integers become Python's."""
-    if (
-        not isinstance(values, (tuple, list))
-        or not 1 <= len(values) <= 3
-        or not all(is_whole(value) and abs(value) <= _LARGEST_PIXEL for value in values)
-    ):
+def _pixels(field: str, values: object) -> tuple[float, ...]:
+    """One of a window's fields; numpy's numbers become Python's."""
+    numbers = (
+        tuple(map(finite, values))
+        if isinstance(values, (tuple, list)) and 1 <= len(values) <= 3
+        else (math.nan,)
+    )
+    if not all(abs(number) <= _LARGEST_PIXEL for number in numbers):  # NaN neither
         raise CoordinatesError(
-            f"window: {field}={excerpt(values)}: write a tuple of one to three whole numbers "
-            f"below 2**31, one per spatial dimension, such as {field}=(224, 224)"
+            f"window: {field}={excerpt(values)}: write a tuple of one to three numbers of "
+            f"pixels below 2**31, one per spatial dimension, such as {field}=(224, 224)"
         )
-    return tuple(int(value) for value in values)
+    return tuple(int(number) if number.is_integer() else number for number in numbers)

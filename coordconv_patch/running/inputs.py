@@ -90,6 +90,8 @@ def describe_inputs(example_inputs: Any) -> str:
         return f"a tensor of shape {tuple(example_inputs.shape)}, {example_inputs.dtype}"
     if isinstance(example_inputs, (tuple, list)):
         return ", ".join(describe_inputs(part) for part in example_inputs)
+    if isinstance(example_inputs, dict):
+        return ", ".join(f"{name}={describe_inputs(part)}" for name, part in example_inputs.items())
     return type(example_inputs).__name__
 
 

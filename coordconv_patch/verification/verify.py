@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from coordconv_patch.arguments import check_example_inputs, check_names, check_number, check_path
 from coordconv_patch.errors import ExportError
+from coordconv_patch.layers.place_of import theta_of
+from coordconv_patch.patching.placed_model import PlacedModel, with_places
 from coordconv_patch.running.inputs import check_is_module, in_signature_order, tensors_in
 from coordconv_patch.runtime.providers import make_session, working_providers
 from coordconv_patch.verification.bfloat16 import has_bfloat16, in_float32
@@ -36,6 +38,7 @@ def verify_onnx(
     providers: Sequence[str] | None = None,
     tolerance: float = 1e-4,
     disabled_optimizers: Sequence[str] = (),
+    places: Tensor | Any | None = None,
 ) -> Check:
     """Run an ONNX file and the torch model on the same inputs and compare every output.
 
@@ -51,6 +54,8 @@ def verify_onnx(
         providers: Execution providers; ``None``: those that work here.
         tolerance: Largest difference allowed, relative to the largest output.
         disabled_optimizers: ONNX Runtime graph optimizers to leave out.
+        places: For a file with places, those of the samples, see :func:`coordconv_patch.places`;
+            ``None``: the file takes samples for whole pictures.
 
     Returns:
         The comparison.
@@ -66,6 +71,11 @@ def verify_onnx(
     check_example_inputs(example_inputs, optional=False)
     check_number("tolerance", tolerance)
     check_names("disabled_optimizers", disabled_optimizers)
+    if places is not None:
+        example_inputs = with_places(
+            in_signature_order(model, example_inputs), theta_of(places).float()
+        )
+        model = PlacedModel(model)
     verifier = Verifier(
         model,
         check_path("path", path),
@@ -161,6 +171,8 @@ def _cause(agrees: Callable[..., bool], disabled: Sequence[str]) -> str:
 def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
     """The outputs of a session on tensors in the order of its inputs; or an ExportError."""
     names = [value.name for value in session.get_inputs()]
+    if len(names) < len(feeds):  # those that the file has a value for itself: places
+        names += [value.name for value in session.get_overridable_initializers()]
     if len(names) != len(feeds):
         raise ExportError(
             f"the ONNX graph has inputs {names}, but the example has {len(feeds)} tensors; a model "

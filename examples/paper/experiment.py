@@ -63,19 +63,22 @@ class Options:
         return quick if self.quick else max(1, round(full * self.budget))
 
 
-def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
+def parse_options(
+    description: str | None, arguments: Sequence[str] | None = None, results: Path = RESULTS
+) -> Options:
     """Read the options that every experiment has; one thread, so that times are CPU times.
 
     Args:
         description: The script's docstring; its first line is shown by ``--help``.
         arguments: The command line's; ``None``: those of this process.
+        results: Where the recorded runs go unless told otherwise; tries go beside it.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, help="how many: 0 to N - 1 (3; with --quick 1)")
     parser.add_argument("--budget", type=float, default=1.0, help="factor on training lengths")
     parser.add_argument("--quick", action="store_true", help="a run of seconds")
     parser.add_argument(
-        "--out", type=Path, help=f"folder of the results ({RESULTS.name}/, of tries {TRIES.name}/)"
+        "--out", type=Path, help=f"folder of the results ({results.name}/, of tries {TRIES.name}/)"
     )
     given = parser.parse_args(arguments)
     seeds = given.seeds if given.seeds is not None else 1 if given.quick else 3
@@ -83,7 +86,8 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
         parser.error(f"--seeds {seeds}: write a number of 1 or more")
     if not (given.budget > 0 and math.isfinite(given.budget)):
         parser.error(f"--budget {given.budget}: write a positive factor")
-    out = given.out or (TRIES if given.quick or given.budget != 1 else RESULTS)
+    is_try = given.quick or given.budget != 1
+    out = given.out or (results.with_name(TRIES.name) if is_try else results)
     torch.set_num_threads(1)
     return Options(tuple(range(seeds)), given.budget, given.quick, out)
 

@@ -1,0 +1,141 @@
+"""The coordinate channels of samples that are parts of larger pictures, each at a place of its own.
+
+With (x, y) a position in the network's input, -1 and 1 at its outer pixel edges, the position in
+the whole picture is ``P = theta @ (x, y, 1)``. A feature map that is n_j pixels long along axis j
+stands for the same part of the picture, whose length along axis k is, in the map's pixels::
+
+    N_k = (sum over j of (theta[k, j] / n_j)^2)^(-1/2)
+
+which is n / |scale| for a crop, and right for rotations too. In those pixels P_k lies at index
+``(P_k N_k + N_k - 1) / 2``, and a convention says what channels have there. Channels that are
+affine in the position are affine in (x, y): one value at the input's centre and one slope an axis
+tell all, so nothing of a picture's size is computed but their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.positions import AxisPixels
+from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.capture import is_capturing
+from coordconv_patch.layers.coordinates import Coordinates
+
+__all__ = ["check_one_place_a_sample", "placed_grid"]
+
+
+def placed_grid(
+    coords: Coordinates,
+    theta: Tensor,
+    size: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The coordinate channels of each sample.
+
+    Args:
+        coords: The convention.
+        theta: Shape (N, d, d + 1), rows and columns in the order x, y, z.
+        size: Spatial size of a layer's input, d lengths in pixels; may be symbolic.
+        device: Where the channels are wanted.
+        dtype: Their dtype.
+
+    Returns:
+        Shape ``(N, K, *size)``.
+    """
+    computed = torch.promote_types(dtype, torch.float32)
+    # The few numbers of a place are worked out in float64; not every device and runtime has it.
+    wide = computed if is_capturing() or device.type == "mps" else torch.float64
+    # Rows and columns from here on in the order of a tensor's dimensions: z, y, x.
+    place = theta.to(device, wide)
+    linear, shift = place[:, :, :-1].flip(1, 2), place[:, :, -1].flip(1)
+    lengths = torch.stack([linear[:, :, dim] / size[dim] for dim in range(len(size))], dim=-1)
+    lengths = lengths.square().sum(-1).rsqrt()
+    lines = [_line(dim, size, device, wide) for dim in range(len(size))]
+    channels: list[Tensor] = []
+    for block in coords.blocks(len(size)):
+        if block.is_affine:
+            channels += _affine_channels(block, linear, shift, lengths, lines, computed)
+        else:
+            channels += _other_channels(block, linear, shift, lengths, lines)
+    shape: Any = (theta.shape[0], *size)
+    return torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
+
+
+def _affine_channels(
+    block: ChannelBlock,
+    linear: Tensor,
+    shift: Tensor,
+    lengths: Tensor,
+    lines: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Channels by their values at the input's centre and one step along each axis."""
+    points = torch.cat((shift[:, :, None], shift[:, :, None] + linear), dim=-1)
+    values = block.values(_pixels(points.unbind(1), lengths[:, :, None]))
+    channels = []
+    for value in values:
+        centre, steps = value[:, :1], value[:, 1:] - value[:, :1]
+        channel: Any = _column(centre[:, 0], len(lines)).to(dtype)
+        for dim, line in enumerate(lines):
+            channel = channel + (_column(steps[:, dim], len(lines)) * line).to(dtype)
+        channels.append(channel)
+    return channels
+
+
+def _other_channels(
+    block: ChannelBlock,
+    linear: Tensor,
+    shift: Tensor,
+    lengths: Tensor,
+    lines: Sequence[Tensor],
+) -> list[Tensor]:
+    """Channels by the position of every pixel."""
+    ndim = len(lines)
+    positions = []
+    for axis in range(ndim):
+        position: Any = _column(shift[:, axis], ndim)
+        for dim, line in enumerate(lines):
+            position = position + _column(linear[:, axis, dim], ndim) * line
+        positions.append(position)
+    return block.values(_pixels(positions, lengths[(..., *(None,) * ndim)]))
+
+
+def _pixels(positions: Sequence[Tensor], lengths: Tensor) -> tuple[AxisPixels, ...]:
+    """Positions from -1 to 1 as pixels of whole pictures, by axis."""
+    return tuple(
+        AxisPixels((position * length + length - 1) / 2, length)
+        for position, length in zip(positions, lengths.unbind(1), strict=True)
+    )
+
+
+def _column(values: Tensor, ndim: int) -> Tensor:
+    """One value a sample, shape (N,), beside ``ndim`` spatial dimensions."""
+    return values.reshape(-1, *(1,) * ndim)
+
+
+def _line(dim: int, size: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Where the pixels of the input lie along one axis, -1 and 1 at its edges."""
+    length = size[dim]
+    line = (2 * torch.arange(length, device=device, dtype=dtype) + 1 - length) / length
+    return line.reshape([-1 if at == dim else 1 for at in range(len(size))])
+
+
+def check_one_place_a_sample(theta: Tensor, input: Tensor, ndim: int, site: str) -> None:
+    """Check that places fit a layer's input.
+
+    Raises:
+        PatchError: If there is not one for each sample, or one for all.
+    """
+    samples = input.shape[0] if input.dim() == ndim + 2 else 1
+    if theta.shape[0] == 1 or theta.shape[0] == samples:
+        return
+    raise PatchError(
+        f"{site} gets {samples} samples, and there are places for {theta.shape[0]}: give one "
+        "place for each sample of the batch that this layer sees, or one for all"
+    )
