@@ -96,5 +96,5 @@ def adapter_obstacle(model: nn.Module, name: str) -> str:
                 "it is part of a PEFT adapter, whose merging would drop the coordinates: patch the "
                 "base layers ('*.base_layer'), or the model before PEFT wraps it"
             )
-        module = module._modules.get(child) or module
+        module = getattr(module, child)
     return ""
