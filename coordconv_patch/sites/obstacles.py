@@ -89,7 +89,7 @@ def _full_name(module: nn.Module) -> str:
 def adapter_obstacle(model: nn.Module, name: str) -> str:
     """Why a convolution inside a PEFT adapter cannot carry coordinates; empty if it is in none."""
     module = model
-    for child in name.split("."):
+    for child in name.split(".") if name else ():
         is_adapter = type(module).__module__.startswith("peft.tuners.")
         if is_adapter and hasattr(module, "base_layer") and child != "base_layer":
             return (
