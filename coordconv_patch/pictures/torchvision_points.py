@@ -9,6 +9,7 @@ pads. :func:`points_of` gives a subclass with kernels of its own, which are thos
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,6 +105,8 @@ def _points_class() -> Any:
             # ToPureTensor may stand in the middle of a pipeline; what follows moves points too.
             return self
 
+    # RandomErasing and others warn once a call of what they leave alone, which is right here.
+    warnings.filterwarnings("ignore", r".*passing through inputs of type tv_tensors.PicturePoints")
     for name, kernel in _KERNELS.items():
         functional.register_kernel(name, PicturePoints)(functools.partial(_moved, kernel))
     not_geometry = {"clamp", "get_size", "sanitize"}
@@ -228,9 +231,11 @@ def _rotate(
     moved, _ = functional.rotate_keypoints(points, canvas, angle, False, center)
     if not expand:
         return moved, canvas
-    _, size = functional.rotate_keypoints(points, canvas, angle, True, center)
+    # Key points' own idea of the new size is a pixel off the image's for some angles.
+    empty = torch.empty(0, *canvas)
+    height, width = functional.rotate_image(empty, angle, expand=True, center=center).shape[1:]
     # The larger picture has the same middle.
-    return moved + torch.tensor([size[1] - canvas[1], size[0] - canvas[0]]) / 2, size
+    return moved + torch.tensor([width - canvas[1], height - canvas[0]]) / 2, (height, width)
 
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
