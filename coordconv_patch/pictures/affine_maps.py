@@ -57,4 +57,6 @@ def theta_of_pixels(matrix: Array, size: tuple[int, int], whole: tuple[int, int]
     height, width = size
     to_pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
     from_pixels = np.array([[2 / whole[1], 0, -1], [0, 2 / whole[0], -1]])
-    return torch.from_numpy(from_pixels @ matrix @ to_pixels).float()
+    theta = from_pixels @ matrix @ to_pixels
+    # Far below a pixel, and far below float32 too; a flip then has zeros and ones.
+    return torch.from_numpy(theta.round(10) + 0.0).float()

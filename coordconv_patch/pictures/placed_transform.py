@@ -40,9 +40,8 @@ class PlacedTransform:
         >>> from torchvision.transforms import v2
         >>> transform = PlacedTransform(v2.Compose([v2.CenterCrop(32), v2.RandomHorizontalFlip(1)]))
         >>> image, theta = transform(torch.rand(3, 64, 64))
-        >>> theta
-        tensor([[-0.5000,  0.0000,  0.0000],
-                [ 0.0000,  0.5000,  0.0000]])
+        >>> theta.tolist()
+        [[-0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]
     """
 
     def __init__(self, pipeline: Any) -> None:

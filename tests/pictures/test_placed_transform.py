@@ -100,6 +100,13 @@ def test_pixels_that_are_only_moved_have_exact_places() -> None:
         check_place(*as_tensor(ccp.PlacedTransform(TORCHVISION[name])), WHOLE, limit=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "edge", "symmetric"])
+def test_what_a_border_is_filled_with_does_not_matter(mode: str) -> None:
+    picture = coordinate_picture(*WHOLE)
+    _, theta = ccp.PlacedTransform(v2.Pad([1, 2, 3, 4], padding_mode=mode))(picture)
+    assert torch.equal(theta, ccp.PlacedTransform(TORCHVISION["pad"])(picture)[1])
+
+
 def test_steps_that_change_colours_and_types_are_passed() -> None:
     def unchanged(image: Tensor) -> Tensor:
         return image * 1.0
@@ -124,7 +131,7 @@ def test_steps_that_change_colours_and_types_are_passed() -> None:
     )
     assert type(image) is Tensor
     check_place(image, theta, WHOLE)
-    torch.testing.assert_close(theta, torch.tensor([[-1.0, 0, 0], [0, -1, 0]]))
+    assert torch.equal(theta, torch.tensor([[-1.0, 0, 0], [0, -1, 0]]))
 
 
 def test_the_image_is_the_one_that_the_pipeline_gives_alone() -> None:
