@@ -44,8 +44,12 @@ def tile_predictor(model: nn.Module, image_size: Sequence[int]) -> Callable[...,
         >>> sliding_window_inference(images, (128, 128), 4, predictor, with_coord=True)  # doctest: +SKIP
     """  # noqa: E501
     require_coord_layers(model)
-    Window((0,) * len(image_size), tuple(image_size), tuple(image_size))  # checks the numbers
-    size = tuple(int(length) for length in image_size)
+    if not isinstance(image_size, Sequence):
+        raise CoordinatesError(
+            f"tile_predictor: image_size={excerpt(image_size)}: give images.shape[2:]"
+        )
+    # A window of the whole image, for its checks of the numbers.
+    size = Window((0,) * len(image_size), tuple(image_size), tuple(image_size)).image_size
 
     def predict(windows: Tensor, slices: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(slices, Sequence) or len(slices) != len(windows):
@@ -56,7 +60,7 @@ def tile_predictor(model: nn.Module, image_size: Sequence[int]) -> Callable[...,
     return predict
 
 
-def _window(slices: Sequence[slice], image_size: tuple[int, ...]) -> Window:
+def _window(slices: Sequence[slice], image_size: tuple[float, ...]) -> Window:
     """A window by its slices of batch, channels, and each spatial dimension.
 
     Raises:

@@ -12,6 +12,9 @@ __all__ = ["check_steps"]
 _IMAGE_ALONE = ("AugMix", "AutoAugment", "CutMix", "MixUp", "RandAugment", "TrivialAugmentWide")
 _NOT_AFFINE = ("ElasticTransform", "FiveCrop", "RandomPerspective", "TenCrop")
 
+_FIRST_VERSION = ("torchvision.transforms.transforms", "torchvision.transforms.autoaugment")
+"""Modules of the transforms that v2 replaces, class by class of the same name."""
+
 
 def check_steps(pipeline: Any) -> None:
     """Refuse what cannot be followed before anything runs.
@@ -34,6 +37,11 @@ def check_steps(pipeline: Any) -> None:
             raise CoordinatesError(
                 f"{name}, v2.Lambda, changes whatever it is given, places too: write "
                 "v2.Lambda(function, tv_tensors.Image), or the class of your images"
+            )
+        if type(step).__module__.startswith(_FIRST_VERSION):
+            raise CoordinatesError(
+                f"{name}, {kind}, takes images alone: write torchvision.transforms.v2.{kind}, "
+                "which takes what belongs to them too"
             )
         if not isinstance(step, v2.Transform):
             raise CoordinatesError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import CoordinatesError, PatchError, excerpt
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.places import entered, shared_places
 from coordconv_patch.layers.window import Window
@@ -20,7 +20,7 @@ __all__ = ["places_in_turn"]
 
 @contextmanager
 def places_in_turn(
-    module: nn.Module, places: Sequence[Tensor | Any | Window | Sequence[Window]]
+    module: nn.Module, places: Sequence[Tensor | Any | Window | Sequence[Window]] | Tensor
 ) -> Iterator[None]:
     """While entered, the first call of a module has the first place, the second the second, ...
 
@@ -46,6 +46,10 @@ def places_in_turn(
         ...     tiles = [model(tile) for tile in torch.rand(1, 3, 64, 128).split(64, dim=3)]
     """
     layers = require_coord_layers(module)
+    if not isinstance(places, (Sequence, Tensor)):
+        raise CoordinatesError(
+            f"places_in_turn: places={excerpt(places)}: write a list of places, one for each call"
+        )
     turn = _Turn([check_places(layers, each) for each in places], layers.values())
     handles = (
         module.register_forward_pre_hook(turn.begin),

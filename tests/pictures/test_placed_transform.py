@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torchvision
 from coordinate_pictures import check_place, coordinate_picture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -189,6 +190,10 @@ class Dropped(v2.Transform):
         (v2.TenCrop(9), "TenCrop: what it does to the picture"),
         (v2.RandAugment(), "step 1 of the pipeline, RandAugment, moves or mixes images without"),
         (v2.Lambda(lambda x: x / 2), r"v2.Lambda, changes whatever .*tv_tensors.Image\)"),
+        (
+            torchvision.transforms.RandomCrop(9),
+            "RandomCrop, takes images alone: .*.v2.RandomC",
+        ),
         (lambda x: x / 2, "step 1 of the pipeline, <function .*is not one of torchvision"),
         (v2.Lambda(lambda x: x / 2, Tensor), "changed the points of the picture to Tensor; "),
         (Elastic(), "ElasticTransform: what it does to the picture is not one affine map"),
@@ -261,6 +266,7 @@ def test_albumentations_places_are_what_the_picture_shows(name: str) -> None:
     transform = ccp.PlacedTransform(ALBUMENTATIONS[name])
     picture = coordinate_picture(*WHOLE).permute(1, 2, 0).contiguous().numpy()
     # A reflection shows the picture where there is none; what is behind the border is left out.
+    transform.pipeline.set_random_seed(0)
     plain = copy.deepcopy(ALBUMENTATIONS[name])
     for _ in range(4):
         image, theta = transform(picture)
@@ -299,6 +305,27 @@ def test_albumentations_targets_are_those_of_the_pipeline_alone() -> None:
     assert torch.equal(result["mask"], expected["mask"])
     assert np.array_equal(result["bboxes"], expected["bboxes"])
     assert theta.shape == (2, 3)
+
+
+def test_crops_by_masks_and_boxes_are_followed() -> None:
+    pipeline = A.Compose(
+        [
+            A.CropNonEmptyMaskIfExists(30, 40),
+            A.MaskDropout(p=1),
+            A.BBoxSafeRandomCrop(p=1),
+            A.RandomSizedBBoxSafeCrop(33, 35, p=1),
+        ],
+        bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"]),
+    )
+    mask = np.zeros(WHOLE, dtype=np.uint8)
+    mask[22, 30] = 1
+    result = ccp.PlacedTransform(pipeline)(
+        image=coordinate_picture(*WHOLE).permute(1, 2, 0).contiguous().numpy(),
+        mask=mask,
+        bboxes=np.array([[28.0, 18.0, 36.0, 26.0]]),
+        labels=[1],
+    )
+    check_place(torch.from_numpy(result["image"]).permute(2, 0, 1), result["theta"], WHOLE)
 
 
 class Bent(A.DualTransform):

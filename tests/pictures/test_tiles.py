@@ -103,5 +103,7 @@ def test_what_does_not_fit_is_refused() -> None:
         )
     with pytest.raises(ccp.CoordinatesError, match="above 0"):
         ccp.tile_predictor(model, (0, 64))
+    with pytest.raises(ccp.CoordinatesError, match=r"image_size=64: give images.shape\[2:\]"):
+        ccp.tile_predictor(model, 64)  # type: ignore[arg-type]
     with pytest.raises(ccp.PatchError, match="is not patched"):
         ccp.tile_predictor(Net(), (64, 64))

@@ -120,6 +120,23 @@ def test_calls_in_other_threads_are_not_counted() -> None:
     assert torch.equal(outputs[0], other)
 
 
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_calls_of_a_compiled_module_have_their_places(in_place: bool) -> None:
+    torch._dynamo.reset()
+    model = patched()
+    with torch.no_grad():
+        expected = whole(model)
+        if in_place:
+            model.body.compile(backend="eager")
+        else:
+            model.body = torch.compile(model.body, backend="eager")
+        for _ in range(2):
+            with ccp.places_in_turn(model.body, [LEFT, RIGHT]):
+                torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole(model), expected, rtol=0, atol=1e-6)
+
+
 def test_a_plain_module_and_other_places_are_refused() -> None:
     model = patched()
     before = hooks(model)
@@ -128,6 +145,11 @@ def test_a_plain_module_and_other_places_are_refused() -> None:
     with (
         pytest.raises(ccp.CoordinatesError, match="places=None"),
         ccp.places_in_turn(model.body, [None]),
+    ):
+        pass
+    with (
+        pytest.raises(ccp.CoordinatesError, match="places=Window.*write a list of places"),
+        ccp.places_in_turn(model.body, LEFT),
     ):
         pass
     assert hooks(model) == before
