@@ -148,7 +148,7 @@ def test_a_plain_module_and_other_places_are_refused() -> None:
     ):
         pass
     with (
-        pytest.raises(ccp.CoordinatesError, match="places=Window.*write a list of places"),
+        pytest.raises(ccp.CoordinatesError, match=r"places=Window.*write a list of places"),
         ccp.places_in_turn(model.body, LEFT),
     ):
         pass
