@@ -49,6 +49,9 @@ from coordconv_patch.patching.places import places, set_places_
 from coordconv_patch.patching.plan import Plan, plan, survey
 from coordconv_patch.patching.unpatch import unpatch, unpatch_
 from coordconv_patch.patching.window import set_window_
+from coordconv_patch.pictures.placed_transform import PlacedTransform
+from coordconv_patch.pictures.tiles import tile_predictor
+from coordconv_patch.pictures.turns import places_in_turn
 from coordconv_patch.sites.presets import register_selector
 from coordconv_patch.sites.site import Site
 from coordconv_patch.status import LayerStatus, layer_status
@@ -87,6 +90,7 @@ __all__ = [
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
+    "PlacedTransform",
     "Plan",
     "Radius",
     "SelectionError",
@@ -112,6 +116,7 @@ __all__ = [
     "patch",
     "patch_",
     "places",
+    "places_in_turn",
     "plan",
     "register_channel_block",
     "register_folding_method",
@@ -121,6 +126,7 @@ __all__ = [
     "set_places_",
     "set_window_",
     "survey",
+    "tile_predictor",
     "to_concatenated",
     "train_only_coords_",
     "unpatch",

@@ -24,7 +24,7 @@ PUBLIC = {
     *("CoordConv1d", "CoordConv2d", "CoordConv3d"),
     *("CoordConvTranspose1d", "CoordConvTranspose2d", "CoordConvTranspose3d"),
     *("Plan", "plan", "patch", "patch_", "unpatch", "unpatch_", "set_window_", "CoordConvPass"),
-    *("places", "set_places_"),
+    *("places", "set_places_", "PlacedTransform", "places_in_turn", "tile_predictor"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
@@ -51,6 +51,7 @@ FLOORS = [
     "left_behind",
     "folding",
     "patching",
+    "pictures",
     "training",
     "stable_baselines3",
     "status",
@@ -162,6 +163,7 @@ def test_no_module_but_the_demo_imports_an_extra_at_its_top(module: str) -> None
         )
     }
     assert not roots & {"timm", "torchvision", "matplotlib", "skimage", "stable_baselines3"}
+    assert not roots & {"timm", "torchvision", "albumentations", "matplotlib", "skimage"}
 
 
 @pytest.mark.parametrize("module", modules())
