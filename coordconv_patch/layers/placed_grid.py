@@ -83,7 +83,7 @@ def _inside(linear: Tensor, shift: Tensor, lines: Sequence[Tensor]) -> Tensor:
     # another; in float32 too, pixels are further apart than this.
     edge = 1 + 1e-5
     masks = [position.abs() <= edge for position in _positions(linear, shift, lines)]
-    return torch.stack(torch.broadcast_tensors(*masks)).all(0)
+    return torch.stack(masks).all(0)
 
 
 def _affine_channels(

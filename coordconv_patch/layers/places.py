@@ -124,17 +124,20 @@ class Places:
             yield checkpoint
 
     def enter(self, placed: Placed | None) -> tuple[Any, ...]:
-        """Let places hold in this thread; gives what :meth:`leave` takes."""
-        entered = self._entered
-        before = (entered.placed[0], entered.around[0])
-        entered.placed[0] = placed
+        """Let places hold in this thread; gives the :meth:`state` before."""
+        before = self.state()
+        self._entered.placed[0] = placed
         if not torch.compiler.is_compiling():
-            entered.around[0] = tuple(checkpoints_around())
+            self._entered.around[0] = tuple(checkpoints_around())
         return before
 
-    def leave(self, before: tuple[Any, ...]) -> None:
-        """Let those hold again that did before :meth:`enter`."""
-        self._entered.placed[0], self._entered.around[0] = before
+    def state(self) -> tuple[Any, ...]:
+        """What was entered last in this thread, and not left: for :meth:`restore`."""
+        return self._entered.placed[0], self._entered.around[0]
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Let those places hold again in this thread that did at a :meth:`state`."""
+        self._entered.placed[0], self._entered.around[0] = state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         return Places(copy.deepcopy(self.lasting, memo))
@@ -166,7 +169,7 @@ def entered(places: Iterable[Places], theta: Tensor) -> Iterator[None]:
         yield
     finally:
         for each, held in before:
-            each.leave(held)
+            each.restore(held)
 
 
 def _remembered(places: Places) -> str:
