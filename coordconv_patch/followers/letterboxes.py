@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.followers.follower import Begin, Follower
-from coordconv_patch.followers.valid_area import wide_dtype
+from coordconv_patch.followers.valid_area import numbers, place_of
 
 __all__ = ["BeginInSquare", "called_part"]
 
@@ -37,10 +37,10 @@ class BeginInSquare(Begin):
         super().__call__(module, args, kwargs)
         images = _images_of((*args, *kwargs.values()))
         height, width = images.shape[-2:]
-        side = self.side if self.side is not None and not module.training else max(height, width)
-        theta = torch.zeros(1, 2, 3, dtype=wide_dtype(images.device), device=images.device)
-        theta[0, 0, 0], theta[0, 1, 1] = width / side, height / side
-        self.follower.place(theta)
+        extent = numbers((width, height), images.device)
+        side = self.side if self.side is not None and not module.training else extent.amax()
+        scale = (extent / side).unsqueeze(0)
+        self.follower.place(place_of(scale, torch.zeros_like(scale)))
 
 
 def called_part(model: nn.Module) -> nn.Module:

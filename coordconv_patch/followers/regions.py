@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.followers.follower import Begin, Follower, FollowerHook, hook_
-from coordconv_patch.followers.valid_area import wide_dtype
+from coordconv_patch.followers.valid_area import numbers, place_of, wide_dtype
 from coordconv_patch.layers.coord_layer import coord_layers
 
 __all__ = ["pools_by_owner", "put_region_hooks_", "region_places"]
@@ -62,27 +62,25 @@ def put_region_hooks_(owner: nn.Module, pools: Sequence[nn.Module], follower: Fo
         pool.register_forward_hook(kind(follower), with_kwargs=True)
 
 
-def region_places(
-    boxes: Tensor, pixel: Tensor | float, sizes: Tensor, *, aligned: bool = False
-) -> Tensor:
+def region_places(boxes: Tensor, pixel: Tensor, sizes: Tensor, *, aligned: bool = False) -> Tensor:
     """The places of regions in their pictures.
 
     Args:
         boxes: Shape (M, 4): x1, y1, x2, y2 in pixels of the network's input.
-        pixel: How many of those a pixel of the map is that each was pooled from, 1 / s; shape (M,).
-        sizes: Height and width of the picture that each is in, shape (M, 2).
+        pixel: How many of those a pixel of the map is that each was pooled from, 1 / s; shape (M,)
+            or (1,).
+        sizes: Height and width of the picture that each is in, shape (M, 2) or (1, 2).
         aligned: As :func:`torchvision.ops.roi_align` was told.
 
     Returns:
         Shape (M, 2, 3).
     """
     extent = sizes.flip(1)
-    pixel = torch.as_tensor(pixel, dtype=boxes.dtype, device=boxes.device).reshape(-1, 1)
+    pixel = pixel.unsqueeze(-1)
     start, length = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     if not aligned:
         start, length = start + pixel / 2, torch.maximum(length, pixel)
-    shift = (2 * start + length) / extent - 1
-    return torch.cat((torch.diag_embed(length / extent), shift.unsqueeze(-1)), dim=-1)
+    return place_of(length / extent, (2 * start + length) / extent - 1)
 
 
 class AfterMultiScalePool(FollowerHook):
@@ -95,13 +93,11 @@ class AfterMultiScalePool(FollowerHook):
             return
         given = dict(zip(("x", "boxes", "image_shapes"), args, strict=False)) | kwargs
         boxes, samples = _joined(given["boxes"])
-        levels = [0] if len(module.scales) == 1 else module.map_levels(given["boxes"])
-        wide = boxes.dtype
-        scales = torch.tensor(module.scales, dtype=wide, device=boxes.device)
-        sizes = torch.tensor([list(s) for s in given["image_shapes"]], dtype=wide)
-        sizes = sizes.to(boxes.device)[samples]
-        pixel = 1 / scales[torch.as_tensor(levels, device=boxes.device)]
-        self.follower.place(region_places(boxes, pixel, sizes), samples=samples)
+        pixels = 1 / numbers(module.scales, boxes.device)
+        if len(module.scales) > 1:
+            pixels = pixels[module.map_levels(given["boxes"])]
+        sizes = torch.stack([numbers(size, boxes.device) for size in given["image_shapes"]])
+        self.follower.place(region_places(boxes, pixels, sizes[samples]), samples=samples)
 
 
 class AfterPool(FollowerHook):
@@ -118,10 +114,9 @@ class AfterPool(FollowerHook):
             boxes, samples = rois[:, 1:], rois[:, 0].long()
         else:
             boxes, samples = _joined(given["rois"])
-        pixel = 1 / module.spatial_scale
-        sizes = torch.tensor([list(given["input"].shape[-2:])], dtype=boxes.dtype)
-        sizes = (sizes * pixel).to(boxes.device)
-        theta = region_places(boxes, pixel, sizes, aligned=module.aligned)
+        pixel = 1 / numbers([module.spatial_scale], boxes.device)
+        sizes = numbers(given["input"].shape[-2:], boxes.device) * pixel
+        theta = region_places(boxes, pixel, sizes.unsqueeze(0), aligned=module.aligned)
         self.follower.place(theta, samples=samples, in_input=True)
 
 
@@ -129,7 +124,7 @@ def _joined(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The boxes of all pictures, shape (M, 4), and which picture each is in, shape (M,)."""
     if not boxes:
         raise PatchError("follow_regions_: the model pools regions of no picture")
-    device = boxes[0].device
-    counts = torch.tensor([len(each) for each in boxes], device=device)
-    samples = torch.arange(len(boxes), device=device).repeat_interleave(counts)
-    return torch.cat([each.detach() for each in boxes]).to(wide_dtype(device)), samples
+    # A trace follows this, and would take a number of boxes for a constant.
+    samples = [torch.full_like(each[:, 0], index) for index, each in enumerate(boxes)]
+    joined = torch.cat([each.detach() for each in boxes])
+    return joined.to(wide_dtype(joined.device)), torch.cat(samples).long()

@@ -10,20 +10,37 @@ and ``2 (X - left) / w - 1`` in the picture. So theta is::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["place_in_canvas", "places_by_masks", "places_by_sizes", "wide_dtype"]
+from coordconv_patch.layers.capture import is_capturing
+
+__all__ = ["numbers", "place_of", "places_by_masks", "places_by_sizes", "wide_dtype"]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it: its few numbers cost nothing."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """float64 where it is to be had: the few numbers of a place cost nothing."""
+    return torch.float32 if device.type == "mps" or is_capturing() else torch.float64
 
 
-def place_in_canvas(canvas: Sequence[int], size: Tensor, offset: Tensor) -> Tensor:
+def numbers(values: Iterable[Any], device: torch.device) -> Tensor:
+    """Numbers of pixels as a tensor (n,); a trace gives them as tensors, and follows them."""
+    wide, values = wide_dtype(device), list(values)
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value).to(device, wide) for value in values])
+    return torch.tensor(values, dtype=wide).to(device)
+
+
+def place_of(scale: Tensor, shift: Tensor) -> Tensor:
+    """Places by what they scale and shift along x and y, both of shape (N, 2): (N, 2, 3)."""
+    linear = scale.unsqueeze(-1) * torch.eye(2, dtype=scale.dtype, device=scale.device)
+    return torch.cat((linear, shift.unsqueeze(-1)), dim=-1)
+
+
+def _places_in_canvas(canvas: Sequence[Any], size: Tensor, offset: Tensor) -> Tensor:
     """The places of pictures in a canvas.
 
     Args:
@@ -34,18 +51,16 @@ def place_in_canvas(canvas: Sequence[int], size: Tensor, offset: Tensor) -> Tens
     Returns:
         Shape (N, 2, 3), from the canvas to the pictures.
     """
-    extent = torch.tensor(list(canvas), dtype=size.dtype, device=size.device)
-    scale = (extent / size).flip(1)
-    shift = ((extent - 2 * offset) / size - 1).flip(1)
-    return torch.cat((torch.diag_embed(scale), shift.unsqueeze(-1)), dim=-1)
+    extent = numbers(canvas, size.device)
+    return place_of((extent / size).flip(1), ((extent - 2 * offset) / size - 1).flip(1))
 
 
 def places_by_sizes(
-    canvas: Sequence[int], sizes: Sequence[Sequence[int]], device: torch.device
+    canvas: Sequence[Any], sizes: Sequence[Sequence[Any]], device: torch.device
 ) -> Tensor:
     """Of pictures that lie at the top left of their canvas, by heights and widths in pixels."""
-    size = torch.tensor([list(each) for each in sizes], dtype=wide_dtype(device))
-    return place_in_canvas(canvas, size, torch.zeros_like(size)).to(device)
+    size = torch.stack([numbers(each, device) for each in sizes])
+    return _places_in_canvas(canvas, size, torch.zeros_like(size))
 
 
 def places_by_masks(masks: Tensor) -> Tensor:
@@ -66,4 +81,4 @@ def places_by_masks(masks: Tensor) -> Tensor:
         sizes.append(last + 1 - first)
     wide = wide_dtype(masks.device)
     size, offset = torch.stack(sizes, 1).to(wide), torch.stack(firsts, 1).to(wide)
-    return place_in_canvas(masks.shape[1:], size, offset)
+    return _places_in_canvas(masks.shape[1:], size, offset)
