@@ -11,7 +11,11 @@ from coordconv_patch.errors import ArgumentError, PatchError, excerpt
 from coordconv_patch.followers.follower import Follower, followers_of, hook_, release_
 from coordconv_patch.followers.letterboxes import BeginInSquare, called_part
 from coordconv_patch.followers.padded_batches import is_padding, put_padding_hooks_
-from coordconv_patch.followers.regions import pools_by_owner, put_region_hooks_
+from coordconv_patch.followers.regions import (
+    pools_by_owner,
+    put_region_hooks_,
+    put_whole_region_hooks_,
+)
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.layers.place_of import check_takes_places
@@ -65,6 +69,7 @@ def follow_padding_(model: nn.Module, follow: bool = True) -> nn.Module:
     release_(model, "padding")
     for part in owners.values():
         put_padding_hooks_(part, _follower("padding", part))
+    _settle_regions_(model)
     return model
 
 
@@ -142,15 +147,30 @@ def follow_regions_(model: nn.Module, follow: bool = True) -> nn.Module:
     for name, pools in owners.items():
         owner = model.get_submodule(name)
         put_region_hooks_(owner, pools, _follower("regions", owner))
+    _settle_regions_(model)
     return model
 
 
 def renew_followers_(model: nn.Module) -> None:
     """Let the followers of a model place the coordinate layers that it got since, too."""
-    for name, follower in followers_of(model).items():
+    followers = followers_of(model)
+    for name, follower in followers:
         layers = coord_layers(model.get_submodule(name))
         _check(layers, follower.kind)
         follower.places[:] = shared_places(layers.values())
+    if any(follower.kind == "regions" for _, follower in followers):
+        follow_regions_(model)  # layers nearer to a pool may have come
+    _settle_regions_(model)
+
+
+def _settle_regions_(model: nn.Module) -> None:
+    """Let regions be whole where pictures are placed, and regions are not."""
+    release_(model, "whole regions")
+    kinds = {follower.kind for _, follower in followers_of(model)}
+    if "padding" in kinds and "regions" not in kinds:
+        for name, pools in pools_by_owner(model).items():
+            owner = model.get_submodule(name)
+            put_whole_region_hooks_(owner, pools, _follower("whole regions", owner))
 
 
 def _follower(kind: str, module: nn.Module) -> Follower:
@@ -186,7 +206,7 @@ def _outermost(
 
 
 def _refuse_other(model: nn.Module, kind: str, function: str) -> None:
-    if any(follower.kind == kind for follower in followers_of(model).values()):
+    if any(follower.kind == kind for _, follower in followers_of(model)):
         raise PatchError(
             f"the model follows its {kind} already, and an input cannot be both: undo that by "
             f"{function}(model, False)"

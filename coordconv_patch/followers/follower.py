@@ -41,7 +41,8 @@ class Follower:
     Copies, and what pickle makes, place the layers of the copy, and start outside of its forward.
 
     Args:
-        kind: What it follows: ``"padding"``, ``"letterbox"`` or ``"regions"``.
+        kind: What it follows: ``"padding"``, ``"letterbox"`` or ``"regions"``; or
+            ``"whole regions"``, see :class:`coordconv_patch.followers.regions.RegionsAreWhole`.
         places: What the layers ask.
     """
 
@@ -93,6 +94,11 @@ class Follower:
             theta = own if outer is None else _composed(outer, own)
             held.own = Placed(theta, own if has_outside else None, outer)
             held.places.enter(held.own)
+
+    def place_as_whole(self) -> None:
+        """The same, of what layers get as whole pictures, whatever held before."""
+        for held in self._running.passes[-1]:
+            held.places.enter(Placed(torch.eye(2, 3).unsqueeze(0)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kind": self.kind, "places": self.places}
@@ -147,15 +153,15 @@ def hook_(module: nn.Module, begin: Begin) -> None:
     module.register_forward_hook(End(begin.follower), always_call=True)
 
 
-def followers_of(model: nn.Module) -> dict[str, Follower]:
-    """The followers in a model, by the name of the module that they begin and end with."""
-    return {
-        name: hook.follower
+def followers_of(model: nn.Module) -> list[tuple[str, Follower]]:
+    """The followers in a model, with the names of the modules that they begin and end with."""
+    return [
+        (name, hook.follower)
         for name, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, Begin)
-    }
+    ]
 
 
 def release_(model: nn.Module, kind: str | None = None) -> None:

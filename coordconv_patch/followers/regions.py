@@ -28,7 +28,7 @@ from coordconv_patch.followers.follower import Begin, Follower, FollowerHook, ho
 from coordconv_patch.followers.valid_area import numbers, place_of, wide_dtype
 from coordconv_patch.layers.coord_layer import coord_layers
 
-__all__ = ["pools_by_owner", "put_region_hooks_", "region_places"]
+__all__ = ["pools_by_owner", "put_region_hooks_", "put_whole_region_hooks_", "region_places"]
 
 
 def pools_by_owner(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -60,6 +60,15 @@ def put_region_hooks_(owner: nn.Module, pools: Sequence[nn.Module], follower: Fo
     for pool in pools:
         kind = AfterMultiScalePool if hasattr(pool, "featmap_names") else AfterPool
         pool.register_forward_hook(kind(follower), with_kwargs=True)
+
+
+def put_whole_region_hooks_(
+    owner: nn.Module, pools: Sequence[nn.Module], follower: Follower
+) -> None:
+    """Let layers behind pools see whole regions, whatever holds for the pictures."""
+    hook_(owner, Begin(follower))
+    for pool in pools:
+        pool.register_forward_hook(RegionsAreWhole(follower))
 
 
 def region_places(boxes: Tensor, pixel: Tensor, sizes: Tensor, *, aligned: bool = False) -> Tensor:
@@ -118,6 +127,17 @@ class AfterPool(FollowerHook):
         sizes = numbers(given["input"].shape[-2:], boxes.device) * pixel
         theta = region_places(boxes, pixel, sizes.unsqueeze(0), aligned=module.aligned)
         self.follower.place(theta, samples=samples, in_input=True)
+
+
+class RegionsAreWhole(FollowerHook):
+    """After a pool of a model that follows its padding and not its regions.
+
+    What is behind gets as many samples as there are regions, and not one for each picture.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.follower.is_running:
+            self.follower.place_as_whole()
 
 
 def _joined(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
