@@ -83,7 +83,7 @@ def patched(model: nn.Module, where: Any = "all", **arguments: Any) -> nn.Module
 def outputs_of(layer: nn.Module, run: Any) -> list[Tensor]:
     """What a layer gives while something runs, without gradients."""
     kept: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    hook = layer.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
     try:
         with torch.no_grad():
             run()
