@@ -351,6 +351,7 @@ def test_a_file_holds_what_a_letterbox_and_masks_place(tmp_path: Path) -> None:
 
 def test_a_detectors_file_holds_its_padding(tmp_path: Path) -> None:
     model = ccp.follow_padding_(patched(retinanet(), "backbone.*"))
+    nn.init.normal_(model.head.classification_head.cls_logits.weight)  # else scores are all alike
     picture = [torch.rand(3, 64, 90)]
     options: dict[str, Any] = {"dynamic_batch": False, "exporter": "torchscript"}
     report = ccp.export_onnx(model, tmp_path / "detector.onnx", picture, **options)
