@@ -120,8 +120,8 @@ def test_own_places_are_those_of_the_pictures_without_their_padding() -> None:
     whole = ccp.Window((0, 0), (150, 64), (150, 64))
     for given in (window, [window, whole]):
         with ccp.places(model, given):
-            found = first_of(model, [SMALL, TALL])
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+            actual = first_of(model, [SMALL, TALL])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
     wrong = pytest.raises(ccp.PatchError, match="gets 2 pictures, and there are places for 3")
     with wrong, ccp.places(model, [window] * 3):
         model([SMALL, TALL])
@@ -160,9 +160,9 @@ def test_a_mask_tells_where_pictures_are(as_keyword: bool) -> None:
         model(images, pixel_mask=mask) if as_keyword else model(images, mask)
 
     (seen,) = outputs_of(model.first, run)
-    for found, alone, (top, left, _, _) in zip(seen, expected, AREAS, strict=True):
+    for actual, alone, (top, left, _, _) in zip(seen, expected, AREAS, strict=True):
         rows, columns = slice(top // 2, None), slice(left // 2, None)
-        inside = found[:, rows, columns][:, : alone.shape[1], : alone.shape[2]]
+        inside = actual[:, rows, columns][:, : alone.shape[1], : alone.shape[2]]
         torch.testing.assert_close(inside, alone, rtol=0, atol=2e-6)
     assert torch.equal(model(images), whole)  # no mask: all of it
     torch.testing.assert_close(model(images, mask * 0), whole, rtol=0, atol=2e-6)

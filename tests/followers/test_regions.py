@@ -79,11 +79,11 @@ def test_bins_of_each_level_lie_where_roi_align_reads() -> None:
     levels = model.pool.map_levels(BOXES).tolist()
     assert set(levels) == {0, 1}
     rows = [(index, box) for index, boxes in enumerate(BOXES) for box in boxes]
-    for found, level, (index, box) in zip(seen, levels, rows, strict=True):
+    for actual, level, (index, box) in zip(seen, levels, rows, strict=True):
         stride, (h, w) = 2 ** (level + 2), (size / 2 ** (level + 2) for size in sizes[index])
         picture = coordinate_picture(64 // stride, 96 // stride, (h, w))
         expected = roi_align(picture[None], [box[None].double()], 4, 1 / stride, 2)[0]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("aligned", [False, True])
