@@ -30,6 +30,7 @@ from coordconv_patch.export.report import ExportReport
 from coordconv_patch.folding.batch_norms import fold
 from coordconv_patch.folding.method_names import register_folding_method
 from coordconv_patch.folding.other_libraries import fold_with
+from coordconv_patch.followers.follow import follow_letterbox_, follow_padding_, follow_regions_
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordconv import (
     CoordConv1d,
@@ -103,6 +104,9 @@ __all__ = [
     "export_onnx",
     "fold",
     "fold_with",
+    "follow_letterbox_",
+    "follow_padding_",
+    "follow_regions_",
     "forget_left_behind_",
     "from_exported",
     "import_coordconv",

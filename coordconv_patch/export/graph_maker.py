@@ -18,6 +18,7 @@ from coordconv_patch.export.exporters import Exported, export_graph
 from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.export.model_file import write_model
 from coordconv_patch.export.targets import passes_for, rewrite_
+from coordconv_patch.followers.follower import followers_of
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
@@ -71,7 +72,7 @@ class GraphMaker:
     def rule(self, lowering: str) -> Callable[[LoweringSite], str]:
         """The lowering of each site: the one asked for, or by the rule of ``"auto"``."""
         request = self.request
-        if request.places:
+        if request.places or followers_of(self.folded):
             return lambda site: Computed.name  # from the places, and constants of the sizes
         if lowering == "auto":
             weights = sum(t.nbytes for t in self.folded.parameters())

@@ -30,6 +30,7 @@ from coordconv_patch.export.opset import check_opset, opset_of
 from coordconv_patch.export.report import ExportReport
 from coordconv_patch.files.atomic import obstacle_to_writing, replacement
 from coordconv_patch.folding.batch_norms import fold_batch_norms_
+from coordconv_patch.followers.follower import followers_of
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import check_left_behind
@@ -127,6 +128,7 @@ def export_onnx(
             f"lowering={lowering!r} with places=True: coordinates of places have one form, leave "
             "lowering out"
         )
+    _check_followed(model, lowering, dynamic_size)
     placed = PlacedModel(model) if places else None
     if placed is None:
         _check_no_places(model)
@@ -212,6 +214,28 @@ def _check_no_places(model: nn.Module) -> None:
                 "export with places=True, or after set_places_(model, None), or for one part of a "
                 "picture after set_window_(model, window)"
             )
+
+
+def _check_followed(model: nn.Module, lowering: str, dynamic_size: bool) -> None:
+    """Check that a file can hold what a model follows: in one form, and at one size.
+
+    Raises:
+        ArgumentError: If more was asked for.
+    """
+    kinds = {follower.kind for _, follower in followers_of(model)} - {"whole regions"}
+    if not kinds:
+        return
+    followed = f"for a model that follows its {' and '.join(sorted(kinds))}"
+    if lowering != "auto":
+        raise ArgumentError(
+            f"lowering={lowering!r} {followed}: coordinates of places have one form, leave "
+            "lowering out"
+        )
+    if dynamic_size:
+        raise ArgumentError(
+            f"dynamic_size=True {followed}: its places are exported for the sizes of the example's "
+            "pictures; export one file for each size"
+        )
 
 
 def _notes_on(

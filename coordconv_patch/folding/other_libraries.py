@@ -30,6 +30,7 @@ from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.conversion import convert_, revert_
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
+from coordconv_patch.layers.places import Places
 from coordconv_patch.left_behind.watch import (
     check_left_behind,
     release_watches_,
@@ -153,17 +154,27 @@ def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:
     carriers, is_pure = Probes(layers, plain, function).carriers()
     if is_pure:  # it returns a new module and leaves this one alone, so we do too
         model = copied(model, advice="folding works on a copy")
+    places = {name: layer.__dict__.get("_places") for name, layer in coord_layers(model).items()}
     with watches_renewed(model):
         _make_plain_(model)
         returned = function(model)
         folded = returned if isinstance(returned, nn.Module) else model
-        _carry_(folded, carriers)
+        _carry_(folded, carriers, places)
         guard_folding_(folded)
     return returned
 
 
-def _carry_(folded: nn.Module, carriers: Mapping[str, Carrier]) -> None:
-    """Give the convolutions of a folded model their coordinates, in place."""
+def _carry_(
+    folded: nn.Module, carriers: Mapping[str, Carrier], places: Mapping[str, Places | None]
+) -> None:
+    """Give the convolutions of a folded model their coordinates, in place.
+
+    Args:
+        folded: The model.
+        carriers: What its convolutions get.
+        places: What the layers before asked for their places; a new one asks as all of them.
+    """
+    shared = next(filter(None, places.values()), None)
     for name, carrier in carriers.items():
         conv = folded.get_submodule(name)
         assert isinstance(conv, _ConvNd)
@@ -173,6 +184,8 @@ def _carry_(folded: nn.Module, carriers: Mapping[str, Carrier]) -> None:
         with torch.no_grad():
             conv.coord_weight.copy_(carrier.coord_weight)
         conv.coord_weight.requires_grad_(conv.weight.requires_grad)
+        if shared is not None:
+            conv.__dict__["_places"] = places.get(name) or shared
 
 
 def _check_foldable(layers: Mapping[str, CoordLayer]) -> None:

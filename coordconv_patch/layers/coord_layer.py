@@ -27,7 +27,7 @@ from coordconv_patch.layers.geometry import ConvGeometry, Convolution, Padding
 from coordconv_patch.layers.load_in_progress import load_in_progress
 from coordconv_patch.layers.map_cache import MapCache
 from coordconv_patch.layers.placed_grid import check_one_place_a_sample, placed_grid
-from coordconv_patch.layers.places import Places
+from coordconv_patch.layers.places import Placed, Places
 from coordconv_patch.layers.saved_convention import convention_refusal, tell_convention
 from coordconv_patch.layers.unsupported import refuse_mkldnn, refuse_script
 from coordconv_patch.running.inputs import check_is_module
@@ -114,11 +114,11 @@ class CoordLayer(nn.Module):
         convolution = self._convolution
         ndim = len(convolution.kernel_size)
         input_size = input.shape[-ndim:]
-        theta = None if self._places is None else self._places.now()
-        if theta is not None:
-            check_one_place_a_sample(theta, input, ndim, self._site_name)
+        placed = None if self._places is None else self._places.now()
+        if placed is not None:
+            check_one_place_a_sample(placed.theta, input, ndim, self._site_name)
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
-            branch = self.compute_branch(input_size, output_padding, weight, theta)
+            branch = self.compute_branch(input_size, output_padding, weight, placed)
         elif suits_lines(input, weight, self.coords, convolution, self.coord_padding):
             branch = map_by_lines(input_size, weight, self.coords, convolution, self.coord_padding)
         else:
@@ -131,7 +131,7 @@ class CoordLayer(nn.Module):
         input_size: Sequence[int],
         output_padding: Sequence[int],
         weight: Tensor | None = None,
-        theta: Tensor | None = None,
+        placed: Placed | None = None,
     ) -> Tensor:
         """The coordinate map for one input size.
 
@@ -139,16 +139,16 @@ class CoordLayer(nn.Module):
             input_size: Spatial size of the input, such as ``(H, W)``.
             output_padding: Of a transposed convolution, in pixels per dimension.
             weight: The coordinate weight; ``None``: the layer's.
-            theta: The places of samples, shape (N, d, d + 1); ``None``: whole pictures.
+            placed: The places of samples; ``None``: they are whole pictures.
 
         Returns:
             Shape ``(1, C_out, *output_size)``, with places ``(N, C_out, *output_size)``.
         """
         weight = self.coord_weight if weight is None else weight
-        if theta is None:
+        if placed is None:
             grid = grid_for(weight, self.coords, input_size)
         else:
-            grid = placed_grid(self.coords, theta, input_size, weight.device, weight.dtype)
+            grid = placed_grid(self.coords, placed, input_size, weight.device, weight.dtype)
         return coordinate_map(grid, weight, self._convolution, self.coord_padding, output_padding)
 
     def output_padding_of(

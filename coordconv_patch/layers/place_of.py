@@ -1,4 +1,4 @@
-"""What a user may write for the places of samples, as one tensor."""
+"""What a user may write for the places of samples, as one tensor; which layers take places."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.window import Window
 
-__all__ = ["theta_of"]
+__all__ = ["check_takes_places", "theta_of"]
 
 _HINT = (
     "write a tensor of shape (N, 2, 3) as for torch.nn.functional.affine_grid, a Window, or a "
@@ -46,3 +47,21 @@ def theta_of(places: Any) -> Tensor:
     if theta.dim() != 3 or theta.shape[2] != theta.shape[1] + 1 or not 1 <= theta.shape[1] <= 3:
         raise CoordinatesError(f"places: a tensor of shape {tuple(places.shape)}: {_HINT}")
     return theta
+
+
+def check_takes_places(name: str, layer: CoordLayer) -> None:
+    """Check that a layer's convention can be placed.
+
+    Raises:
+        CoordinatesError: If it has a window already, or ``swap_sizes``.
+    """
+    if layer.coords.window is not None:
+        raise CoordinatesError(
+            f"{name} has a window already, {layer.coords.window}: take it away by "
+            "set_window_(model, None), and give places instead"
+        )
+    if layer.coords.swap_sizes:
+        raise CoordinatesError(
+            f"{name} has swap_sizes, which reproduces the released reference code; that "
+            "knows no places"
+        )

@@ -25,13 +25,14 @@ from coordconv_patch.channels.positions import AxisPixels
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.places import Placed
 
 __all__ = ["check_one_place_a_sample", "placed_grid"]
 
 
 def placed_grid(
     coords: Coordinates,
-    theta: Tensor,
+    placed: Placed,
     size: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
@@ -40,7 +41,7 @@ def placed_grid(
 
     Args:
         coords: The convention.
-        theta: Shape (N, d, d + 1), rows and columns in the order x, y, z.
+        placed: The places, rows and columns in the order x, y, z.
         size: Spatial size of a layer's input, d lengths in pixels; may be symbolic.
         device: Where the channels are wanted.
         dtype: Their dtype.
@@ -52,8 +53,7 @@ def placed_grid(
     # The few numbers of a place are worked out in float64; not every device and runtime has it.
     wide = computed if is_capturing() or device.type == "mps" else torch.float64
     # Rows and columns from here on in the order of a tensor's dimensions: z, y, x.
-    place = theta.to(device, wide)
-    linear, shift = place[:, :, :-1].flip(1, 2), place[:, :, -1].flip(1)
+    linear, shift = _by_dimension(placed.theta, device, wide)
     lengths = torch.stack([linear[:, :, dim] / size[dim] for dim in range(len(size))], dim=-1)
     lengths = lengths.square().sum(-1).rsqrt()
     lines = [_line(dim, size, device, wide) for dim in range(len(size))]
@@ -63,8 +63,27 @@ def placed_grid(
             channels += _affine_channels(block, linear, shift, lengths, lines, computed)
         else:
             channels += _other_channels(block, linear, shift, lengths, lines)
-    shape: Any = (theta.shape[0], *size)
-    return torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
+    shape: Any = (placed.theta.shape[0], *size)
+    grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
+    if placed.picture is None:
+        return grid
+    inside = _inside(*_by_dimension(placed.picture, device, wide), lines)
+    return grid * inside.unsqueeze(1).to(dtype)
+
+
+def _by_dimension(theta: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The linear part and the shift of places, in the order of a tensor's dimensions."""
+    place = theta.to(device, dtype)
+    return place[:, :, :-1].flip(1, 2), place[:, :, -1].flip(1)
+
+
+def _inside(linear: Tensor, shift: Tensor, lines: Sequence[Tensor]) -> Tensor:
+    """Which pixels have their centre in the picture, shape (N, *size)."""
+    # The same pixel of the same picture is at 1 + a rounding error in one batch, and at 1 - one in
+    # another; in float32 too, pixels are further apart than this.
+    edge = 1 + 1e-5
+    masks = [position.abs() <= edge for position in _positions(linear, shift, lines)]
+    return torch.stack(masks).all(0)
 
 
 def _affine_channels(
@@ -96,6 +115,12 @@ def _other_channels(
     lines: Sequence[Tensor],
 ) -> list[Tensor]:
     """Channels by the position of every pixel."""
+    positions = _positions(linear, shift, lines)
+    return block.values(_pixels(positions, lengths[(..., *(None,) * len(lines))]))
+
+
+def _positions(linear: Tensor, shift: Tensor, lines: Sequence[Tensor]) -> list[Tensor]:
+    """Where every pixel lies, axis by axis, -1 and 1 at the edges of the whole picture."""
     ndim = len(lines)
     positions = []
     for axis in range(ndim):
@@ -103,7 +128,7 @@ def _other_channels(
         for dim, line in enumerate(lines):
             position = position + _column(linear[:, axis, dim], ndim) * line
         positions.append(position)
-    return block.values(_pixels(positions, lengths[(..., *(None,) * ndim)]))
+    return positions
 
 
 def _pixels(positions: Sequence[Tensor], lengths: Tensor) -> tuple[AxisPixels, ...]:

@@ -11,7 +11,7 @@ import copy
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,31 @@ from torch import Tensor, nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.recomputation import checkpoints_around, is_in_backward
 
-__all__ = ["Places", "entered", "shared_places"]
+__all__ = ["Placed", "Places", "entered", "shared_places"]
+
+
+class Placed(NamedTuple):
+    """What holds for the samples of a batch.
+
+    Attributes:
+        theta: From the network's input to the whole pictures, shape (N, d, d + 1).
+        picture: From the network's input to the pictures in it that were padded, shape
+            (N, d, d + 1): coordinates are zero at the pixels outside of them, as they are where
+            a convolution pads by zeros. ``None``: nothing is outside.
+        outer: From the padded pictures to the whole ones; ``None``: they are those.
+    """
+
+    theta: Tensor
+    picture: Tensor | None = None
+    outer: Tensor | None = None
 
 
 class _PerThread(threading.local):
     """What one thread has entered. A list, for torch.compile guards items and not attributes."""
 
     def __init__(self) -> None:
-        self.theta: list[Tensor | None] = [None]
+        self.placed: list[Placed | None] = [None]
+        self.around: list[tuple[Any, ...]] = [()]  # the checkpoints in which it was entered
 
 
 class Places:
@@ -43,46 +60,84 @@ class Places:
         self._entered = _PerThread()
         self._was_used = False
 
-    def now(self) -> Tensor | None:
-        """The places that hold in this thread, shape (N, d, d + 1); ``None``: whole pictures.
+    def now(self) -> Placed | None:
+        """The places that hold in this thread; ``None``: samples are whole pictures.
 
         Gradient checkpointing runs layers again in the backward pass, when other places may
-        hold, or none: they then see those of the first run.
+        hold, or none: they then see those of the first run, unless the code that runs again has
+        entered its places itself.
 
         Raises:
             PatchError: If code that torch does not know runs layers again, after their places
                 were left.
         """
-        theta = self._entered.theta[0]
-        if theta is None:
-            theta = self.lasting
-        if torch.compiler.is_compiling():
-            return theta
-        if is_in_backward():
-            return self._recomputed(theta)
-        if theta is not None or self._was_used:
-            self._was_used = True
-            for checkpoint in checkpoints_around():
-                checkpoint.__dict__[_remembered(self)] = theta
-        return theta
+        return self._now(is_strict=True)
 
-    def _recomputed(self, theta: Tensor | None) -> Tensor | None:
+    def held(self) -> Placed | None:
+        """The same, for code that is about to enter other places within them."""
+        return self._now(is_strict=False)
+
+    def _now(self, *, is_strict: bool) -> Placed | None:
+        placed = self._entered.placed[0]
+        if placed is None and self.lasting is not None:
+            placed = Placed(self.lasting)
+        if torch.compiler.is_compiling():
+            return placed
+        if is_in_backward():
+            return self._recomputed(placed, is_strict)
+        if placed is not None or self._was_used:
+            self._was_used = True
+            for checkpoint in self._checkpoints_inside():
+                checkpoint.__dict__[_remembered(self)] = placed
+        return placed
+
+    def _recomputed(self, placed: Placed | None, is_strict: bool) -> Placed | None:
         name = _remembered(self)
-        checkpoints = list(checkpoints_around())
+        checkpoints = list(self._checkpoints_inside())
         for at, checkpoint in enumerate(checkpoints):
             if name in checkpoint.__dict__:
-                for inner in checkpoints[:at]:
-                    inner.__dict__[name] = checkpoint.__dict__[name]
-                return checkpoint.__dict__[name]
-        if checkpoints:  # nobody had used places when they ran first
-            return None
-        if theta is None and self._was_used:
-            raise PatchError(
-                "a model with places is run again in a backward pass, after the places were "
-                "left, by code that is not torch.utils.checkpoint: call backward() inside of "
-                "`with places(...)`, or use torch.utils.checkpoint"
-            )
-        return theta
+                placed = checkpoint.__dict__[name]
+                checkpoints = checkpoints[:at]
+                break
+        else:
+            if checkpoints and not self._entered.around[0]:
+                return None  # nobody had used places when they ran first
+            if is_strict and placed is None and self._was_used:
+                raise PatchError(
+                    "a model with places is run again in a backward pass, after the places were "
+                    "left, by code that is not torch.utils.checkpoint: call backward() inside of "
+                    "`with places(...)`, or use torch.utils.checkpoint"
+                )
+        for inner in checkpoints:
+            inner.__dict__[name] = placed
+        return placed
+
+    def _checkpoints_inside(self) -> Iterator[Any]:
+        """The checkpoints that began after the places were entered, the innermost first.
+
+        Those further out run the entering again, too.
+        """
+        around = self._entered.around[0]
+        for checkpoint in checkpoints_around():
+            if any(checkpoint is each for each in around):
+                return
+            yield checkpoint
+
+    def enter(self, placed: Placed | None) -> tuple[Any, ...]:
+        """Let places hold in this thread; gives the :meth:`state` before."""
+        before = self.state()
+        self._entered.placed[0] = placed
+        if not torch.compiler.is_compiling():
+            self._entered.around[0] = tuple(checkpoints_around())
+        return before
+
+    def state(self) -> tuple[Any, ...]:
+        """What was entered last in this thread, and not left: for :meth:`restore`."""
+        return self._entered.placed[0], self._entered.around[0]
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Let those places hold again in this thread that did at a :meth:`state`."""
+        self._entered.placed[0], self._entered.around[0] = state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         return Places(copy.deepcopy(self.lasting, memo))
@@ -107,17 +162,14 @@ def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
 
 
 @contextmanager
-def entered(places: Iterable[Places], theta: Tensor | None) -> Iterator[None]:
+def entered(places: Iterable[Places], theta: Tensor) -> Iterator[None]:
     """While entered, these places hold in this thread; those from before hold again afterwards."""
-    boxes = [each._entered.theta for each in places]
-    before = [box[0] for box in boxes]
-    for box in boxes:
-        box[0] = theta
+    before = [(each, each.enter(Placed(theta))) for each in places]
     try:
         yield
     finally:
-        for box, theta_before in zip(boxes, before, strict=True):
-            box[0] = theta_before
+        for each, held in before:
+            each.restore(held)
 
 
 def _remembered(places: Places) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.folding.other_libraries import guard_folding_
+from coordconv_patch.followers.follow import renew_followers_
 from coordconv_patch.layers.call_hooks import add_to_calls_
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.conversion import convert_
@@ -45,6 +46,7 @@ def apply_plan_(model: nn.Module, decided: Plan) -> nn.Module:
                 _patch_module_(model, row, decided.coords)
         for edit in edits:
             edit.commit()
+        renew_followers_(model)
         guard_folding_(model)
         watch_(model)
     return model

@@ -13,7 +13,7 @@ from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.coord_layer import CoordLayer
-from coordconv_patch.layers.place_of import theta_of
+from coordconv_patch.layers.place_of import check_takes_places, theta_of
 from coordconv_patch.layers.places import entered, shared_places
 from coordconv_patch.layers.window import Window
 
@@ -98,16 +98,7 @@ def check_places(layers: Mapping[str, CoordLayer], theta: Any) -> Tensor:
                 f"places are tensors of shape (N, {layer.coord_geometry.ndim}, "
                 f"{layer.coord_geometry.ndim + 1})"
             )
-        if layer.coords.window is not None:
-            raise CoordinatesError(
-                f"{name} has a window already, {layer.coords.window}: take it away by "
-                "set_window_(model, None), and give places instead"
-            )
-        if layer.coords.swap_sizes:
-            raise CoordinatesError(
-                f"{name} has swap_sizes, which reproduces the released reference code; that "
-                "knows no places"
-            )
+        check_takes_places(name, layer)
     if not (is_capturing() or is_transforming() or given.is_meta):
         with torch.no_grad():
             _check_values(given)

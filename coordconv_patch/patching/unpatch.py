@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from coordconv_patch.arguments import check_flag
 from coordconv_patch.errors import PatchError
 from coordconv_patch.folding.other_libraries import release_folding_
+from coordconv_patch.followers.follower import release_
 from coordconv_patch.graphs.programs import from_exported, require_coord_layers
 from coordconv_patch.layers.call_hooks import chosen_calls_of, remove_from_calls_
 from coordconv_patch.layers.conversion import revert_
@@ -59,6 +60,7 @@ def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
     with LOOK:
         _check_unpatchable(model, discard)
         release_folding_(model)
+        release_(model)
         release_watches_(model)
         dismiss_(model)
         for module in list(model.modules()):
