@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import torch
 
+from coordconv_patch.export.graph_passes.vocabulary import mark_as_coordinates_
 from coordconv_patch.patching.placed_model import PLACES
 
 __all__ = ["give_default_place_"]
@@ -45,6 +46,7 @@ def give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
     places.shape = onnx_ir.Shape([PLACES, ndim, ndim + 1])
     places.const_value = onnx_ir.Tensor(torch.eye(ndim, ndim + 1).unsqueeze(0).numpy(), name=PLACES)
     graph.register_initializer(places)
+    mark_as_coordinates_(places)
 
 
 def _constant(name: str, numbers: list[int]) -> onnx_ir.Value:

@@ -26,7 +26,7 @@ _COORDINATES = "coordconv_patch.coordinates"
 
 
 def mark_as_coordinates_(value: ir.Value) -> None:
-    """Note that an initializer holds coordinates, for :func:`coordinate_bytes`."""
+    """Note that an initializer holds coordinates or places, also for :func:`coordinate_bytes`."""
     value.meta[_COORDINATES] = True
 
 
@@ -40,8 +40,9 @@ def coordinate_bytes(graph: ir.Graph) -> int:
 
 
 def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:
-    """The values that depend on the shapes of the graph's inputs at most, not on their values."""
-    independent = set(graph.initializers.values()) - set(graph.inputs)
+    """The values that depend on places and on the shapes of the graph's inputs, but on no image."""
+    images = {value for value in graph.inputs if _COORDINATES not in value.meta}
+    independent = {*graph.initializers.values(), *graph.inputs} - images
     for node in graph:
         if node.op_type == "Shape" or all(v is None or v in independent for v in node.inputs):
             independent.update(node.outputs)
