@@ -285,12 +285,20 @@ def draw(record: Record, path: Path) -> None:
     """Draw the first seed's answers: on crops, and on one large picture by tiles."""
     figure, rows = plt.subplots(2, len(VARIANTS), figsize=(13, 7.4), layout="constrained")
     figure.suptitle(
-        "A net that sees a part of a picture knows where in the whole it looks if it is told",
+        "A net that sees a part of a picture knows where in the whole it looks if it is told\n",
         x=0.01,
         ha="left",
         size=15,
         weight="bold",
         color=INK,
+    )
+    figure.text(
+        0.01,
+        0.945,
+        "Above: a dot is the answer to a held-out crop, a grey line leads to the truth. Below: "
+        "colours are the quarters that the net names, tile by tile. First seed; figures of each.",
+        size=10.5,
+        color=MUTED,
     )
     for column, variant in enumerate(VARIANTS):
         _draw_crops(rows[0, column], record, variant)
@@ -304,7 +312,7 @@ def draw(record: Record, path: Path) -> None:
 def _draw_crops(axes: Any, record: Record, variant: str) -> None:
     run = record.of(CROPS, variant)[0]
     for (x, y), (u, v) in zip(run.extra["true"], run.extra["answers"], strict=True):
-        axes.plot([x, u], [y, v], color=GRID, lw=0.8, zorder=1)
+        axes.plot([x, u], [y, v], color="#9CA3AF", lw=0.8, alpha=0.6, zorder=1)
     xs, ys = zip(*run.extra["answers"], strict=True)
     axes.scatter(xs, ys, s=7, color=COLOURS[variant], zorder=2, lw=0)
     axes.set(xlim=(0, CANVAS), ylim=(CANVAS, 0), aspect="equal")
