@@ -8,6 +8,7 @@
 from coordconv_patch.channels.axes import Axes
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.fourier import Fourier
+from coordconv_patch.channels.given import Given
 from coordconv_patch.channels.positions import AxisPixels
 from coordconv_patch.channels.radius import Radius
 from coordconv_patch.channels.registry import register_channel_block
@@ -45,6 +46,7 @@ from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.lowering.registry import register_lowering
 from coordconv_patch.patching.fx_pass import CoordConvPass
+from coordconv_patch.patching.maps import maps
 from coordconv_patch.patching.patch import patch, patch_
 from coordconv_patch.patching.places import places, set_places_
 from coordconv_patch.patching.plan import Plan, plan, survey
@@ -86,6 +88,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "Fourier",
+    "Given",
     "ImportReport",
     "ImportedSite",
     "LayerStatus",
@@ -116,6 +119,7 @@ __all__ = [
     "load_concatenated_",
     "load_coords",
     "load_coords_",
+    "maps",
     "param_groups",
     "patch",
     "patch_",

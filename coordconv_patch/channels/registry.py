@@ -10,6 +10,7 @@ from coordconv_patch.arguments import check_word
 from coordconv_patch.channels.axes import Axes
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.fourier import Fourier
+from coordconv_patch.channels.given import Given
 from coordconv_patch.channels.radius import Radius
 from coordconv_patch.errors import ArgumentError, CoordinatesError, excerpt
 
@@ -17,7 +18,9 @@ __all__ = ["BLOCKS", "blocks_from_fields", "blocks_of", "register_channel_block"
 
 _MOST_BLOCKS = 32
 
-BLOCKS: dict[str, type[ChannelBlock]] = {block.kind: block for block in (Axes, Radius, Fourier)}
+BLOCKS: dict[str, type[ChannelBlock]] = {
+    block.kind: block for block in (Axes, Radius, Fourier, Given)
+}
 
 _OWN = frozenset(BLOCKS)
 """Kinds of the package itself."""

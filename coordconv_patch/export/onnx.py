@@ -32,6 +32,7 @@ from coordconv_patch.files.atomic import obstacle_to_writing, replacement
 from coordconv_patch.folding.batch_norms import fold_batch_norms_
 from coordconv_patch.followers.follower import followers_of
 from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.given_maps import given_blocks
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import check_left_behind
 from coordconv_patch.patching.placed_model import PLACES, PlacedModel
@@ -129,6 +130,7 @@ def export_onnx(
             "lowering out"
         )
     _check_followed(model, lowering, dynamic_size)
+    _check_no_maps(model)
     placed = PlacedModel(model) if places else None
     if placed is None:
         _check_no_places(model)
@@ -213,6 +215,20 @@ def _check_no_places(model: nn.Module) -> None:
                 f"places hold for {name}, and a file without them would compute something else: "
                 "export with places=True, or after set_places_(model, None), or for one part of a "
                 "picture after set_window_(model, window)"
+            )
+
+
+def _check_no_maps(model: nn.Module) -> None:
+    """Check that no maps are needed, which a file could not be given.
+
+    Raises:
+        ExportError: If some are.
+    """
+    for name, layer in coord_layers(model).items():
+        if blocks := given_blocks(layer):
+            raise ExportError(
+                f"{name} has channels {blocks[0]} that come with each call, which an ONNX file "
+                "cannot be given yet: export the model by torch.export, with the maps as inputs"
             )
 
 

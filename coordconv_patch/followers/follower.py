@@ -92,7 +92,8 @@ class Follower:
             if outer is not None and samples is not None and len(outer) > 1:
                 outer = outer[samples.to(outer.device)]
             theta = own if outer is None else _composed(outer, own)
-            held.own = Placed(theta, own if has_outside else None, outer)
+            maps = {} if held.outer is None else held.outer.maps
+            held.own = Placed(theta, own if has_outside else None, outer, maps)
             held.places.enter(held.own)
 
     def place_as_whole(self) -> None:

@@ -116,7 +116,7 @@ class CoordLayer(nn.Module):
         input_size = input.shape[-ndim:]
         placed = None if self._places is None else self._places.now()
         if placed is not None:
-            check_one_place_a_sample(placed.theta, input, ndim, self._site_name)
+            check_one_place_a_sample(placed, input, ndim, self._site_name)
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
             branch = self.compute_branch(input_size, output_padding, weight, placed)
         elif suits_lines(input, weight, self.coords, convolution, self.coord_padding):

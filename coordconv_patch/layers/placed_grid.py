@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.given import Given
 from coordconv_patch.channels.positions import AxisPixels
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing
@@ -59,11 +60,14 @@ def placed_grid(
     lines = [_line(dim, size, device, wide) for dim in range(len(size))]
     channels: list[Tensor] = []
     for block in coords.blocks(len(size)):
-        if block.is_affine:
+        if isinstance(block, Given):
+            channels += [map.to(device) for map in block.resized(placed.maps, size)]
+        elif block.is_affine:
             channels += _affine_channels(block, linear, shift, lengths, lines, computed)
         else:
             channels += _other_channels(block, linear, shift, lengths, lines)
-    shape: Any = (placed.theta.shape[0], *size)
+    samples = max([placed.theta.shape[0], *(len(channel) for channel in channels)])
+    shape: Any = (samples, *size)
     grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
     if placed.picture is None:
         return grid
@@ -151,16 +155,16 @@ def _line(dim: int, size: Sequence[int], device: torch.device, dtype: torch.dtyp
     return line.reshape([-1 if at == dim else 1 for at in range(len(size))])
 
 
-def check_one_place_a_sample(theta: Tensor, input: Tensor, ndim: int, site: str) -> None:
-    """Check that places fit a layer's input.
+def check_one_place_a_sample(placed: Placed, input: Tensor, ndim: int, site: str) -> None:
+    """Check that places, and maps beside them, fit a layer's input.
 
     Raises:
         PatchError: If there is not one for each sample, or one for all.
     """
     samples = input.shape[0] if input.dim() == ndim + 2 else 1
-    if theta.shape[0] == 1 or theta.shape[0] == samples:
-        return
-    raise PatchError(
-        f"{site} gets {samples} samples, and there are places for {theta.shape[0]}: give one "
-        "place for each sample of the batch that this layer sees, or one for all"
-    )
+    for name, tensor in (("places", placed.theta), *placed.maps.items()):
+        if tensor.shape[0] != 1 and tensor.shape[0] != samples:
+            raise PatchError(
+                f"{site} gets {samples} samples, and there are {name} for {tensor.shape[0]}: give "
+                "one for each sample of the batch that this layer sees, or one for all"
+            )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.recomputation import checkpoints_around, is_in_backward
 
-__all__ = ["Placed", "Places", "entered", "shared_places"]
+__all__ = ["Placed", "Places", "entered", "maps_entered", "shared_places"]
 
 
 class Placed(NamedTuple):
@@ -31,11 +32,13 @@ class Placed(NamedTuple):
             (N, d, d + 1): coordinates are zero at the pixels outside of them, as they are where
             a convolution pads by zeros. ``None``: nothing is outside.
         outer: From the padded pictures to the whole ones; ``None``: they are those.
+        maps: Maps given with the call, by name; see :class:`coordconv_patch.Given`.
     """
 
     theta: Tensor
     picture: Tensor | None = None
     outer: Tensor | None = None
+    maps: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class _PerThread(threading.local):
@@ -164,12 +167,44 @@ def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
 @contextmanager
 def entered(places: Iterable[Places], theta: Tensor) -> Iterator[None]:
     """While entered, these places hold in this thread; those from before hold again afterwards."""
-    before = [(each, each.enter(Placed(theta))) for each in places]
+    with _entered([(each, Placed(theta, maps=_maps_of(each))) for each in places]):
+        yield
+
+
+@contextmanager
+def maps_entered(
+    places: Iterable[Places], maps: Mapping[str, Tensor], *, only_missing: bool = False
+) -> Iterator[None]:
+    """While entered, layers see these maps too, at the places that hold.
+
+    Args:
+        places: What the layers ask.
+        maps: By name, shape (N, channels, *size) or (1, channels, *size).
+        only_missing: Whether maps that hold already win.
+    """
+    ndim = next(iter(maps.values())).dim() - 2 if maps else 2
+    pairs = []
+    for each in places:
+        held = each.held() or Placed(torch.eye(ndim, ndim + 1).unsqueeze(0))
+        both = {**maps, **held.maps} if only_missing else {**held.maps, **maps}
+        pairs.append((each, held._replace(maps=both)))
+    with _entered(pairs):
+        yield
+
+
+@contextmanager
+def _entered(pairs: Iterable[tuple[Places, Placed]]) -> Iterator[None]:
+    before = [(each, each.enter(placed)) for each, placed in pairs]
     try:
         yield
     finally:
         for each, held in before:
             each.restore(held)
+
+
+def _maps_of(places: Places) -> Mapping[str, Tensor]:
+    held = places.held()
+    return {} if held is None else held.maps
 
 
 def _remembered(places: Places) -> str:

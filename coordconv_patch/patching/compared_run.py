@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.patching.output_values import values_in
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.untouched import in_mode, state_restored
@@ -45,6 +46,7 @@ class ComparedRun:
                 seeded(model, training),
                 torch.set_grad_enabled(training),
                 _reached_noted(model, reached),
+                blank_maps(model),
             ):
                 output = run_model(model, writable_inputs(example_inputs))
                 return cls(dict(values_in(output)), frozenset(reached))

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.layers.geometry import Call
+from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
 from coordconv_patch.running.inputs import run_model
 from coordconv_patch.running.silence import warnings_ignored
@@ -58,7 +59,8 @@ def record_run(
     """
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
     # The model's warnings would seem to come from here, where its functions are watched.
-    with evaluation(model), state_restored(model), warnings_ignored(UserWarning), recorder:
+    quiet = warnings_ignored(UserWarning)
+    with evaluation(model), state_restored(model), blank_maps(model), quiet, recorder:
         run_model(model, example_inputs)
     return recorder.record()
 
