@@ -8,12 +8,14 @@ so that ``b - a`` and ``b + a`` are its range. Two sizes tell the candidates apa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from coordconv_patch.channels.block import ChannelBlock
 
 __all__ = [
     "AXES",
@@ -43,15 +45,22 @@ class Reading:
         what: In words, such as ``"x from -1 to 1 at the outer pixel centres"``.
         deviation: Largest deviation from that, see :data:`TOLERANCE`.
         axis: ``"x"``, ``"y"``, ``"z"``; empty where it is not an axis.
-        fields: What a :class:`coordconv_patch.Coordinates` must have for it, ``order`` apart;
-            ``None`` if it cannot say this.
+        value_range: Of an axis.
+        centring: Where the ends of the range lie, as :class:`coordconv_patch.Axes` has it.
+        center: Of a radius: the value that it is measured from on each axis.
+        normalized: Whether a radius is divided by its largest value.
+        block: The block of a channel that is neither an axis nor a radius, if there is one.
         is_round: Whether its numbers are such as people write: multiples of 0.5.
     """
 
     what: str
     deviation: float
     axis: str = ""
-    fields: Mapping[str, Any] | None = None
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    centring: str = ""
+    center: float | None = None
+    normalized: bool = False
+    block: ChannelBlock | None = None
     is_round: bool = True
 
 
@@ -75,13 +84,13 @@ class AxisCandidate:
         axis: Position of the axis from the last dimension: 0 is x.
         where: Where the ends of the range lie, in words.
         position: u of pixel i, from i, n and the length m of the other image axis.
-        fields: As :attr:`Reading.fields`, without the range.
+        centring: As :attr:`Reading.centring`.
     """
 
     axis: int
     where: str
     position: Callable[[Tensor, int, int], Tensor]
-    fields: Mapping[str, Any] | None
+    centring: str
 
     def read(self, channel: int, grids: Sequence[Tensor]) -> Iterator[Reading]:
         """See :class:`Candidate`."""
@@ -98,16 +107,14 @@ class AxisCandidate:
             return
         deviation = _relative(slope * positions + middle - values, values)
         low, high = _snapped(middle - slope), _snapped(middle + slope)
-        fields = None
-        if self.fields is not None and low < high:
-            fields = {**self.fields, "value_range": (low, high)}
         name = AXES[self.axis]
         yield Reading(
             f"{name} from {low:.6g} to {high:.6g} {self.where}",
             deviation,
             name,
-            fields,
-            all(abs(2 * end - round(2 * end)) < TOLERANCE for end in (low, high)),
+            (low, high),
+            self.centring,
+            is_round=all(abs(2 * end - round(2 * end)) < TOLERANCE for end in (low, high)),
         )
 
     def _along(self, grid: Tensor) -> Tensor:
@@ -140,7 +147,7 @@ class RadiusCandidate:
         yield Reading(
             f"r from {center:.6g}",
             max(_relative(fit, radius) for fit, radius in zip(fits, radii, strict=True)),
-            fields={"radius": True, "radius_center": center},
+            center=center,
         )
         for each in dict.fromkeys((middle, 0.0, 0.5)):
             distances = [_distance(point, each) for point in points]
@@ -148,6 +155,8 @@ class RadiusCandidate:
             yield Reading(
                 f"r from {each:.6g}, divided by its largest",
                 max(_relative(fit, radius) for fit, radius in zip(fits, radii, strict=True)),
+                center=each,
+                normalized=True,
             )
 
 
@@ -188,37 +197,21 @@ def _snapped(number: float) -> float:
 
 def _axis_candidates(axis: int) -> list[Candidate]:
     """In order of preference, where one size alone does not tell them apart."""
-    return [
-        AxisCandidate(
-            axis,
-            "at the outer pixel centres",
-            lambda i, n, m: 2 * i / (n - 1) - 1,
-            {"align_corners": True, "swap_sizes": False},
-        ),
-        AxisCandidate(
-            axis,
-            "at the outer pixel edges",
-            lambda i, n, m: (2 * i + 1) / n - 1,
-            {"align_corners": False, "swap_sizes": False},
-        ),
-        AxisCandidate(
-            axis, "at the left edges of the pixels, i / n", lambda i, n, m: 2 * i / n - 1, None
-        ),
-        *_swapped(axis),
-        AxisCandidate(axis, "in pixels", lambda i, n, m: i + 0.0, None),
-    ]
-
-
-def _swapped(axis: int) -> list[Candidate]:
-    if axis > 1:
-        return []
-    return [
-        AxisCandidate(
-            axis,
+    kinds: list[tuple[str, str, Callable[[Tensor, int, int], Tensor]]] = [
+        ("endpoints", "at the outer pixel centres", lambda i, n, m: 2 * i / (n - 1) - 1),
+        ("edges", "at the outer pixel edges", lambda i, n, m: (2 * i + 1) / n - 1),
+        ("left edges", "at the left edges of the pixels, i / n", lambda i, n, m: 2 * i / n - 1),
+        (
+            "swapped endpoints",
             "divided by the length of the other axis",
             lambda i, n, m: 2 * i / max(m - 1, 1) - 1,
-            {"align_corners": True, "swap_sizes": True},
-        )
+        ),
+        ("pixels", "in pixels", lambda i, n, m: i + 0.0),
+    ]
+    return [
+        AxisCandidate(axis, where, position, centring)
+        for centring, where, position in kinds
+        if axis < 2 or centring != "swapped endpoints"  # only x and y can be mixed up
     ]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from coordconv_patch.channels.axes import Axes
+from coordconv_patch.channels.block import ChannelBlock
+from coordconv_patch.channels.radius import Radius
 from coordconv_patch.concatenated.channel_readings import AXES, CANDIDATES, TOLERANCE, Reading
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import CoordinatesError, PatchError
 from coordconv_patch.layers.coordinates import Coordinates
 
 __all__ = ["convention_of"]
@@ -41,16 +44,15 @@ def convention_of(grids: Sequence[Tensor]) -> tuple[Coordinates, float]:
         raise PatchError(f"its coordinates are not known: {_words(readings, fitting)}")
     ndim = grids[0].dim() - 1
     for combination in itertools.product(*fitting):
-        fields = _joined_fields(combination, ndim)
-        if fields is None:
+        coords = _short(combination, ndim) or _by_blocks(combination)
+        if coords is None:
             continue
-        coords = Coordinates(**fields)
         deviation = max(_deviation(coords, grid) for grid in grids)
         if deviation <= TOLERANCE:
             return coords, deviation
     raise PatchError(
-        f"Coordinates cannot express its channels: {_words(readings, fitting)}. It has "
-        "each axis once, in one range, and then r"
+        f"Coordinates cannot express its channels: {_words(readings, fitting)}. It has no block "
+        "twice, and measures r in coordinates of one range"
     )
 
 
@@ -76,21 +78,69 @@ def _channel_words(channel: int, readings: Sequence[Reading], fitting: Sequence[
     return f"channel {channel} deviates by {best.deviation:.2g} from the closest, {best.what}"
 
 
-def _joined_fields(readings: Sequence[Reading], ndim: int) -> Mapping[str, Any] | None:
-    """The fields of a convention with these channels; ``None`` if there is none."""
-    order = _order("".join(reading.axis for reading in readings[:ndim]), ndim)
-    if order is None or any(reading.axis for reading in readings[ndim:]):
+_SHORT = {
+    "endpoints": {"align_corners": True},
+    "edges": {"align_corners": False},
+    "swapped endpoints": {"align_corners": True, "swap_sizes": True},
+}
+"""Fields of :class:`Coordinates` by centring."""
+
+
+def _short(readings: Sequence[Reading], ndim: int) -> Coordinates | None:
+    """The convention by its usual fields: every axis once, in one range, and then perhaps r."""
+    axes, rest = readings[:ndim], readings[ndim:]
+    order = _order("".join(reading.axis for reading in axes), ndim)
+    kinds = {(reading.value_range, reading.centring) for reading in axes}
+    if (
+        order is None
+        or len(kinds) > 1
+        or len(rest) > 1
+        or any(r.axis or r.normalized for r in rest)
+    ):
         return None
-    joined: dict[str, Any] = {"order": order}
-    for fields in [reading.fields for reading in readings]:
-        if fields is None or any(
-            joined.get(name, value) != value for name, value in fields.items()
-        ):
-            return None
-        joined |= fields
-    if joined.get("radius_center") == sum(joined["value_range"]) / 2:
-        joined["radius_center"] = None
-    return joined
+    ((low, high), centring) = kinds.pop()
+    if centring not in _SHORT or low >= high:
+        return None
+    fields: dict[str, Any] = {"order": order, "value_range": (low, high), **_SHORT[centring]}
+    if rest:
+        is_middle = rest[0].center == (low + high) / 2
+        fields |= {"radius": True, "radius_center": None if is_middle else rest[0].center}
+    return Coordinates(**fields)
+
+
+def _by_blocks(readings: Sequence[Reading]) -> Coordinates | None:
+    """The convention as a list of channel blocks; ``None`` if there is none."""
+    kinds = {(each.value_range, each.centring) for each in readings if each.axis}
+    blocks: list[ChannelBlock] = []
+    try:
+        for is_axis, grouped in itertools.groupby(readings, lambda each: bool(each.axis)):
+            group = list(grouped)
+            blocks += _axes(group) if is_axis else [_other(each, kinds) for each in group]
+        return Coordinates(channels=tuple(blocks))
+    except CoordinatesError:  # such as a block that is there twice
+        return None
+
+
+def _axes(readings: Sequence[Reading]) -> list[ChannelBlock]:
+    """Blocks of neighbouring axis channels, as few as say it."""
+    by_kind = itertools.groupby(readings, lambda reading: (reading.value_range, reading.centring))
+    return [
+        Axes("".join(reading.axis for reading in group), value_range, centring)
+        for (value_range, centring), group in by_kind
+    ]
+
+
+def _other(reading: Reading, kinds: set[tuple[tuple[float, float], str]]) -> ChannelBlock:
+    """The block of a channel that is not an axis."""
+    if reading.block is not None:
+        return reading.block
+    if reading.center is None or len(kinds) != 1:
+        raise CoordinatesError("not a radius, or not measured in coordinates of one range")
+    ((low, high), centring) = next(iter(kinds))
+    center = None if reading.center == (low + high) / 2 else reading.center
+    return Radius(
+        center=center, normalized=reading.normalized, value_range=(low, high), centring=centring
+    )
 
 
 def _order(axes: str, ndim: int) -> str | None:

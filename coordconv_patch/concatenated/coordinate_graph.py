@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.running.tracing_gate import tracing_alone
 
 __all__ = ["coordinate_graph"]
@@ -59,15 +59,8 @@ class _Channels(nn.Module):
         one = torch.ones_like(x[:1, :1], dtype=self.dtype)
         size: tuple[Any, ...] = tuple(x.shape[2 + dim] for dim in range(self.ndim))
         indices = [one.cumsum(2 + dim) - 1 for dim in range(self.ndim)]
-        lines = self.coords.lines(size, x.device, self.dtype, indices)
-        channels = [line for _, line in lines]
-        if self.coords.radius:
-            low, high = self.coords.value_range
-            center = self.coords.radius_center
-            center = (low + high) / 2 if center is None else center
-            squares = [(line - center).square() for line in channels[: self.ndim]]
-            channels.insert(self.ndim, functools.reduce(torch.add, squares).sqrt())
-        grid = torch.cat(channels, 1).to(x.dtype)
+        positions = pixel_positions(size, self.coords.window, x.device, self.dtype, indices)
+        grid = torch.cat(self.coords.values(positions), 1).to(x.dtype)
         if not self.joined:
             return grid
         return torch.cat([x, grid.expand(x.shape[0], *([-1] * (self.ndim + 1)))], 1)

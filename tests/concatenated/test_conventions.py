@@ -62,25 +62,69 @@ def test_one_size_that_several_fit_is_read_with_round_numbers() -> None:
             assert convention_of(grids([(7, 7)], **fields))[0] == ccp.Coordinates(**fields)
 
 
-WRONG: dict[str, tuple[list[Tensor], str]] = {
+Axes, Radius = ccp.Axes, ccp.Radius
+
+
+def left_edges(grid: Tensor) -> Tensor:
+    """i / n along x and along y."""
+    height, width = grid.shape[1:]
+    y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    return torch.stack([x, y]).double()
+
+
+def in_pixels(grid: Tensor) -> Tensor:
+    return torch.stack(
+        torch.meshgrid(*(torch.arange(n).double() for n in grid.shape[1:]), indexing="ij")
+    )
+
+
+def with_largest_1(grid: Tensor) -> Tensor:
+    return torch.cat([grid[:2], grid[2:] / grid[2].max()])
+
+
+BY_BLOCKS: dict[str, tuple[list[Tensor], tuple[ccp.ChannelBlock, ...]]] = {
     "a range for each axis": (
         [torch.stack([grid[0], grid[1] / 2 + 0.5]) for grid in grids()],
-        "cannot express its channels: channel 0 is x from -1 to 1 at the outer pixel centres; "
-        "channel 1 is y from 0 to 1 at the outer pixel centres",
+        (Axes("x"), Axes("y", (0.0, 1.0))),
     ),
     "from right to left": (
         [torch.stack([-grid[0], grid[1]]) for grid in grids()],
-        "channel 0 is x from 1 to -1",
+        (Axes("x", (1.0, -1.0)), Axes("y")),
     ),
-    "x twice": ([grid[[0, 0]] for grid in grids()], "channel 1 is x from -1 to 1"),
-    "r first": ([grid[[2, 0, 1]] for grid in grids(radius=True)], "channel 0 is r from 0"),
-    "pixels": (
+    "r first": ([grid[[2, 0, 1]] for grid in grids(radius=True)], (Radius(), Axes("xy"))),
+    "pixels": ([in_pixels(grid) for grid in grids()], (Axes("yx", centring="pixels"),)),
+    "left edges": (
+        [left_edges(grid) for grid in grids()],
+        (Axes("xy", (0.0, 1.0), "left edges"),),
+    ),
+    "y alone": ([grid[1:] for grid in grids()], (Axes("y"),)),
+    "r divided by its largest": (
+        [with_largest_1(grid) for grid in grids(radius=True)],
+        (Axes("xy"), Radius(normalized=True)),
+    ),
+    "that of edges, from a corner": (
         [
-            torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in size), indexing="ij"))
-            for size in SIZES_2D
+            with_largest_1(grid)
+            for grid in grids(radius=True, align_corners=False, value_range=(0, 1), radius_center=0)
         ],
-        "channel 0 is y from -1 to 1 in pixels",
+        (
+            Axes("xy", (0.0, 1.0), "edges"),
+            Radius(center=0.0, normalized=True, value_range=(0.0, 1.0), centring="edges"),
+        ),
     ),
+}
+
+
+@pytest.mark.parametrize("what", BY_BLOCKS)
+def test_what_the_usual_fields_do_not_say_is_read_as_blocks(what: str) -> None:
+    values, blocks = BY_BLOCKS[what]
+    coords, deviation = convention_of([grid.float().double() for grid in values])
+    assert coords == ccp.Coordinates(channels=blocks)
+    assert deviation < 1e-6
+
+
+WRONG: dict[str, tuple[list[Tensor], str]] = {
+    "x twice": ([grid[[0, 0]] for grid in grids()], "channel 1 is x from -1 to 1"),
     "one size at odds": (
         [grids()[0], grids(align_corners=False)[1]],
         "its coordinates are not known: channel 0 deviates by 0.0",
@@ -108,18 +152,22 @@ def test_a_deviation_of_a_few_thousandths_is_seen() -> None:
 def test_another_kind_of_channel_is_one_more_candidate() -> None:
     @dataclass(frozen=True)
     class Cube:
+        block: ccp.ChannelBlock | None
+
         def read(self, channel: int, grids: Sequence[Tensor]) -> Iterator[Reading]:
             deviation = 0.0
             for grid in grids:
                 x = torch.linspace(-1, 1, grid.shape[-1]).double() ** 3
                 deviation = max(deviation, float((grid[channel] - x).abs().max()))
-            yield Reading("x cubed", deviation)
+            yield Reading("x cubed", deviation, block=self.block)
 
     values = [torch.stack([grid[0] ** 3, grid[1]]) for grid in grids()]
-    candidate = Cube()
-    CANDIDATES.append(candidate)
-    try:
-        with pytest.raises(ccp.PatchError, match=r"cannot express .*: channel 0 is x cubed; chan"):
-            convention_of(values)
-    finally:
-        CANDIDATES.remove(candidate)
+    for block in (None, ccp.Axes("y", (0.0, 9.0))):
+        candidate = Cube(block)
+        CANDIDATES.append(candidate)
+        try:
+            # The second one's block does not give these values, which is looked at too.
+            with pytest.raises(ccp.PatchError, match=r"cannot express .*: channel 0 is x cubed;"):
+                convention_of(values)
+        finally:
+            CANDIDATES.remove(candidate)

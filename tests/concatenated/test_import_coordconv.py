@@ -107,6 +107,16 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], str, ccp.Coordinates]] = {
         "2",
         ccp.Coordinates(align_corners=False, value_range=(0.0, 1.0)),
     ),
+    "left edges": (
+        lambda: net(ports.ComputedCoordConv(6, 5, "left", kernel_size=3)),
+        "2",
+        ccp.Coordinates(channels=(ccp.Axes("xy", (0.0, 1.0), "left edges"),)),
+    ),
+    "y alone": (
+        lambda: net(ports.ComputedCoordConv(6, 5, "y", kernel_size=3)),
+        "2",
+        ccp.Coordinates(channels=(ccp.Axes("y"),)),
+    ),
     "divided by the other axis": (
         lambda: net(ports.ComputedCoordConv(6, 5, "reference", kernel_size=3)),
         "2",
@@ -141,6 +151,16 @@ def test_a_module_of_its_own_needs_no_example_inputs(style: str) -> None:
     assert [(site.name, site.coords) for site in report.sites] == [(name, coords)]
     assert report.worst_difference is None
     assert_same_outputs(model, report.model)
+
+
+def test_sizes_that_are_fixed_at_construction_are_told_of() -> None:
+    """AdaptiveWingLoss's layer, whose r is divided by its largest."""
+    model = net(ports.WingCoordConv(*SIZE, 6, 5, True, returns_last=False, kernel_size=3)).eval()
+    with pytest.warns(UserWarning, match="2.conv was seen at one size only"):
+        report = ccp.import_coordconv(model, X)
+    (site,) = report.sites
+    assert site.coords == ccp.Coordinates(channels=(ccp.Axes("xy"), ccp.Radius(normalized=True)))
+    assert difference(model(X), report.model(X)) < 1e-6
 
 
 def test_coordinates_of_sounds() -> None:
@@ -432,19 +452,6 @@ def parametrized() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "left edges": (
-        lambda: net(ports.ComputedCoordConv(6, 5, "left", kernel_size=3)),
-        "2.conv: Coordinates cannot express its channels: channel 0 is x from 0 to 1 at the left "
-        "edges of the pixels, i / n; channel 1 is y from 0 to 1 at the left edges",
-    ),
-    "y alone": (
-        lambda: net(ports.ComputedCoordConv(6, 5, "y", kernel_size=3)),
-        "cannot express its channels: channel 0 is y from -1 to 1 at the outer pixel centres",
-    ),
-    "r divided by its largest": (
-        lambda: net(ports.WingCoordConv(*SIZE, 6, 5, True, returns_last=False, kernel_size=3)),
-        "channel 2 is r from 0, divided by its largest",
-    ),
     "a mask of coordinates": (
         lambda: net(
             ports.WingCoordConv(*SIZE, 6, 5, with_boundary=True, returns_last=False, kernel_size=3)

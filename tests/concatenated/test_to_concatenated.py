@@ -24,6 +24,13 @@ COORDS = {
     "mkocabas": ccp.Coordinates.preset("mkocabas", radius=True),
     "reference": ccp.Coordinates.preset("reference"),
     "waves": ccp.Coordinates(fourier=3),
+    "blocks": ccp.Coordinates(
+        channels=(
+            ccp.Radius(normalized=True),
+            ccp.Axes("y", (0.0, 1.0), "left edges"),
+            ccp.Fourier("x", centring="edges"),
+        )
+    ),
     "a window": ccp.Coordinates(
         window=ccp.Window(offset=(4, 8), size=(16, 16), image_size=(64, 32))
     ),
