@@ -66,13 +66,20 @@ def placed_grid(
             channels += _affine_channels(block, linear, shift, lengths, lines, computed)
         else:
             channels += _other_channels(block, linear, shift, lengths, lines)
-    samples = max([placed.theta.shape[0], *(len(channel) for channel in channels)])
-    shape: Any = (samples, *size)
+    shape: Any = (_samples(placed), *size)
     grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
     if placed.picture is None:
         return grid
     inside = _inside(*_by_dimension(placed.picture, device, wide), lines)
     return grid * inside.unsqueeze(1).to(dtype)
+
+
+def _samples(placed: Placed) -> int:
+    """N; symbolic where a graph is captured, so nothing may turn it into a number."""
+    samples = placed.theta.shape[0]
+    for given in placed.maps.values():
+        samples = given.shape[0] if given.shape[0] != 1 else samples
+    return samples
 
 
 def _by_dimension(theta: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
