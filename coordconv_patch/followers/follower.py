@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.grid_memo import GridMemo
 from coordconv_patch.layers.places import Placed, Places
 
 __all__ = ["Begin", "End", "Follower", "FollowerHook", "followers_of", "hook_", "release_"]
@@ -93,7 +94,7 @@ class Follower:
                 outer = outer[samples.to(outer.device)]
             theta = own if outer is None else _composed(outer, own)
             maps = {} if held.outer is None else held.outer.maps
-            held.own = Placed(theta, own if has_outside else None, outer, maps)
+            held.own = Placed(theta, own if has_outside else None, outer, maps, GridMemo())
             held.places.enter(held.own)
 
     def place_as_whole(self) -> None:

@@ -38,7 +38,7 @@ def placed_grid(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The coordinate channels of each sample.
+    """The coordinate channels of each sample; others get the same tensor, so only read it.
 
     Args:
         coords: The convention.
@@ -50,6 +50,23 @@ def placed_grid(
     Returns:
         Shape ``(N, K, *size)``.
     """
+    lengths = tuple(size)
+    if placed.memo is None or not all(type(length) is int for length in lengths):
+        return _computed(coords, placed, lengths, device, dtype)
+    return placed.memo.get(
+        (coords, lengths, device, dtype),
+        lambda: _computed(coords, placed, lengths, device, dtype),
+        wants_gradients=any(each.requires_grad for each in (placed.theta, *placed.maps.values())),
+    )
+
+
+def _computed(
+    coords: Coordinates,
+    placed: Placed,
+    size: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
     computed = torch.promote_types(dtype, torch.float32)
     # The few numbers of a place are worked out in float64; not every device and runtime has it.
     wide = computed if is_capturing() or device.type == "mps" else torch.float64

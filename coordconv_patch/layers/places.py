@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.grid_memo import GridMemo
 from coordconv_patch.layers.recomputation import checkpoints_around, is_in_backward
 
 __all__ = ["Placed", "Places", "entered", "maps_entered", "shared_places"]
@@ -33,12 +34,14 @@ class Placed(NamedTuple):
             a convolution pads by zeros. ``None``: nothing is outside.
         outer: From the padded pictures to the whole ones; ``None``: they are those.
         maps: Maps given with the call, by name; see :class:`coordconv_patch.Given`.
+        memo: What layers computed from all this; ``None``: nothing is kept.
     """
 
     theta: Tensor
     picture: Tensor | None = None
     outer: Tensor | None = None
     maps: Mapping[str, Tensor] = MappingProxyType({})
+    memo: GridMemo | None = None
 
 
 class _PerThread(threading.local):
@@ -167,7 +170,7 @@ def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
 @contextmanager
 def entered(places: Iterable[Places], theta: Tensor) -> Iterator[None]:
     """While entered, these places hold in this thread; those from before hold again afterwards."""
-    with _entered([(each, Placed(theta, maps=_maps_of(each))) for each in places]):
+    with _entered([(each, Placed(theta, maps=_maps_of(each), memo=GridMemo())) for each in places]):
         yield
 
 
@@ -187,7 +190,7 @@ def maps_entered(
     for each in places:
         held = each.held() or Placed(torch.eye(ndim, ndim + 1).unsqueeze(0))
         both = {**maps, **held.maps} if only_missing else {**held.maps, **maps}
-        pairs.append((each, held._replace(maps=both)))
+        pairs.append((each, held._replace(maps=both, memo=GridMemo())))
     with _entered(pairs):
         yield
 
