@@ -160,7 +160,10 @@ class _AudibleStream:
 _threads_inside = 0
 
 _KEPT_ALIVE: deque[_AudibleStream] = deque(maxlen=16)
-"""Streams of late: ``print`` in another thread may be writing to one, and holds no reference."""
+"""Streams of late: ``print`` in another thread may be writing to one, and holds no reference.
+
+It may wait there for as long as others take turns, so what stands before a stream is made once.
+"""
 
 
 def _install_streams() -> None:
@@ -171,9 +174,15 @@ def _install_streams() -> None:
             stream = getattr(sys, name)
             # Where another thread is silenced it is there already, unless somebody replaced it.
             if stream is not None and not isinstance(stream, _AudibleStream):
-                audible = _AudibleStream(stream)
-                _KEPT_ALIVE.append(audible)
-                setattr(sys, name, audible)
+                setattr(sys, name, _audible(stream))
+
+
+def _audible(stream: Any) -> _AudibleStream:
+    for kept in _KEPT_ALIVE:
+        if kept.stream is stream:
+            return kept
+    _KEPT_ALIVE.append(_AudibleStream(stream))
+    return _KEPT_ALIVE[-1]
 
 
 def _remove_streams() -> None:

@@ -655,6 +655,18 @@ def test_descriptors_come_back_when_eight_threads_silence_them(
     assert err == "still there"
 
 
+def test_a_stream_that_many_turns_stand_before_is_the_same_one() -> None:
+    """A print may wait in it through any number of turns, and holds no reference."""
+    seen = set()
+    plain = sys.stdout
+    for _ in range(100):
+        with silence.output_silenced():
+            seen.add(id(sys.stdout))
+            assert sys.stdout is not plain
+    assert sys.stdout is plain
+    assert len(seen) == 1
+
+
 def test_a_stream_outlives_the_print_that_writes_to_it() -> None:
     """CPython's print borrows ``sys.stdout``, and crashed where it was replaced meanwhile."""
     code = (
