@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import coordconv_patch as ccp
 from coordconv_patch.layers.coord_layer import coord_layers
 
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=150)
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 @pytest.fixture(autouse=True, scope="module")
