@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 __all__ = ["untraced"]
 
@@ -19,7 +19,27 @@ def untraced() -> Iterator[None]:
     state = tracing._get_tracing_state()
     tracing._set_tracing_state(None)
     try:
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), _modes_disabled():
             yield
     finally:
         tracing._set_tracing_state(state)
+
+
+@contextmanager
+def _modes_disabled() -> Iterator[None]:
+    """Put this thread's dispatch modes aside, and leave those of others alone.
+
+    torch keeps the modes of torch.export's first phase once for the whole process, so disabling
+    them takes them from whichever thread exports. Whether that is this one, a dispatch key says.
+    """
+    own: Any = torch._C
+    if own._dispatch_tls_is_dispatch_key_included(own.DispatchKey.PreDispatch):
+        with _disable_current_modes():
+            yield
+        return
+    modes = [_pop_mode() for _ in range(own._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
