@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from coordconv_patch.owners.call_owners import own_methods
+from coordconv_patch.owners.class_in_place import InPlaceMixin, class_in_place
 
 __all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_", "owner_obstacle"]
 
@@ -50,51 +51,18 @@ class Join:
     positions: frozenset[int] = frozenset()
 
 
-class JoinOwner(nn.Module):
+class JoinOwner(InPlaceMixin):
     """Mixed in before the class of a module in whose code coordinates are left out."""
 
     _joining_class: type[nn.Module]
     """The class that the module has otherwise."""
     _joins: tuple[Join, ...] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not passed on: a library that registers its subclasses would take this for one."""
+    class_below_name = "_joining_class"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so it is put back on what the other one gives.
-        reduced = super().__reduce_ex__(protocol)
-        if type(self) is not _OWNER_CLASSES.get(self._joining_class) or isinstance(reduced, str):
-            return reduced
-        make, arguments, *rest = reduced
-        other = self._joining_class
-        arguments = tuple(other if each is type(self) else each for each in arguments)
-        return _rebuilt, (other, make, arguments), *rest
-
-
-def _rebuilt(joining: type[nn.Module], make: Callable[..., Any], arguments: Any) -> Any:
-    module = make(*arguments)
-    if type(module) is joining:
-        module.__class__ = _owner_class(joining)
-    return module
-
-
-_OWNER_CLASSES: dict[type[nn.Module], type[JoinOwner]] = {}
-
-
-def _owner_class(joining: type[nn.Module]) -> type[JoinOwner]:
-    """The class of an owner, by the class that it had; it has that one's name."""
-    if joining not in _OWNER_CLASSES:
-        own: dict[str, Any] = {
-            "_joining_class": joining,
-            "__module__": joining.__module__,
-            "__qualname__": joining.__qualname__,
-            "__doc__": joining.__doc__,
-        }
-        methods = {name: _without_coordinates(joining, name) for name in own_methods(joining)}
-        metaclass: Any = type(joining)
-        kind = metaclass(joining.__name__, (JoinOwner, joining), own | methods)
-        _OWNER_CLASSES.setdefault(joining, kind)  # another thread may have been faster
-    return _OWNER_CLASSES[joining]
+    @classmethod
+    def _methods_in_place(cls, below: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        return {name: _without_coordinates(below, name) for name in own_methods(below)}
 
 
 def _without_coordinates(joining: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -132,7 +100,7 @@ def owner_obstacle(owner: nn.Module) -> str:
 def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
     """Leave coordinates out of a module's concatenations from now on, in place."""
     if not isinstance(owner, JoinOwner):
-        owner.__class__ = _owner_class(type(owner))
+        owner.__class__ = class_in_place(JoinOwner, type(owner))
     owner.__dict__["_joins"] = (*owner.__dict__.get("_joins", ()), *joins)
 
 

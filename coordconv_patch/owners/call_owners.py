@@ -35,6 +35,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.layers.unsupported import refuse_script
 from coordconv_patch.owners.branch_mode import ENTERED_CODE, BranchMode, OwnedSite
+from coordconv_patch.owners.class_in_place import InPlaceMixin, class_in_place, class_without
 from coordconv_patch.owners.owned_calls import OwnedCalls
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-class CallOwner(nn.Module):
+class CallOwner(InPlaceMixin):
     """Mixed in before the class of a module whose own convolution calls see coordinates."""
 
     _plain_class: type[nn.Module]
@@ -56,8 +57,11 @@ class CallOwner(nn.Module):
     _coord_sites: tuple[OwnedSite, ...] = ()
     """Empty in what somebody makes by ``type(module)(...)``: it computes as a plain module."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not passed on: a library that registers its subclasses would take this for one."""
+    class_below_name = "_plain_class"
+
+    @classmethod
+    def _methods_in_place(cls, below: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        return {name: _under_mode(below, name) for name in own_methods(below)}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script calls first.
@@ -66,49 +70,6 @@ class CallOwner(nn.Module):
             PatchError: If any calls have coordinates, with what to do instead.
         """
         return refuse_script(self) if self._coord_sites else self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so it is put back on what the plain class gives.
-        reduced = super().__reduce_ex__(protocol)
-        if type(self) is not _OWNER_CLASSES.get(self._plain_class) or isinstance(reduced, str):
-            return reduced
-        make, arguments, *rest = reduced
-        return _made_owner, (self._plain_class, make, _of_plain_class(self, arguments)), *rest
-
-
-def _of_plain_class(owner: CallOwner, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a reduced object, with its plain class for its class at run time."""
-    plain = owner._plain_class
-    return tuple(plain if each is type(owner) else each for each in arguments)
-
-
-def _made_owner(plain: type[nn.Module], make: Callable[..., Any], arguments: Any) -> Any:
-    made = make(*arguments)
-    if type(made) is plain:
-        made.__class__ = _owner_class(plain)
-    return made
-
-
-_OWNER_CLASSES: dict[type[nn.Module], type[CallOwner]] = {}
-
-
-def _owner_class(plain: type[nn.Module]) -> type[CallOwner]:
-    """The class of an owner, by the class that it had; the same one every time.
-
-    It has the plain class's name: code looks at the names of classes.
-    """
-    made: Any = _OWNER_CLASSES.get(plain)
-    if made is None:
-        methods = {name: _under_mode(plain, name) for name in own_methods(plain)}
-        own: dict[str, Any] = {
-            "_plain_class": plain,
-            "__module__": plain.__module__,
-            "__qualname__": plain.__qualname__,
-            "__doc__": plain.__doc__,
-        }
-        metaclass: Any = type(plain)
-        made = metaclass(plain.__name__, (CallOwner, plain), own | methods)
-    return _OWNER_CLASSES.setdefault(plain, made)  # another thread may have made one meanwhile
 
 
 def own_methods(plain: type[nn.Module]) -> list[str]:
@@ -225,10 +186,10 @@ def add_to_owner_(
         if parametrize.is_parametrized(owner):
             # torch takes a parametrized module back to its first base class when the last
             # parametrization is removed, so the owner's class goes beneath.
-            base = _owner_class(cast("type[nn.Module]", before.__bases__[0]))
+            base = class_in_place(CallOwner, cast("type[nn.Module]", before.__bases__[0]))
             owner.__class__ = on_other_base(before, base)
         else:
-            owner.__class__ = _owner_class(before)
+            owner.__class__ = class_in_place(CallOwner, before)
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
     before_it = cast(CallOwner, owner)._coord_sites
@@ -269,8 +230,8 @@ def remove_from_owner_(owner: CallOwner) -> None:
         holder, _, last = site.branch.rpartition(".")
         delattr(owner.get_submodule(holder), last)
     del owner.__dict__["_coord_sites"]
-    before = type(owner)
-    plain: type = owner._plain_class
-    if parametrize.is_parametrized(owner):
-        plain = on_other_base(before, plain)
-    owner.__class__ = plain  # it is a CallOwner no longer
+    before: Any = type(owner)
+    is_parametrized = parametrize.is_parametrized(owner)
+    plain: Any = class_without(CallOwner, before.__bases__[0] if is_parametrized else before)
+    # It is a CallOwner no longer.
+    owner.__class__ = on_other_base(before, plain) if is_parametrized else plain
