@@ -51,12 +51,14 @@ class Options:
         budget: Factor on every length of training.
         quick: Whether only the mechanism is to be shown.
         out: Folder of the record and the pictures.
+        scripts: Name of the folder that the script lies in.
     """
 
     seeds: tuple[int, ...]
     budget: float
     quick: bool
     out: Path
+    scripts: str = "paper"
 
     def length(self, full: int, quick: int) -> int:
         """A number of steps or epochs: ``full`` times the budget, or ``quick``."""
@@ -89,7 +91,7 @@ def parse_options(
     is_try = given.quick or given.budget != 1
     out = given.out or (results.with_name(TRIES.name) if is_try else results)
     torch.set_num_threads(1)
-    return Options(tuple(range(seeds)), given.budget, given.quick, out)
+    return Options(tuple(range(seeds)), given.budget, given.quick, out, results.parent.name)
 
 
 class Stopwatch:
@@ -215,7 +217,8 @@ class Record:
         temporary.replace(self.path)
 
     def _command(self) -> str:
-        command = f"python examples/paper/{self.name}.py --seeds {len(self.options.seeds)}"
+        script = f"examples/{self.options.scripts}/{self.name}.py"
+        command = f"python {script} --seeds {len(self.options.seeds)}"
         if self.options.budget != 1:
             command += f" --budget {self.options.budget:g}"
         return command + (" --quick" if self.options.quick else "")

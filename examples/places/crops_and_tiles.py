@@ -27,11 +27,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))  # what all experiments share
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
-from palette import BLUE, GRID, INK, MUTED, ORANGE, PURPLE, VERMILION
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from not_so_clevr_packing import pack_positions, unpack_positions
+from not_so_clevr_pictures import new_figure, plain_axes, save
+from palette import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, VERMILION
 from scattered_digits import Layout, Scenes, scatter, training_and_test_digits
 from torch import Tensor, nn
 
@@ -45,6 +48,9 @@ COLOURS = {PLAIN: VERMILION, ALONE: ORANGE, PLACED: BLUE, WRONG: PURPLE}
 
 CANVAS, CROP = 64, 48
 LARGE, TILE = 256, 64
+CLASS_LETTERS = "0123."
+"""The quarters, and what is not ink; a class of -1 counts from the end."""
+CLASS_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "white")
 ERROR, WHOLE_ERROR = "error on crops, px", "error on whole canvases, px"
 BY_TILES, AT_ONCE, SEAM = "right, tile by tile", "right, at once", "tiles and whole agree"
 
@@ -174,19 +180,20 @@ def train_on_crops(variant: str, options: Options) -> Run:
     seconds = fit(model, steps, loss)
     images, theta, centres = crops_that_show(held_out, generator)
     whole = torch.eye(2, 3).repeat(len(held_out), 1, 1)
-    metrics, answers = {}, None
+    answers = {}
     for metric, shown, place in (
         (ERROR, images, theta),
         (WHOLE_ERROR, cut(held_out.images, whole, CROP), whole),
     ):
         with torch.no_grad(), seen_at(model, variant, place):
-            positions = torch.cat([model(part) for part in [shown]])
-        metrics[metric] = float((positions - centres).norm(dim=1).median() * CANVAS)
-        answers = positions if answers is None else answers
-    assert answers is not None
+            answers[metric] = model(shown)
+    metrics = {
+        metric: float((positions - centres).norm(dim=1).median() * CANVAS)
+        for metric, positions in answers.items()
+    }
     extra = {
-        "true": (centres[:200] * CANVAS).round(decimals=1).tolist(),
-        "answers": (answers[:200] * CANVAS).round(decimals=1).tolist(),
+        "true": pack_positions(centres[:200] * CANVAS),
+        "answers": pack_positions(answers[ERROR][:200] * CANVAS),
     }
     return Run(count_parameters(model), steps, seconds, metrics, extra=extra)
 
@@ -268,7 +275,7 @@ def train_on_tiles(variant: str, options: Options) -> Run:
         shown = torch.where(ink, by_tiles, -1) if shown is None else shown
     assert shown is not None
     metrics = {name: count / pixels for name, count in right.items()}
-    extra = {"classes": shown[::2, ::2].tolist()}
+    extra = {"classes": ["".join(CLASS_LETTERS[c] for c in row) for row in shown[::2, ::2]]}
     return Run(count_parameters(model), steps, seconds, metrics, extra=extra)
 
 
@@ -283,50 +290,39 @@ def stitched(tiles: Tensor) -> Tensor:
 
 def draw(record: Record, path: Path) -> None:
     """Draw the first seed's answers: on crops, and on one large picture by tiles."""
-    figure, rows = plt.subplots(2, len(VARIANTS), figsize=(13, 7.4), layout="constrained")
-    figure.suptitle(
-        "A net that sees a part of a picture knows where in the whole it looks if it is told\n",
-        x=0.01,
-        ha="left",
-        size=15,
-        weight="bold",
-        color=INK,
-    )
-    figure.text(
-        0.01,
-        0.945,
+    figure, body = new_figure(
+        13,
+        7.6,
+        "A net that sees a part of a picture knows where in the whole it looks if it is told",
         "Above: a dot is the answer to a held-out crop, a grey line leads to the truth. Below: "
-        "colours are the quarters that the net names, tile by tile. First seed; figures of each.",
-        size=10.5,
-        color=MUTED,
+        "colours are the quarters that the net names,\ntile by tile. First seed; figures of each.",
     )
+    rows = body.subplots(2, len(VARIANTS))
     for column, variant in enumerate(VARIANTS):
         _draw_crops(rows[0, column], record, variant)
         _draw_tiles(rows[1, column], record, variant)
     rows[0, 0].set_ylabel("crops: where on the canvas\nis the digit?", color=INK, size=11)
     rows[1, 0].set_ylabel("tiles: in which quarter of the\nlarge canvas?", color=INK, size=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _draw_crops(axes: Any, record: Record, variant: str) -> None:
-    run = record.of(CROPS, variant)[0]
-    for (x, y), (u, v) in zip(run.extra["true"], run.extra["answers"], strict=True):
-        axes.plot([x, u], [y, v], color="#9CA3AF", lw=0.8, alpha=0.6, zorder=1)
-    xs, ys = zip(*run.extra["answers"], strict=True)
-    axes.scatter(xs, ys, s=7, color=COLOURS[variant], zorder=2, lw=0)
+    extra = record.of(CROPS, variant)[0].extra
+    true, answers = (unpack_positions(extra[name]) for name in ("true", "answers"))
+    lines = torch.stack((true, answers), 1).numpy()
+    axes.add_collection(LineCollection(lines, colors="#9CA3AF", lw=0.8, alpha=0.6, zorder=1))
+    axes.scatter(*answers.T.numpy(), s=7, color=COLOURS[variant], zorder=2, lw=0)
     axes.set(xlim=(0, CANVAS), ylim=(CANVAS, 0), aspect="equal")
     errors = _by_seed(record, CROPS, variant, ERROR, "{:.1f}")
     _finish(axes, f"{variant}\n{errors} px off", variant)
 
 
 def _draw_tiles(axes: Any, record: Record, variant: str) -> None:
-    classes = torch.tensor(record.of(TILES, variant)[0].extra["classes"])
-    colours = torch.tensor(
-        [[255, 255, 255], [0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]],
-        dtype=torch.uint8,
+    rows = record.of(TILES, variant)[0].extra["classes"]
+    classes = [[CLASS_LETTERS.index(letter) for letter in row] for row in rows]
+    axes.imshow(
+        classes, cmap=ListedColormap(CLASS_COLOURS), extent=(0, LARGE, LARGE, 0), vmin=0, vmax=4
     )
-    axes.imshow(colours[classes + 1].numpy(), extent=(0, LARGE, LARGE, 0), interpolation="nearest")
     for at in range(TILE, LARGE, TILE):
         axes.axhline(at, color=GRID, lw=0.6)
         axes.axvline(at, color=GRID, lw=0.6)
@@ -340,9 +336,8 @@ def _by_seed(record: Record, setting: str, variant: str, metric: str, form: str)
 
 def _finish(axes: Any, title: str, variant: str) -> None:
     axes.set_title(title, loc="left", size=10.5, color=COLOURS[variant], weight="bold")
-    axes.tick_params(colors=MUTED, labelsize=8)
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
+    plain_axes(axes)
+    axes.grid(visible=False)
 
 
 if __name__ == "__main__":

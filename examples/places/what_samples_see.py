@@ -8,19 +8,22 @@ its coordinates x and y are -1, -0.75, ..., 1.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))  # what all pictures share
+
 import torch
 import torch.nn.functional as F
+from not_so_clevr_pictures import new_figure
+from palette import BLUE, INK, VERMILION
 from skimage import data
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
 
 PICTURE = Path(__file__).parents[2] / "docs" / "places.jpg"
-INK, MUTED, X, Y = "#1F2933", "#6B7280", "#0072B2", "#D55E00"
 LEVELS = [step / 4 for step in range(-4, 5)]
 
 
@@ -61,7 +64,13 @@ def main() -> None:
         ),
     ]
     seen = SeenCoordinates()
-    figure, rows = plt.subplots(2, len(columns), figsize=(13, 7.6), layout="constrained")
+    figure, body = new_figure(
+        13,
+        8,
+        "Without places, coordinates are those of the input; with places, of the picture",
+        "Lines of equal x (blue) and y (orange), from -1 to 1 in steps of a quarter; thick at 0.",
+    )
+    rows = body.subplots(2, len(columns))
     for at, (name, image, place) in enumerate(columns):
         draw(rows[0, at], image, seen(image))
         with ccp.places(seen, place):
@@ -69,23 +78,7 @@ def main() -> None:
         rows[0, at].set_title(name, loc="left", size=11.5, color=INK)
     rows[0, 0].set_ylabel("without places", size=12, weight="bold", color=INK)
     rows[1, 0].set_ylabel("with places", size=12, weight="bold", color=INK)
-    figure.suptitle(
-        "Without places, coordinates are those of the input; with places, of the picture\n",
-        x=0.01,
-        ha="left",
-        size=15,
-        weight="bold",
-        color=INK,
-    )
-    figure.text(
-        0.01,
-        0.945,
-        "Lines of equal x (blue) and y (orange), from -1 to 1 in steps of a quarter; thick at 0.",
-        size=11,
-        color=MUTED,
-    )
-    figure.savefig(PICTURE, dpi=100, pil_kwargs={"quality": 85})
-    plt.close(figure)
+    figure.savefig(PICTURE, pil_kwargs={"quality": 85})
 
 
 def cut(image: Tensor, window: ccp.Window) -> Tensor:
@@ -98,7 +91,7 @@ def draw(axes: Any, image: Tensor, coordinates: Tensor) -> None:
     """A picture with the lines of its coordinates."""
     axes.imshow((0.35 + 0.65 * image[0].permute(1, 2, 0)).clamp(0, 1).numpy())
     height, width = image.shape[2:]
-    for along, (channel, colour) in enumerate(zip(coordinates[0], (X, Y), strict=True)):
+    for along, (channel, colour) in enumerate(zip(coordinates[0], (BLUE, VERMILION), strict=True)):
         line = channel[0] if along == 0 else channel[:, 0]
         shown = [level for level in LEVELS if line.min() < level < line.max()]
         are_close = (line < LEVELS[1]).sum() + 45 > (line < LEVELS[2]).sum() > 0
