@@ -6,7 +6,7 @@ import copy
 import io
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import coordconv_patch as ccp
 from coordconv_patch.layers.coord_layer import coord_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 IMAGES = torch.rand(2, 3, 32, 48)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,12 @@ AREA = Coordinates(align_corners=False)
 """Edges are -1 and 1, so a position has one coordinate at every resolution."""
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 SMALL, TALL = torch.rand(3, 64, 96), torch.rand(3, 150, 64)

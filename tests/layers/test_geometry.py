@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -37,13 +37,7 @@ SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 DECLARED, SAME = Padding("declared"), Padding("same")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Many tiny convolutions: on a busy machine a second thread makes them 30 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class StaticSameConv2d(nn.Conv2d):

@@ -38,13 +38,7 @@ from coordconv_patch.layers.patched_classes import patched_class
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=250)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Many tiny convolutions: on a busy machine a second thread makes them 30 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
