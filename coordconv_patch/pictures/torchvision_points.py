@@ -21,15 +21,15 @@ from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.pictures.affine_maps import Array, affine_fit
 from coordconv_patch.pictures.pipeline_steps import not_affine
 
-__all__ = ["map_of", "points_of"]
+__all__ = ["NOT_AFFINE", "map_of", "points_of"]
 
-_NOT_AFFINE = {
+NOT_AFFINE = {
     "elastic": "ElasticTransform",
     "five_crop": "FiveCrop",
     "perspective": "RandomPerspective",
     "ten_crop": "TenCrop",
 }
-"""Transforms by the functional that they call, for messages."""
+"""Names of the transforms that no affine map describes, by the functional that they call."""
 
 _FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
 """Five values an axis, so that clamping some of them to a smaller picture is not affine."""
@@ -113,7 +113,7 @@ def _points_class() -> Any:
     geometric = {
         name.removesuffix("_keypoints") for name in dir(functional) if "_keypoints" in name
     }
-    for name in (geometric | set(_NOT_AFFINE)) - set(_KERNELS) - not_geometry:
+    for name in (geometric | set(NOT_AFFINE)) - set(_KERNELS) - not_geometry:
         functional.register_kernel(name, PicturePoints)(_refusal(name))
     return PicturePoints
 
@@ -125,7 +125,7 @@ def _moved(kernel: Callable[..., tuple[Tensor, Any]], points: Any, *args: Any, *
 
 def _refusal(name: str) -> Callable[..., Any]:
     def refuse(points: Any, *args: Any, **kwargs: Any) -> Any:
-        raise CoordinatesError(not_affine(_NOT_AFFINE.get(name, name)))
+        raise CoordinatesError(not_affine(NOT_AFFINE.get(name, name)))
 
     return refuse
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from coordconv_patch.errors import CoordinatesError, excerpt
 from coordconv_patch.pictures.pipeline_steps import not_affine, steps_of
+from coordconv_patch.pictures.torchvision_points import NOT_AFFINE
 
 __all__ = ["check_steps"]
 
 _IMAGE_ALONE = ("AugMix", "AutoAugment", "CutMix", "MixUp", "RandAugment", "TrivialAugmentWide")
-_NOT_AFFINE = ("ElasticTransform", "FiveCrop", "RandomPerspective", "TenCrop")
 
 _FIRST_VERSION = ("torchvision.transforms.transforms", "torchvision.transforms.autoaugment")
 """Modules of the transforms that v2 replaces, class by class of the same name."""
@@ -26,7 +27,7 @@ def check_steps(pipeline: Any) -> None:
 
     for name, step in steps_of(pipeline):
         kind = type(step).__name__
-        if isinstance(step, _classes(v2, _NOT_AFFINE)):
+        if isinstance(step, _classes(v2, NOT_AFFINE.values())):
             raise CoordinatesError(not_affine(f"{name}, {kind}"))
         if isinstance(step, _classes(v2, _IMAGE_ALONE)):
             raise CoordinatesError(
@@ -51,5 +52,5 @@ def check_steps(pipeline: Any) -> None:
             )
 
 
-def _classes(module: Any, names: tuple[str, ...]) -> tuple[type, ...]:
+def _classes(module: Any, names: Iterable[str]) -> tuple[type, ...]:
     return tuple(getattr(module, name) for name in names if hasattr(module, name))
