@@ -17,14 +17,14 @@ from coordconv_patch.errors import PatchError, excerpt
 from coordconv_patch.followers.follower import Begin, Follower, FollowerHook, hook_
 from coordconv_patch.followers.valid_area import places_by_masks, places_by_sizes
 
-__all__ = ["is_padding", "put_padding_hooks_"]
+__all__ = ["is_padding", "is_padding_transform", "put_padding_hooks_", "takes_mask"]
 
 _MASK = "pixel_mask"
 
 
 def is_padding(module: nn.Module) -> bool:
     """Whether a module pads pictures in one of the ways that are known."""
-    return _transform_of(module) is not None or _takes_mask(module)
+    return _transform_of(module) is not None or takes_mask(module)
 
 
 def put_padding_hooks_(module: nn.Module, follower: Follower) -> None:
@@ -37,18 +37,21 @@ def put_padding_hooks_(module: nn.Module, follower: Follower) -> None:
         transform.register_forward_hook(AfterTransform(follower))
 
 
-def _transform_of(module: nn.Module) -> nn.Module | None:
-    """The child of a torchvision detector that pads."""
+def is_padding_transform(module: nn.Module) -> bool:
+    """Whether a module is the part of torchvision's detectors that pads."""
     # Only a program that has imported torchvision can have one.
     transforms = sys.modules.get("torchvision.models.detection.transform")
-    if transforms is None:
-        return None
-    kind = transforms.GeneralizedRCNNTransform
-    return next((child for child in module.children() if isinstance(child, kind)), None)
+    return transforms is not None and isinstance(module, transforms.GeneralizedRCNNTransform)
 
 
-def _takes_mask(module: nn.Module) -> bool:
+def takes_mask(module: nn.Module) -> bool:
+    """Whether a module's forward is told by a mask which pixels are not padding."""
     return _names_with_mask(module) is not None
+
+
+def _transform_of(module: nn.Module) -> nn.Module | None:
+    """The child of a torchvision detector that pads."""
+    return next(filter(is_padding_transform, module.children()), None)
 
 
 def _names_with_mask(module: nn.Module) -> list[str] | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-
 from torch import nn
 
 from coordconv_patch.errors import listing
+from coordconv_patch.followers.padded_batches import is_padding_transform, takes_mask
 from coordconv_patch.sites.roi_operators import roi_pools
 from coordconv_patch.sites.site import SiteMap
 
@@ -53,21 +51,12 @@ def _padding_notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _who_pads(model: nn.Module) -> str:
-    transform = sys.modules.get("torchvision.models.detection.transform")
-    kind = getattr(transform, "GeneralizedRCNNTransform", ())
     masked: dict[type, bool] = {}
     for name, module in model.named_modules():
-        if isinstance(module, kind):
+        if is_padding_transform(module):
             return f"{name or 'the model'} pads its batches"
         if type(module) not in masked:
-            masked[type(module)] = _takes_pixel_mask(module)
+            masked[type(module)] = takes_mask(module)
         if masked[type(module)]:
             return f"{name or 'the model'} takes padded batches and a pixel_mask"
     return ""
-
-
-def _takes_pixel_mask(module: nn.Module) -> bool:
-    try:
-        return "pixel_mask" in inspect.signature(module.forward).parameters
-    except (TypeError, ValueError):  # a forward that is not Python code
-        return False

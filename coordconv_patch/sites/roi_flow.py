@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from coordconv_patch.sites.roi_operators import roi_operator, tensors_in, writes_in_place
+from coordconv_patch.running.inputs import tensors_in
+from coordconv_patch.sites.roi_operators import roi_operator, writes_in_place
 
 __all__ = ["RoiFlow"]
 
@@ -33,7 +34,7 @@ class RoiFlow:
             name = next(filter(None, names), "")
         if not name:
             return
-        marked = list(tensors_in(output))
+        marked = tensors_in(output)
         if writes_in_place(getattr(function, "__name__", ""), kwargs) and args:
             for tensor in tensors_in(args[0]):
                 marked += [tensor, *tensors_in(tensor._base)]

@@ -9,8 +9,9 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import conv_arguments, join_names
+from coordconv_patch.running.inputs import tensors_in
 from coordconv_patch.sites.regions import Region, Regions, names_by_module
-from coordconv_patch.sites.roi_operators import roi_operator, tensors_in, writes_in_place
+from coordconv_patch.sites.roi_operators import roi_operator, writes_in_place
 from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
 
 __all__ = ["traced_roi_sites"]

@@ -11,13 +11,13 @@ marked; see :mod:`coordconv_patch.sites.roi_flow` and :mod:`coordconv_patch.site
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["roi_operator", "roi_pools", "tensors_in", "writes_in_place"]
+__all__ = ["roi_operator", "roi_pools", "writes_in_place"]
 
 _OPERATORS = frozenset(
     {
@@ -51,18 +51,6 @@ def roi_pools(model: nn.Module) -> list[str]:
     ops = sys.modules.get("torchvision.ops")  # nobody else has its modules
     kinds = tuple(getattr(ops, name) for name in _POOLS if hasattr(ops, name))
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in arguments or results, those in lists, tuples and dicts too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
 
 
 def writes_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
