@@ -12,6 +12,7 @@ from coordconv_patch.arguments import given
 from coordconv_patch.errors import ArgumentError, WeightsError, listing
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.graphs.programs import require_coord_layers
+from coordconv_patch.layers.concatenated_weight import taken_apart
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.running.untouched import LOOK, copied
 
@@ -86,20 +87,16 @@ def _taken_apart(
         if not isinstance(layer, CoordConvNd) or own in weights or not isinstance(weight, Tensor):
             continue
         if layer.groups == 1 and weight.shape == layer.concatenated_weight().shape:
-            weights[key], weights[own] = _parts(layer, weight, coordinates)
+            weights[key], weights[own] = taken_apart(
+                weight,
+                layer.in_channels,
+                transposed=layer.transposed,
+                is_first=coordinates == "first",
+            )
         elif weight.shape == layer.weight.shape:
             weights[own] = torch.zeros_like(layer.coord_weight)
     _check(weights, expected)
     return weights
-
-
-def _parts(layer: CoordConvNd, weight: Tensor, coordinates: Side) -> tuple[Tensor, Tensor]:
-    """A weight with C + K input channels as that of the image and that of the coordinates."""
-    dim, channels = 0 if layer.transposed else 1, layer.in_channels
-    count = weight.shape[dim] - channels
-    sizes = [channels, count] if coordinates == "last" else [count, channels]
-    image, coords = torch.split(weight, sizes, dim)[:: 1 if coordinates == "last" else -1]
-    return image, coords
 
 
 def _check(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from coordconv_patch.concatenated.joins import Join, leave_out_
 from coordconv_patch.concatenated.recognition import Recognised, RunPair
 from coordconv_patch.concatenated.sightings import Place
 from coordconv_patch.folding.other_libraries import guard_folding_
+from coordconv_patch.layers.concatenated_weight import taken_apart
 from coordconv_patch.layers.conversion import convert_
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.left_behind.watch import watch_
@@ -75,17 +76,16 @@ class _ReadsImage:
 def _give_coordinates_(conv: nn.Module, recognised: Recognised) -> None:
     """Take a convolution's weight apart: the image's channels, and the coordinates'."""
     assert isinstance(conv, _ConvNd)
-    dim = 0 if conv.transposed else 1
     weight, channels = conv.weight, recognised.image_channels
-    count = weight.shape[dim] - channels
-    start = count if recognised.is_first else 0
-    image = weight.narrow(dim, start, channels)
-    coordinates = weight.narrow(dim, 0 if recognised.is_first else channels, count)
+    image, coordinates = taken_apart(
+        weight, channels, transposed=conv.transposed, is_first=recognised.is_first
+    )
+    start = conv.in_channels - channels if recognised.is_first else 0
     conv.in_channels = channels
     conv.weight = nn.Parameter(image.clone(), weight.requires_grad)
     convert_(conv, recognised.coords, recognised.padding)
     assert isinstance(conv, CoordConvNd)
-    conv.load_concatenated_(torch.cat((image, coordinates), dim), conv.bias)
+    conv.coord_weight.copy_(coordinates)
     conv.coord_weight.requires_grad_(weight.requires_grad)
     if recognised.still_joined:
         conv.register_forward_pre_hook(_ReadsImage(start, channels), prepend=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.layers.concatenated_weight import taken_apart
 from coordconv_patch.layers.coord_layer import new_coord_weight
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import DECLARED, output_padding_between
@@ -214,11 +215,9 @@ class CoordConvNd(PaddingFollower):
             bias is not None and self.bias is not None and bias.shape != self.bias.shape
         ):
             raise PatchError("the bias does not fit: pass one exactly if the layer has one")
-        dim = 0 if self.transposed else 1
-        plain = weight.narrow(dim, 0, self.in_channels)
-        coord = weight.narrow(dim, self.in_channels, weight.shape[dim] - self.in_channels)
-        self.weight.copy_(plain)
-        self.coord_weight.copy_(coord)
+        image, coordinates = taken_apart(weight, self.in_channels, transposed=self.transposed)
+        self.weight.copy_(image)
+        self.coord_weight.copy_(coordinates)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
