@@ -43,7 +43,7 @@ def patched_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
     """
     if plain not in _PATCHED_CLASSES:
         base = _COORD_CLASSES.get(plain)
-        made = type(
+        patched = type(
             f"Coord{plain.__name__}",
             (CoordConvNd, plain) if base is None else (base,),
             {
@@ -55,7 +55,7 @@ def patched_class(plain: type[_ConvNd]) -> type[CoordConvNd]:
                 "__doc__": f"{plain.__name__} with a coordinate branch, made by patching.",
             },
         )
-        _PATCHED_CLASSES.setdefault(plain, made)  # another thread may have been faster
+        _PATCHED_CLASSES.setdefault(plain, patched)  # another thread may have been faster
     return _PATCHED_CLASSES[plain]
 
 
@@ -67,8 +67,8 @@ def _plain_layer_or_empty(cls: type[CoordConvNd], *args: Any, **kwargs: Any) -> 
 
 def _new_layer(plain: type[_ConvNd]) -> CoordConvNd:
     """An empty layer of the class that patching gives to ``plain``, for unpickling."""
-    made = patched_class(plain)
-    return made.__new__(made)
+    patched = patched_class(plain)
+    return patched.__new__(patched)
 
 
 def _rebuilt_from_plain_class(layer: CoordConvNd, protocol: Any) -> Any:

@@ -48,7 +48,8 @@ class ReplacedForward:
         with ConvSpy(layer) as spy:
             output = self.function(*args, **kwargs)
         weights = [
-            found[1] if len(found) > 1 else given["weight"] for found, given, *_ in spy.calls
+            positional[1] if len(positional) > 1 else named["weight"]
+            for positional, named, *_ in spy.calls
         ]
         if _uses(layer, "weight", weights) and not _uses(layer, "coord_weight", weights):
             raise PatchError(

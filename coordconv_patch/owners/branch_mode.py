@@ -136,10 +136,10 @@ class BranchMode(TorchFunctionMode):
             return output + branch(given)
         if not _is_call_of(terms, arguments):
             shape, own = arguments["weight"].shape, site.owned.padding
-            found = call_geometry(site.function, arguments, shape, None, own)
+            actual = call_geometry(site.function, arguments, shape, None, own)
             raise PatchError(
                 f"{site.name} has coordinates for a convolution {site.geometry}, but its code "
-                f"now calls one that is {found}. Unpatch the model, and patch it anew with "
+                f"now calls one that is {actual}. Unpatch the model, and patch it anew with "
                 "example inputs that run this way"
             )
         if output.layout is not torch.strided:  # MKLDNN tensors know no sum with a map

@@ -61,9 +61,9 @@ def class_in_place(mixin: type[InPlaceMixin], below: type[nn.Module]) -> type[In
             "__doc__": below.__doc__,
         }
         metaclass: Any = type(below)
-        made = metaclass(below.__name__, (mixin, below), own | mixin._methods_in_place(below))
-        _MADE_FROM[made] = key
-        _MADE.setdefault(key, made)  # another thread may have been faster
+        combined = metaclass(below.__name__, (mixin, below), own | mixin._methods_in_place(below))
+        _MADE_FROM[combined] = key
+        _MADE.setdefault(key, combined)  # another thread may have been faster
     return _MADE[key]
 
 
