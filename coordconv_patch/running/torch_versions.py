@@ -56,10 +56,10 @@ if _HAS_ANNOTATE:
 else:  # may go with torch 2.8
 
     @contextmanager
-    def _annotate(annotation: dict[str, Any]) -> Iterator[None]:
+    def _annotate(annotation_dict: dict[str, Any]) -> Iterator[None]:
         meta = traceback.current_meta
         before = meta.get("custom")
-        meta["custom"] = {**(before or {}), **annotation}
+        meta["custom"] = {**(before or {}), **annotation_dict}
         try:
             yield
         finally:
