@@ -5,6 +5,8 @@
 >>> ccp.export_onnx(model, "model.onnx", example)    # doctest: +SKIP
 """
 
+from typing import TYPE_CHECKING
+
 from coordconv_patch.channels.axes import Axes
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.fourier import Fourier
@@ -21,13 +23,12 @@ from coordconv_patch.errors import (
     CoordConvPatchError,
     CoordinatesError,
     ExportError,
+    MissingPackageError,
     ModelSourceError,
     PatchError,
     SelectionError,
     WeightsError,
 )
-from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.export.report import ExportReport
 from coordconv_patch.folding.batch_norms import fold
 from coordconv_patch.folding.method_names import register_folding_method
 from coordconv_patch.folding.other_libraries import fold_with
@@ -45,6 +46,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.lowering.registry import register_lowering
+from coordconv_patch.onnx_names import onnx_name
 from coordconv_patch.patching.fx_pass import CoordConvPass
 from coordconv_patch.patching.maps import maps
 from coordconv_patch.patching.patch import patch, patch_
@@ -65,9 +67,15 @@ from coordconv_patch.training import (
     train_only_coords_,
 )
 from coordconv_patch.verification.check import Check
-from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
+
+if TYPE_CHECKING:
+    from coordconv_patch.export.onnx import export_onnx
+    from coordconv_patch.export.report import ExportReport
+    from coordconv_patch.verification.verify import verify_onnx
+else:
+    __getattr__ = onnx_name
 
 __all__ = [
     "ArgumentError",
@@ -92,6 +100,7 @@ __all__ = [
     "ImportReport",
     "ImportedSite",
     "LayerStatus",
+    "MissingPackageError",
     "ModelSourceError",
     "PatchError",
     "PlacedTransform",

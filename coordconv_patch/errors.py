@@ -17,6 +17,7 @@ __all__ = [
     "CoordConvPatchError",
     "CoordinatesError",
     "ExportError",
+    "MissingPackageError",
     "ModelSourceError",
     "PatchError",
     "SelectionError",
@@ -62,6 +63,10 @@ class WeightsError(CoordConvPatchError, ValueError):
 
 class ExportError(CoordConvPatchError, RuntimeError):
     """An export failed, or its result does not agree with the torch model."""
+
+
+class MissingPackageError(CoordConvPatchError, ImportError):
+    """A package that is needed here is not installed; the message has the pip command."""
 
 
 class ModelSourceError(CoordConvPatchError, ValueError):

@@ -16,6 +16,7 @@ import pytest
 
 import coordconv_patch
 from coordconv_patch import errors
+from coordconv_patch.onnx_names import ONNX_NAMES
 
 ROOT = Path(coordconv_patch.__file__).parent
 PREFIX = "coordconv_patch."
@@ -51,6 +52,7 @@ PUBLIC = {
 FLOORS = [
     "version",
     "errors",
+    "packages",
     "arguments",
     "files",
     "running",
@@ -73,6 +75,7 @@ FLOORS = [
     "runtime",
     "verification",
     "export",
+    "onnx_names",
     "bench",
     "demo",
     "cli",
@@ -140,25 +143,37 @@ def _constants_then_classes(name: str) -> tuple[bool, bool, str]:
 
 def test_the_root_defines_nothing_of_its_own() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    kinds = {type(node) for node in tree.body[1:]}
+    (alternative,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(alternative.test) == "TYPE_CHECKING"
+    assert ast.unparse(alternative.orelse) == "__getattr__ = onnx_name"
+    kinds = {type(node) for node in (*tree.body[1:], *alternative.body) if node is not alternative}
     assert kinds == {ast.ImportFrom, ast.Assign}
 
 
-def test_importing_the_package_imports_neither_the_zoos_nor_the_compiler() -> None:
-    """Nor matplotlib: they are extras, and slow; torch's compiler is as slow as torch itself."""
+def test_types_and_lookup_know_the_same_names_of_onnx() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    (alternative,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in alternative.body if isinstance(node, ast.ImportFrom)]
+    assert {node.names[0].name: node.module for node in imports} == ONNX_NAMES
+
+
+def test_importing_the_package_imports_nothing_slow() -> None:
+    """Neither extras nor rich; torch's compiler is as slow as torch itself."""
     slow = (
         *("timm", "torchvision", "matplotlib", "skimage", "stable_baselines3"),
-        *("torch._dynamo", "torch.onnx"),
+        *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "sympy", "torch._dynamo", "torch.onnx"),
     )
     code = (
-        "import sys, coordconv_patch, coordconv_patch.cli.commands\n"
+        "import sys, coordconv_patch\n"
         "import coordconv_patch.stable_baselines3\n"
+        f"print([name for name in {(*slow, 'rich', 'typer')} if name in sys.modules])\n"
+        "import coordconv_patch.cli.commands\n"
         f"print([name for name in {slow} if name in sys.modules])"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.split() == ["[]", "[]"]
     assert ran.stderr == ""
 
 
@@ -201,7 +216,7 @@ def test_every_error_is_one_of_the_packages_and_of_pythons(name: str) -> None:
     kind = getattr(errors, name)
     assert issubclass(kind, errors.CoordConvPatchError)
     if kind is not errors.CoordConvPatchError:
-        assert issubclass(kind, (ValueError, RuntimeError))
+        assert issubclass(kind, (ValueError, RuntimeError, ImportError))
 
 
 def test_the_package_is_typed() -> None:
@@ -212,6 +227,6 @@ def test_the_command_is_installed() -> None:
     from importlib.metadata import entry_points
 
     (command,) = entry_points(group="console_scripts", name="coordconv-patch")
-    from coordconv_patch.cli.commands import main
+    from coordconv_patch.cli.main import main
 
     assert command.load() is main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import textwrap
@@ -12,6 +11,7 @@ from typing import Any
 from coordconv_patch.bench.report import NAIVE, PLAIN, PLAIN_AGAIN, BenchGroup, BenchReport
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import obstacle_to_writing, replacement
+from coordconv_patch.packages import require_packages
 
 __all__ = ["check_picture", "draw_bench"]
 
@@ -29,8 +29,8 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     """Check, before anything is timed, that a picture can be drawn and written.
 
     Raises:
-        ArgumentError: If the name's ending is none of an image, the folder does not exist,
-            or matplotlib is not installed; the message says what to install.
+        ArgumentError: If the name's ending is none of an image, or the folder does not exist.
+        MissingPackageError: If matplotlib is not installed.
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -38,11 +38,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     obstacle = obstacle_to_writing(path)
     if obstacle:
         raise ArgumentError(obstacle)
-    if not importlib.util.find_spec("matplotlib"):
-        raise ArgumentError(
-            f"picture {path}: drawing needs matplotlib, which is not installed: run "
-            'pip install "coordconv-patch[bench]", or leave the picture out'
-        )
+    require_packages(f"picture {path}", "matplotlib")
 
 
 def draw_bench(
@@ -54,6 +50,7 @@ def draw_bench(
 
     Raises:
         ArgumentError: See :func:`check_picture`; also if the file cannot be written.
+        MissingPackageError: If matplotlib is not installed.
     """
     path = Path(path)
     check_picture(path)

@@ -11,13 +11,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from coordconv_patch.bench.bench import bench_onnx
-from coordconv_patch.bench.picture import check_picture, draw_bench
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import console, errors
+from coordconv_patch.cli.console import console
 from coordconv_patch.cli.models import (
     batches_of,
     check_outputs_equal,
@@ -26,21 +23,17 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
-from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
-from coordconv_patch.export.exporters import check_exporter
-from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.export.opset import check_opset
+from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.packages import require_packages
 from coordconv_patch.patching.plan import plan, survey
 from coordconv_patch.running.inputs import takes_image_list
-from coordconv_patch.runtime.providers import working_providers
-from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import save_coords
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 _EPILOG = """
 Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:function, model.pt2.
@@ -167,6 +160,11 @@ def export_command(
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
+    _require_onnx("export")
+    from coordconv_patch.export.exporters import check_exporter
+    from coordconv_patch.export.onnx import export_onnx
+    from coordconv_patch.export.opset import check_opset
+
     check_exporter(exporter)
     check_opset(opset, exporter)
     loaded = loaded_model(model, pretrained, input_shape, trust)
@@ -206,6 +204,10 @@ def verify_command(
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
 ) -> None:
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
+    _require_onnx("verify")
+    from coordconv_patch.runtime.providers import working_providers
+    from coordconv_patch.verification.verify import verify_onnx
+
     if not onnx_file.is_file():
         raise ArgumentError(f"there is no file {onnx_file}")
     loaded = loaded_model(model, pretrained, input_shape, trust)
@@ -247,6 +249,10 @@ def bench_command(
     On every execution provider that works here; the variants take turns. What is printed is
     Markdown: paste it into an issue as it is.
     """
+    _require_onnx("bench")
+    from coordconv_patch.bench.bench import bench_onnx
+    from coordconv_patch.bench.picture import check_picture, draw_bench
+
     if picture is not None:
         check_picture(picture)
     loaded = loaded_model(model, False, input_shape, trust)
@@ -287,14 +293,7 @@ def demo_command(
     run_demo(out, quick=quick, seed=seed)
 
 
-def main() -> None:
-    """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
-    try:
-        app()
-    except CoordConvPatchError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(1 if isinstance(error, (ExportError, PatchError)) else 2)
-
-
-if __name__ == "__main__":
-    main()
+def _require_onnx(command: str) -> None:
+    """Raise a MissingPackageError if a command lacks what it works with, before it is imported."""
+    purpose = f"coordconv-patch {command}"
+    require_packages(purpose, "onnx", "onnx_ir", "onnxscript", "onnxruntime")

@@ -11,6 +11,7 @@ from torch import nn
 
 from coordconv_patch.cli.loaded import LoadedModel, random_image
 from coordconv_patch.errors import ModelSourceError, first_line
+from coordconv_patch.packages import require_packages
 
 __all__ = ["close_names", "timm_model", "torchvision_model"]
 
@@ -62,13 +63,8 @@ def close_names(name: str, known: Sequence[str]) -> str:
 
 
 def _imported(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ModelSourceError(
-            f"{package}: models need the package {package}; install it with: pip install "
-            '"coordconv-patch[timm]"'
-        ) from error
+    require_packages(f"a model of {package}", package)
+    return importlib.import_module(package)
 
 
 def _created(create: Callable[[], nn.Module], name: str, pretrained: bool) -> nn.Module:

@@ -33,11 +33,9 @@ from coordconv_patch.demo.task import (
     to_pixels,
 )
 from coordconv_patch.errors import ExportError
-from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
-from coordconv_patch.runtime.providers import make_session
 from coordconv_patch.training import coord_parameters
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import save_coords
@@ -211,6 +209,10 @@ def _answers(models: dict[str, nn.Module], held_out: Pictures) -> dict[str, Tens
 
 def _export(patched: nn.Module, held_out: Pictures, answers: Tensor, path: Path) -> ExportCheck:
     """Export the fine-tuned model, and compare the file with torch on every held-out picture."""
+    # Imported here: that they are installed is checked first.
+    from coordconv_patch.export.onnx import export_onnx
+    from coordconv_patch.runtime.providers import make_session
+
     exported = export_onnx(patched, path, held_out.images[:2], dynamic_batch=True)
     session = make_session(path, [exported.provider], threads=torch.get_num_threads())
     feeds = {session.get_inputs()[0].name: held_out.images.numpy()}

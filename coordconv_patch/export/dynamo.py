@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.running.inputs import split_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 __all__ = ["dynamic_shapes", "export_dynamo"]
 

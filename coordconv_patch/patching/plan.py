@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -25,6 +23,9 @@ from coordconv_patch.patching.plan_notes import notes_on
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites.site import Site, SiteMap
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Cost", "Plan", "PlanRow", "plan", "plan_sites", "survey"]
 
@@ -151,6 +152,8 @@ class Plan:
 
     def table(self, *, chosen_only: bool = False) -> Table:
         """The plan as a rich table; with all sites, or the chosen ones alone."""
+        from rich.table import Table  # not at the top: it takes a tenth of a second
+
         table = Table(title=f"coordinates {self.coords}", title_justify="left")
         for heading in ("", "site", "class", "geometry", "input", "output"):
             table.add_column(heading, overflow="fold", no_wrap=heading != "site")
@@ -192,6 +195,8 @@ class Plan:
         )
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         # As wide as it needs: a folded name could not be copied into where=.
         console = Console(width=10_000, color_system=None, force_jupyter=False)
         with console.capture() as capture:

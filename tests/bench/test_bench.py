@@ -31,7 +31,7 @@ from coordconv_patch.bench.report import (
     BenchRow,
     markdown_table,
 )
-from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.errors import ArgumentError, ExportError, MissingPackageError, PatchError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.runtime.binding import BoundRun, device_of
@@ -534,7 +534,7 @@ def test_without_matplotlib_it_says_what_to_install_before_anything_is_timed(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    with pytest.raises(ArgumentError, match=r'pip install "coordconv-patch\[bench\]"'):
+    with pytest.raises(MissingPackageError, match=r'pip install "coordconv-patch\[picture\]"'):
         check_picture("b.png")
 
 

@@ -27,8 +27,10 @@ from typer.testing import CliRunner
 import coordconv_patch as ccp
 from coordconv_patch.cli import commands as cli
 from coordconv_patch.cli import models
-from coordconv_patch.cli.commands import app, main
+from coordconv_patch.cli.commands import app
+from coordconv_patch.cli.main import main
 from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.export import onnx as export
 from coordconv_patch.layers.coord_layer import coord_layers
 
 CODE = """
@@ -405,7 +407,7 @@ def test_a_detector_is_exported_with_a_fixed_number_of_images(run: Callable[...,
 def test_random_weights_of_a_zoo_model_are_pointed_out(
     run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "export_onnx", lambda *args, **kwargs: _Report())
+    monkeypatch.setattr(export, "export_onnx", lambda *args, **kwargs: _Report())
     ran = run("export", "timm:resnet10t", "--out", "n.onnx", "--input", "1,3,32,32")
     assert ran.code == 0
     assert "the weights are random; pass --pretrained or --checkpoint" in ran.text
@@ -633,7 +635,7 @@ def test_the_version_is_the_packages(run: Callable[..., Ran]) -> None:
 
 def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "coordconv_patch.cli.commands", *arguments],
+        [sys.executable, "-m", "coordconv_patch.cli.main", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -8,12 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import coordconv_patch.demo.requirements as requirements
 from coordconv_patch.demo.backbone import load_pretrained, to_input, top_classes
 from coordconv_patch.demo.finetune import Errors, Phase, Settings, distances, fine_tune, predict
 from coordconv_patch.demo.influence import shares, switched_off
 from coordconv_patch.demo.report import compare
-from coordconv_patch.demo.requirements import MissingPackageError
 from coordconv_patch.demo.run import FILES, WHERE, run_demo
 from coordconv_patch.demo.task import (
     CupTask,
@@ -25,7 +23,7 @@ from coordconv_patch.demo.task import (
     to_pixels,
     to_unit,
 )
-from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.errors import CoordConvPatchError, MissingPackageError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.runtime.providers import CPU, make_session
@@ -241,7 +239,7 @@ def test_saved_coordinates_load_onto_the_fine_tuned_base(quick_run):
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        requirements.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name == "skimage" else find_spec(name),
     )

@@ -443,7 +443,7 @@ TUNE = """
 import json, sys
 import torch
 import coordconv_patch as ccp
-from coordconv_patch.cli.commands import main
+from coordconv_patch.cli.main import main
 
 sys.argv = "coordconv-patch patch plain.pt2 --trust --where all --out patched.pt2".split()
 try:
@@ -474,7 +474,7 @@ USE = """
 import json, sys
 import torch
 import coordconv_patch as ccp
-from coordconv_patch.cli.commands import main
+from coordconv_patch.cli.main import main
 
 model = ccp.from_exported(torch.export.load("tuned.pt2"))
 wanted = torch.load("expected.pt")
