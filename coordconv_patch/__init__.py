@@ -28,6 +28,7 @@ from coordconv_patch.errors import (
 )
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.report import ExportReport
+from coordconv_patch.export.targets import Target, register_target
 from coordconv_patch.folding.batch_norms import fold
 from coordconv_patch.folding.method_names import register_folding_method
 from coordconv_patch.folding.other_libraries import fold_with
@@ -99,6 +100,7 @@ __all__ = [
     "Radius",
     "SelectionError",
     "Site",
+    "Target",
     "WeightsError",
     "Window",
     "__version__",
@@ -130,6 +132,7 @@ __all__ = [
     "register_folding_method",
     "register_lowering",
     "register_selector",
+    "register_target",
     "save_coords",
     "set_places_",
     "set_window_",

@@ -30,6 +30,7 @@ from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportErr
 from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_opset
+from coordconv_patch.export.targets import target_named
 from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
@@ -165,10 +166,12 @@ def export_command(
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: options.Provider = None,
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+    target: options.TargetName = "onnxruntime",
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     check_exporter(exporter)
     check_opset(opset, exporter)
+    target_named(target)
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
@@ -184,6 +187,7 @@ def export_command(
         exporter=exporter,  # type: ignore[arg-type]  # checked there
         providers=provider,
         tolerance=tolerance,
+        target=target,
     )
     console.print(report.table())
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coordconv_patch.export.targets import TARGETS
 from coordconv_patch.lowering.registry import LOWERINGS
 
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
@@ -28,5 +29,8 @@ CoordWeights = Annotated[
 ]
 LoweringName = Annotated[
     str, typer.Option("--lowering", help=f"auto, autotune, {', '.join(LOWERINGS)}.")
+]
+TargetName = Annotated[
+    str, typer.Option("--target", help=f"What the file is for: {', '.join(TARGETS)}.")
 ]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
