@@ -73,6 +73,7 @@ from coordconv_patch.weights.save_load import load_coords, load_coords_, save_co
 if TYPE_CHECKING:
     from coordconv_patch.export.onnx import export_onnx
     from coordconv_patch.export.report import ExportReport
+    from coordconv_patch.export.targets import Target, register_target
     from coordconv_patch.verification.verify import verify_onnx
 else:
     __getattr__ = onnx_name
@@ -108,6 +109,7 @@ __all__ = [
     "Radius",
     "SelectionError",
     "Site",
+    "Target",
     "WeightsError",
     "Window",
     "__version__",
@@ -139,6 +141,7 @@ __all__ = [
     "register_folding_method",
     "register_lowering",
     "register_selector",
+    "register_target",
     "save_coords",
     "set_places_",
     "set_window_",

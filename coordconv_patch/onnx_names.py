@@ -15,7 +15,9 @@ __all__ = ["ONNX_NAMES", "onnx_name"]
 
 ONNX_NAMES = {
     "ExportReport": "coordconv_patch.export.report",
+    "Target": "coordconv_patch.export.targets",
     "export_onnx": "coordconv_patch.export.onnx",
+    "register_target": "coordconv_patch.export.targets",
     "verify_onnx": "coordconv_patch.verification.verify",
 }
 """The modules that these names of the root come from."""

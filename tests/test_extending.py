@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.channels.registry import BLOCKS
-from coordconv_patch.export.targets import REWRITES
+from coordconv_patch.export.rewrites import REWRITES
 from coordconv_patch.lowering.constants import CoordConstant
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.sums import Sum
@@ -111,7 +111,7 @@ def test_the_channel_block_of_the_page(tmp_path: Path) -> None:
 def test_the_page_names_files_that_exist() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in (
-        *("lowering/test_registry", "export/test_targets", "cli/test_sources"),
+        *("lowering/test_registry", "export/test_rewrites", "cli/test_sources"),
         "channels/test_fields",
     ):
         assert f"tests/{name}.py" in text

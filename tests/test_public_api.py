@@ -46,6 +46,7 @@ PUBLIC = {
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
     *("LayerStatus", "Site", "layer_status", "survey", "register_lowering", "register_selector"),
     *(name for name in errors.__all__ if name.endswith("Error")),
+    *("Target", "register_target"),
     "__version__",
 }
 

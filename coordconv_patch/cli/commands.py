@@ -158,15 +158,18 @@ def export_command(
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: options.Provider = None,
     tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+    target: options.TargetName = "onnxruntime",
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     _require_onnx("export")
     from coordconv_patch.export.exporters import check_exporter
     from coordconv_patch.export.onnx import export_onnx
     from coordconv_patch.export.opset import check_opset
+    from coordconv_patch.export.targets import target_named
 
     check_exporter(exporter)
     check_opset(opset, exporter)
+    target_named(target)
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
@@ -182,6 +185,7 @@ def export_command(
         exporter=exporter,  # type: ignore[arg-type]  # checked there
         providers=provider,
         tolerance=tolerance,
+        target=target,
     )
     console.print(report.table())
 

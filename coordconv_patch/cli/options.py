@@ -29,4 +29,13 @@ CoordWeights = Annotated[
 LoweringName = Annotated[
     str, typer.Option("--lowering", help=f"auto, autotune, {', '.join(LOWERINGS)}.")
 ]
+TargetName = Annotated[
+    str,
+    # Written out, since the targets are in modules that need ONNX.
+    typer.Option(
+        "--target",
+        help="What the file is for: onnxruntime, openvino, tensorrt, opencv, ncnn, mnn, litert, "
+        "coreml, web, portable.",
+    ),
+]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]

@@ -43,6 +43,9 @@ class ExportReport:
             file is for that part of an image alone. Empty where inputs are whole images.
         refusals: What could not be rewritten for the runtime, place by place, and why. The file
             is right all the same, but may be slower or larger there.
+        target: What the file is meant for.
+        growth: Bytes of the file that are there for coordinates: constants, and weights of their
+            own.
     """
 
     path: Path
@@ -61,6 +64,8 @@ class ExportReport:
     trials: tuple[Trial, ...] = ()
     windows: dict[Window, tuple[str, ...]] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    target: str = "onnxruntime"
+    growth: int = 0
 
     @property
     def worst_difference(self) -> float:
@@ -75,6 +80,7 @@ class ExportReport:
         kinds = Counter(self.lowerings.values())
         forms = ", ".join(f"{count} as {kind}" for kind, count in kinds.items())
         table.add_row("file", f"{self.file_size / 1e6:.2f} MB, opset {self.opset}")
+        table.add_row("target", self.target)
         table.add_row("exporter", self.exporter)
         table.add_row("nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items()))
         table.add_row("coordinate sites", forms or "none")
@@ -82,6 +88,10 @@ class ExportReport:
             table.add_row("window", f"{window}, at {listing(names)}")
         table.add_row("batch norms folded", str(self.folded_batch_norms))
         table.add_row("coordinate constants", f"{self.coord_constant_bytes:,} bytes")
+        rest = max(self.file_size - self.growth, 1)
+        table.add_row(
+            "file growth", f"{self.growth / 1e6:.2f} MB for coordinates ({self.growth / rest:+.1%})"
+        )
         table.add_row(
             "dynamic axes",
             "; ".join(

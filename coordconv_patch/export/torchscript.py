@@ -11,9 +11,11 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.export.graph_passes.read_sizes_once import ReadSizesOnce
 from coordconv_patch.running.inputs import split_inputs, tensors_in
 
 __all__ = ["export_torchscript"]
@@ -36,7 +38,10 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
             output_names=request.output_names,
             dynamic_axes=dict(zip(names, request.axes, strict=False)),
         )
-        return onnx_ir.from_proto(onnx.load(path))
+        graph = onnx_ir.from_proto(onnx.load(path))
+    ReadSizesOnce()(graph)
+    optimize_ir(graph)  # as torch.onnx does with what its newer exporter makes
+    return graph
 
 
 class _Wrapped(nn.Module):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import numpy as np
@@ -26,11 +26,12 @@ from typer.testing import CliRunner
 
 import coordconv_patch as ccp
 from coordconv_patch.cli import commands as cli
-from coordconv_patch.cli import models
+from coordconv_patch.cli import models, options
 from coordconv_patch.cli.commands import app
 from coordconv_patch.cli.main import main
 from coordconv_patch.errors import CoordConvPatchError
 from coordconv_patch.export import onnx as export
+from coordconv_patch.export.targets import TARGETS
 from coordconv_patch.layers.coord_layer import coord_layers
 
 CODE = """
@@ -669,3 +670,8 @@ def test_a_process_whose_outputs_differ_exits_with_1_and_no_traceback(tmp_path: 
     assert ran.returncode == 1
     assert "differ" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_export_s_help_names_every_target() -> None:
+    help_of_target = get_args(options.TargetName)[1].help
+    assert help_of_target.split(": ")[1].rstrip(".").split(", ") == list(TARGETS)

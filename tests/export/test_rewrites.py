@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.export import model_file
 from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
-from coordconv_patch.export.targets import ANY_TARGET, REWRITES, passes_for, rewrite_
+from coordconv_patch.export.rewrites import ANY_PROVIDER, REWRITES, passes_for, rewrite_
 from coordconv_patch.lowering.lower import Lowered
 
 EMPTY = Lowered({}, (), ())
@@ -158,7 +158,7 @@ def test_a_target_from_outside_has_passes_of_its_own(monkeypatch: pytest.MonkeyP
     assert NoteAuthor in theirs
     assert OrderAdditions not in theirs
     others = [type(each) for each in passes_for("AnotherProvider", EMPTY, 2)]
-    assert [kind for kind in others if kind in ANY_TARGET] == ANY_TARGET
+    assert [kind for kind in others if kind in ANY_PROVIDER] == ANY_PROVIDER
 
 
 @pytest.mark.parametrize("lowering", ["auto", "separable"])
