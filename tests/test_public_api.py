@@ -53,6 +53,7 @@ FLOORS = [
     "errors",
     "arguments",
     "files",
+    "display",
     "running",
     "channels",
     "layers",
