@@ -25,6 +25,7 @@ OPTIONAL_PACKAGES = {
     "onnx_ir": OptionalPackage("onnx-ir", "onnx"),
     "onnxruntime": OptionalPackage("onnxruntime", "onnxruntime"),
     "onnxscript": OptionalPackage("onnxscript", "onnx"),
+    "rich": OptionalPackage("rich", "cli"),
     "skimage": OptionalPackage("scikit-image", "demo"),
     "timm": OptionalPackage("timm", "timm"),
     "torchvision": OptionalPackage("torchvision", "timm"),

@@ -56,6 +56,7 @@ FLOORS = [
     "packages",
     "arguments",
     "files",
+    "display",
     "running",
     "channels",
     "layers",

@@ -10,11 +10,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import console
+from coordconv_patch.cli.console import console, show
 from coordconv_patch.cli.models import (
     batches_of,
     check_outputs_equal,
@@ -72,7 +71,11 @@ def plan_command(
     radius: options.Radius = False,
     input_shape: options.Shape = None,
     trust: options.Trust = False,
-    chosen_only: Annotated[bool, typer.Option("--chosen", help="Only the chosen sites.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="A row for each site.")] = False,
+    chosen_only: Annotated[
+        bool, typer.Option("--chosen", help="A row for each chosen site.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
@@ -84,12 +87,12 @@ def plan_command(
         decided = plan(
             loaded.model, where or "first", coords=convention, example_inputs=loaded.example_inputs
         )
+    if html is not None:
+        decided.to_html(html)
     if as_json:
         print(json.dumps(decided.to_dict(), indent=1))
         return
-    # A pipe or a file has no width of its own; a table cut at 80 columns is of no use there.
-    wide = console if sys.stdout.isatty() else Console(width=10_000)
-    wide.print(decided.table(chosen_only=chosen_only))
+    show(decided.by_site(chosen_only=chosen_only) if sites or chosen_only else decided)
 
 
 @app.command(
@@ -187,7 +190,7 @@ def export_command(
         tolerance=tolerance,
         target=target,
     )
-    console.print(report.table())
+    show(report)
 
 
 @app.command(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from rich.markup import escape
-
-from coordconv_patch.cli.console import errors
-from coordconv_patch.errors import CoordConvPatchError, ExportError, PatchError
+from coordconv_patch.errors import (
+    CoordConvPatchError,
+    ExportError,
+    MissingPackageError,
+    PatchError,
+)
 from coordconv_patch.packages import require_packages
 
 __all__ = ["main"]
@@ -16,9 +18,16 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
     try:
-        require_packages("the command line", "typer")
-        from coordconv_patch.cli.commands import app
+        require_packages("the command line", "typer", "rich")
+    except MissingPackageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from rich.markup import escape
 
+    from coordconv_patch.cli.commands import app
+    from coordconv_patch.cli.console import errors
+
+    try:
         app()
     except CoordConvPatchError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)

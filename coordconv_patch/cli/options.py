@@ -34,7 +34,7 @@ TargetName = Annotated[
     # Written out, since the targets are in modules that need ONNX.
     typer.Option(
         "--target",
-        help="What the file is for: onnxruntime, openvino, tensorrt, opencv, ncnn, mnn, litert, "
+        help="What the file is for: onnxruntime, openvino, opencv, tensorrt, ncnn, mnn, litert, "
         "coreml, web, portable.",
     ),
 ]

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from coordconv_patch.demo.task import (
     photograph,
     to_pixels,
 )
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import ExportError
 from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.layers.coord_layer import coord_layers
@@ -283,14 +283,12 @@ class _Log:
     def follow(
         self, models: dict[str, nn.Module], task: CupTask, settings: Settings
     ) -> dict[str, Curve]:
-        title, latest = TextColumn("  step"), TextColumn("{task.description}")
-        columns = (title, MofNCompleteColumn(), BarColumn(), latest, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=settings.steps)
+        with Progress("fine-tuning", settings.steps, unit="steps", alike=True) as progress:
 
             def show(step: int, curves: dict[str, Curve]) -> None:
                 figures = [f"{name} {c.median_errors[-1]:.1f} px" for name, c in curves.items()]
-                progress.update(bar, completed=step, description=", ".join(figures))
+                progress.note(", ".join(figures))
+                progress.step(step - progress.done)
 
             return finetune.fine_tune(models, task, settings, on_step=show)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from coordconv_patch.arguments import (
     check_example_inputs,
@@ -18,6 +17,7 @@ from coordconv_patch.arguments import (
     check_number,
     check_path,
 )
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.auto_lowering import check_lowering
 from coordconv_patch.export.autotune import Trial
@@ -157,8 +157,7 @@ def export_onnx(
         output_names,
         placed.ndim if placed else 0,
     )
-    progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
-    with replacement(path, ExportError) as temporary, progress:
+    with replacement(path, ExportError) as temporary, Progress("lowering", 3) as progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         # A lowering that was asked for stays what it is.
@@ -169,13 +168,13 @@ def export_onnx(
             trials, choose = maker.tuned(disabled_optimizers)
         else:
             choose = maker.rule(lowering)
-        progress.set_description("exporting")
-        progress.update()
+        progress.step()
+        progress.describe("exporting")
         graph = maker.make(choose)
         axes = check_axes(request, graph.model)
         files = write_model(graph.model, temporary)
-        progress.set_description("verifying")
-        progress.update()
+        progress.step()
+        progress.describe("verifying")
         checked = placed or model
         verifier = Verifier(
             checked,
@@ -186,7 +185,7 @@ def export_onnx(
         )
         inputs = inputs_to_check(request, checked, traced=graph.exporter == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
-        progress.update()
+        progress.step()
         return ExportReport(
             path=path,
             file_size=sum(file.stat().st_size for file in files),

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from tqdm.auto import tqdm
 
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import first_line
 from coordconv_patch.graphs.conv_tracer import trace
 from coordconv_patch.graphs.functional import join_names
@@ -63,12 +63,12 @@ def trace_regions(model: nn.Module) -> Regions:
     regions: dict[str, Region] = {}
     failures: dict[str, str] = {}
     waiting = [("", model)]
-    with tqdm(desc="tracing", unit=" modules", delay=1.0, disable=None, leave=False) as progress:
+    with Progress("tracing", unit="modules") as progress:
         while waiting:
             name, module = waiting.pop(0)
             if name in regions or name in failures or isinstance(module, _ConvNd):
                 continue
-            progress.update()
+            progress.step()
             try:
                 regions[name] = Region(name, module, trace(module))
             except TracingBusyError:

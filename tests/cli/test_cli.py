@@ -148,11 +148,23 @@ def onnx_output(path: str, x: Tensor) -> np.ndarray:
 
 
 def test_plan_shows_every_site_and_marks_the_chosen(run: Callable[..., Ran]) -> None:
-    ran = run("plan", NET)
+    ran = run("plan", NET, "--sites")
     assert ran.code == 0
-    for part in ("entry", "body.2", "exit", "matches 'first'", "not selected", "8×12"):
+    for part in ("+ entry", "  body.2", "  exit", "matches 'first'", "8×12"):
         assert part in ran.text
     assert "1 of 3 sites chosen, 72 coordinate weights" in ran.text
+
+
+def test_plan_shows_a_row_for_each_stage(run: Callable[..., Ran]) -> None:
+    ran = run("plan", "timm:resnet18", "--input", "1,3,32,32")
+    assert "+ conv1" in ran.out
+    assert "  layer4.*" in ran.out
+    assert "layer4.0.conv1" not in ran.out
+
+
+def test_plan_writes_a_page(run: Callable[..., Ran], tmp_path: Path) -> None:
+    assert run("plan", NET, "--html", str(tmp_path / "plan.html")).code == 0
+    assert "body.2" in (tmp_path / "plan.html").read_text(encoding="utf-8")
 
 
 def test_plan_can_show_the_chosen_sites_alone(run: Callable[..., Ran]) -> None:

@@ -119,9 +119,9 @@ def _before_flattening(lengths: ir.Value) -> ir.Value:
     if node is not None and node.op_type == "Reshape":
         joined, shape = node.inputs[0], stored_tensor(node.inputs[1])
         before = joined.producer() if joined is not None else None
-        if before is not None and before.op_type == "Concat" and shape is not None:
-            if shape.numpy().tolist() == [-1]:
-                return before.outputs[0]
+        is_flat = shape is not None and shape.numpy().tolist() == [-1]
+        if before is not None and before.op_type == "Concat" and is_flat:
+            return before.outputs[0]
     return lengths
 
 
