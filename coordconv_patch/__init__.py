@@ -43,6 +43,7 @@ from coordconv_patch.layers.coordconv import (
     CoordConvTranspose3d,
 )
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.scrambled import scrambled
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import forget_left_behind_
 from coordconv_patch.lowering.registry import register_lowering
@@ -143,6 +144,7 @@ __all__ = [
     "register_selector",
     "register_target",
     "save_coords",
+    "scrambled",
     "set_places_",
     "set_window_",
     "survey",
