@@ -44,9 +44,7 @@ class ExpandCoordinates(ir.passes.InPlacePass):
         return tally.result(model)
 
 
-def _unexpanded(
-    graph: ir.Graph, independent: set[ir.Value]
-) -> Iterator[tuple[ir.Node, ir.Value]]:
+def _unexpanded(graph: ir.Graph, independent: set[ir.Value]) -> Iterator[tuple[ir.Node, ir.Value]]:
     """Convolutions of one picture of coordinates, with an activation that each is added to."""
     for node in graph:
         if not is_addition(node):
