@@ -21,13 +21,13 @@ class Halves(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
-        self.half = nn.Conv2d(4, 4, 3, padding=1)
+        self.branch = nn.Conv2d(4, 4, 3, padding=1)
         self.up = nn.Conv2d(8, 8, 3, padding=1)
         self.head = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.stem(x).relu().chunk(2, 1)
-        x = torch.cat((self.half(left), right), 1).relu()
+        x = torch.cat((self.branch(left), right), 1).relu()
         x = self.up(nn.functional.interpolate(x, scale_factor=2.0)).relu()
         batch, channels, height, width = x.shape
         x = x.view(batch, 2, channels // 2, height, width).flip(1).view(batch, channels, height, -1)

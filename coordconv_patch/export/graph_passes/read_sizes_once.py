@@ -36,7 +36,7 @@ class ReadSizesOnce(ir.passes.InPlacePass):
         for node in tuple(graph):
             reading = lengths.reading_of(node)
             known = lengths.value_of(reading) if reading is not None else None
-            if known is not None and known is not node.outputs[0]:
+            if known not in (None, node.outputs[0]) and node.outputs[0].uses():
                 node.outputs[0].replace_all_uses_with(known)
                 tally.count += 1
         graph.sort()
