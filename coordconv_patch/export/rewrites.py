@@ -53,9 +53,9 @@ def passes_for(
         batch: That of the example.
         target: What the graph is meant for; it may name its rewrites itself.
     """
-    rewrites = target.rewrites
-    if rewrites is None:
-        rewrites = ANY_PROVIDER if provider is None else REWRITES.get(provider, ANY_PROVIDER)
+    rewrites: Sequence[Callable[[], InPlacePass]] = REWRITES.get(provider or "", ANY_PROVIDER)
+    if target.rewrites is not None:
+        rewrites = target.rewrites
     compact = CompactConstants(
         lowered.constants, lowered.kernels, batch, whole=target.whole_constants
     )

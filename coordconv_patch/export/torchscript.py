@@ -15,10 +15,15 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.export.graph_passes.evaluate_constants import EvaluateConstants
 from coordconv_patch.export.graph_passes.read_sizes_once import ReadSizesOnce
+from coordconv_patch.export.graph_passes.unguard_lengths import UnguardLengths
 from coordconv_patch.running.inputs import split_inputs, tensors_in
 
 __all__ = ["export_torchscript"]
+
+_MOST_ROUNDS = 8
+"""Of reading lengths and evaluating what is made of them."""
 
 
 def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
@@ -39,9 +44,17 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
             dynamic_axes=dict(zip(names, request.axes, strict=False)),
         )
         graph = onnx_ir.from_proto(onnx.load(path))
-    ReadSizesOnce()(graph)
-    optimize_ir(graph)  # as torch.onnx does with what its newer exporter makes
+    _simplify_(graph)
     return graph
+
+
+def _simplify_(graph: onnx_ir.Model) -> None:
+    """Fold sizes and constants, so that the graph is like that of the other exporter, in place."""
+    UnguardLengths()(graph)
+    for _ in range(_MOST_ROUNDS):  # what is evaluated lets inference know more lengths
+        if not (ReadSizesOnce()(graph).modified and EvaluateConstants()(graph).modified):
+            break
+    optimize_ir(graph)  # as torch.onnx does with what its other exporter makes
 
 
 class _Wrapped(nn.Module):

@@ -1,17 +1,19 @@
-"""Read each dynamic size from the graph's inputs, once.
+"""Read each dynamic length from the graph's inputs, once.
 
-torch's TorchScript exporter reads the batch anew at every convolution, from what that reads, and
-guards every expansion to it against the length -1, which means "as it is"::
+torch's TorchScript exporter reads the batch anew at every convolution, from what that reads::
 
-    Where(Equal(t, -1), 1, t)  with  t = Concat(Gather(Shape(x), 0), C, H, W)
+    Gather(Shape(x), 0)
 
-Lengths are not negative, so that is t. And where shape inference finds that a length of x is a
-fixed number, or that of an input's axis, it is read there. What is left are equal nodes, which a
-runtime, or onnx-ir, makes one.
+Where shape inference says that this length of x is a fixed number, or that of an input's axis, it
+is stored, or read there. What is left are equal nodes, which onnx-ir makes one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -22,140 +24,116 @@ __all__ = ["ReadSizesOnce"]
 
 
 class ReadSizesOnce(ir.passes.InPlacePass):
-    """Replaces guarded lengths by lengths, and those of activations by those of inputs."""
+    """Replaces the lengths of activations by numbers and by the lengths of inputs."""
 
     def call(self, model: ir.Model) -> RewriteResult:
         graph, tally = model.graph, Tally("read_sizes_once")
-        for node in tuple(graph):
-            if node.op_type == "Where" and (lengths := _unguarded(node)) is not None:
-                node.outputs[0].replace_all_uses_with(lengths)
-                tally.count += 1
+        for node in graph:  # what was inferred before nodes were folded says less
+            for value in node.outputs:
+                value.shape = value.shape if value.is_graph_output() else None
         ShapeInferencePass()(model)
-        sizes = _Sizes(graph)
+        lengths = _Lengths(graph)
         for node in tuple(graph):
-            length = _length_read_by(node)
-            known = sizes.value_of(length) if length is not None else None
-            if known is not None and known is not node.outputs[0]:
+            reading = lengths.reading_of(node)
+            known = lengths.value_of(reading) if reading is not None else None
+            if known not in (None, node.outputs[0]) and node.outputs[0].uses():
                 node.outputs[0].replace_all_uses_with(known)
                 tally.count += 1
         graph.sort()
         return tally.result(model)
 
 
-class _Sizes:
+@dataclass(frozen=True)
+class _Reading:
+    """A length, or the name of one, that a node reads; as a scalar, or as a vector of one."""
+
+    length: int | str
+    rank: int
+
+
+class _Lengths:
     """Values that hold one length each: a number, or that of an input's axis."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._values: dict[int | str, ir.Value] = {}
+        self._values: dict[_Reading, ir.Value] = {}
+        inputs = [value for value in graph.inputs if not value.is_initializer()]
         self._axes = {
             dim.value: (value, axis)
-            for value in reversed(graph.inputs)
-            if not value.is_initializer()
+            for value in reversed(inputs)
             for axis, dim in enumerate(value.shape or ())
             if isinstance(dim, ir.SymbolicDim) and dim.value
         }
+        self._same = dict(_resized_by_one(graph))
+        for node in graph:  # what is read from an input stays
+            reading = self.reading_of(node)
+            if reading is not None and isinstance(reading.length, str) and _source(node) in inputs:
+                self._values.setdefault(reading, node.outputs[0])
 
-    def value_of(self, length: int | ir.SymbolicDim) -> ir.Value | None:
-        """A scalar that holds a length; ``None`` where it is not known to be that of an axis."""
-        key = length.value if isinstance(length, ir.SymbolicDim) else length
-        if key is None or (isinstance(key, str) and key not in self._axes):
+    def reading_of(self, node: ir.Node) -> _Reading | None:
+        """The one length that a node reads from a value's shape, as shape inference tells it."""
+        source = _source(node)
+        index = stored_tensor(node.inputs[1]) if source is not None else None
+        if source is None or source.shape is None or index is None or index.size != 1:
             return None
-        if key not in self._values:
-            self._values[key] = self._stored(key) if isinstance(key, int) else self._read(key)
-        return self._values[key]
+        dim = source.shape[int(index.numpy().item())]
+        length = dim.value if isinstance(dim, ir.SymbolicDim) else dim
+        while isinstance(length, str) and length in self._same:
+            length = self._same[length]
+        return None if length is None else _Reading(length, len(index.shape))
 
-    def _read(self, name: str) -> ir.Value:
-        value, axis = self._axes[name]
-        shape = ir.node("Shape", [value])
-        length = ir.node("Gather", [shape.outputs[0], self._stored(axis)], {"axis": 0})
+    def value_of(self, reading: _Reading) -> ir.Value | None:
+        """A value that holds a length; ``None`` where it is not known to be that of an axis."""
+        if isinstance(reading.length, str) and reading.length not in self._axes:
+            return None
+        if reading not in self._values:
+            self._values[reading] = (
+                self._stored(reading.length, reading.rank)
+                if isinstance(reading.length, int)
+                else self._read(*self._axes[reading.length], reading.rank)
+            )
+        return self._values[reading]
+
+    def _read(self, source: ir.Value, axis: int, rank: int) -> ir.Value:
+        shape = ir.node("Shape", [source])
+        length = ir.node("Gather", [shape.outputs[0], self._stored(axis, rank)], {"axis": 0})
         length.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        length.outputs[0].shape = ir.Shape([])
+        length.outputs[0].shape = ir.Shape([1] * rank)
         self._graph.insert_before(self._graph[0], [shape, length])
         return length.outputs[0]
 
-    def _stored(self, number: int) -> ir.Value:
-        value = ir.Value(
-            name=f"length_{number}",
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([]),
-            const_value=ir.tensor(number, dtype=ir.DataType.INT64, name=f"length_{number}"),
-        )
-        if value.name in self._graph.initializers:
-            return self._graph.initializers[value.name]
-        self._graph.register_initializer(value)
-        return value
+    def _stored(self, number: int, rank: int) -> ir.Value:
+        name = f"{'lengths' if rank else 'length'}_{number}"
+        array = np.full((1,) * rank, number, dtype=np.int64)
+        if name not in self._graph.initializers:
+            value = ir.Value(
+                name=name,
+                type=ir.TensorType(ir.DataType.INT64),
+                shape=ir.Shape(array.shape),
+                const_value=ir.tensor(array, name=name),
+            )
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]
 
 
-def _length_read_by(node: ir.Node) -> int | ir.SymbolicDim | None:
-    """The length that a node reads, one, from the shape of a value; as shape inference tells it."""
-    if node.op_type != "Gather" or node.domain != "":
-        return None
-    shape, index = node.inputs[0], stored_tensor(node.inputs[1])
+def _source(node: ir.Node) -> ir.Value | None:
+    """The value whose shape a node reads from, if it does."""
+    shape = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
     producer = shape.producer() if shape is not None else None
-    if producer is None or producer.op_type != "Shape" or producer.attributes or index is None:
+    if producer is None or producer.op_type != "Shape" or producer.attributes:
         return None
-    source = producer.inputs[0]
-    if source is None or source.shape is None or index.shape.rank() != 0:
-        return None
-    return source.shape[int(index.numpy())]
+    return producer.inputs[0]
 
 
-def _unguarded(where: ir.Node) -> ir.Value | None:
-    """The lengths that a Where guards against -1, if they cannot be negative."""
-    equal = where.inputs[0].producer() if where.inputs[0] is not None else None
-    lengths = where.inputs[2]
-    if equal is None or equal.op_type != "Equal" or lengths is None:
-        return None
-    if lengths not in equal.inputs or not _are_lengths(lengths):
-        return None
-    other = equal.inputs[1] if equal.inputs[0] is lengths else equal.inputs[0]
-    return _before_flattening(lengths) if _is_negative(other) else None
-
-
-def _before_flattening(lengths: ir.Value) -> ir.Value:
-    """Lengths as they were joined: what is joined is flat, and inference sees through that."""
-    node = lengths.producer()
-    if node is not None and node.op_type == "Reshape":
-        joined, shape = node.inputs[0], stored_tensor(node.inputs[1])
-        before = joined.producer() if joined is not None else None
-        is_flat = shape is not None and shape.numpy().tolist() == [-1]
-        if before is not None and before.op_type == "Concat" and is_flat:
-            return before.outputs[0]
-    return lengths
-
-
-def _are_lengths(value: ir.Value | None) -> bool:
-    """Whether a value is made of lengths that shapes have, and of stored ones."""
-    stored = stored_tensor(value)
-    if stored is not None:
-        return stored.dtype is ir.DataType.INT64 and bool((stored.numpy() >= 0).all())
-    node = value.producer() if value is not None else None
-    if node is None:
-        return False
-    if node.op_type == "Concat":
-        return all(_are_lengths(part) for part in node.inputs)
-    if node.op_type in ("Reshape", "Unsqueeze", "Gather"):
-        return _are_lengths(node.inputs[0])
-    return node.op_type == "Shape"
-
-
-def _is_negative(value: ir.Value | None) -> bool:
-    """Whether a value is stored numbers below zero, or a fill of one times such numbers."""
-    stored = stored_tensor(value)
-    if stored is not None:
-        return bool((stored.numpy() < 0).all())
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Mul":
-        return False
-    return any(
-        _is_filled_with_one(one) and _is_negative(other)
-        for one, other in (node.inputs, node.inputs[::-1])
-    )
-
-
-def _is_filled_with_one(value: ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "ConstantOfShape" or "value" not in node.attributes:
-        return False
-    return bool((node.attributes["value"].as_tensor().numpy() == 1).all())
+def _resized_by_one(graph: ir.Graph) -> Iterator[tuple[str, str]]:
+    """Pairs of names of one length: shape inference gives every axis behind a Resize a new one."""
+    for node in graph:
+        if node.op_type == "Resize" and len(node.inputs) > 2:
+            source, scales = node.inputs[0], stored_tensor(node.inputs[2])
+            result = node.outputs[0].shape
+            if source is None or source.shape is None or scales is None or result is None:
+                continue
+            for scale, before, after in zip(scales.numpy(), source.shape, result, strict=False):
+                names = [dim.value for dim in (after, before) if isinstance(dim, ir.SymbolicDim)]
+                if scale == 1 and len(names) == 2 and None not in names and names[0] != names[1]:
+                    yield str(names[0]), str(names[1])

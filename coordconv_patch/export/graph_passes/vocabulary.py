@@ -41,7 +41,7 @@ def coordinate_bytes(graph: ir.Graph) -> int:
 
 
 def coordinate_growth(graph: ir.Graph) -> int:
-    """Bytes of initializers that are there for coordinates: constants, weights of their own.
+    """Bytes of the initializers that are there for coordinates: constants, and their own weights.
 
     A weight that a convolution has for its input and for coordinates (the lowering ``"channels"``,
     coordinates that an activation takes along) is not counted.
