@@ -148,7 +148,7 @@ def test_plan_shows_every_site_and_marks_the_chosen(run: Callable[..., Ran]) -> 
     ran = run("plan", NET, "--sites")
     assert ran.code == 0
     for part in ("+ entry", "  body.2", "  exit", "matches 'first'", "8×12"):
-        assert part in ran.text
+        assert part in ran.out
     assert "1 of 3 sites chosen, 72 coordinate weights" in ran.text
 
 
