@@ -287,6 +287,14 @@ def bench_command(
         print(report.markdown(subject=model, command=command))
 
 
+@app.command("env", epilog="Example: coordconv-patch env")
+def env_command() -> None:
+    """Print versions, execution providers and the machine: paste it into an issue as it is."""
+    from coordconv_patch.cli.environment import environment
+
+    print(environment())
+
+
 @app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("coordconv-demo"),

@@ -29,6 +29,7 @@ recipes of their own. The claims are those of Liu et al. 2018 and of the authors
 measured is the mean over the seeds, ± their standard deviation, on small networks and short
 budgets that fit one CPU core. A negative result stands as it is.
 
+<!-- skip: next "hours" -->
 ```bash
 pip install -e ".[paper]"
 python examples/paper/regression.py            # --seeds N, --budget F, --quick, --out DIR

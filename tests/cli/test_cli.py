@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 from urllib.error import URLError
@@ -606,7 +608,7 @@ def test_markup_in_a_message_is_shown_as_it_is(run: Callable[..., Ran]) -> None:
 # --- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["plan", "patch", "export", "verify", "bench", "demo"])
+@pytest.mark.parametrize("command", ["plan", "patch", "export", "verify", "bench", "env", "demo"])
 def test_the_help_of_each_command_has_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0
@@ -636,6 +638,16 @@ def test_the_examples_of_the_help_parse() -> None:
         result = CliRunner().invoke(app, example.split())
         assert isinstance(result.exception, CoordConvPatchError), (command, result.output)
         assert "write timm:NAME" in str(result.exception)
+
+
+def test_the_environment_tells_what_an_issue_needs(run: Callable[..., Ran]) -> None:
+    ran = run("env")
+    machine, providers, versions = ran.out.splitlines()
+    assert ran.code == 0
+    assert machine.startswith("- machine: ")
+    assert f"{platform.system()} {platform.machine()}" in machine
+    assert providers.endswith("CPUExecutionProvider")
+    assert f"torch {metadata.version('torch')}" in versions
 
 
 def test_the_version_is_the_packages(run: Callable[..., Ran]) -> None:
