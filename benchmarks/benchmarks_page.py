@@ -107,7 +107,7 @@ def _onnx_runtime(results: Mapping[str, Any]) -> str:
         for batch in (1, 4)
         for threads in (1, 2)
     ]
-    headings = ("model", "first conv", "larger than 1×1", "every", "floor", "concatenated")
+    headings = ("model", "first conv", "larger than 1×1", "every", "floor", "concat.")
     noise = [
         result["variants"]["plain again"]["ratio"]
         for key, result in results.items()

@@ -24,7 +24,7 @@ def on_config(config: Any) -> Any:
     match = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)
     if match is None:
         raise SystemExit("pyproject.toml: [project.urls] has no Repository")
-    config.repo_url = match[1]
+    config.repo_url, config.repo_name = match[1], "Repository"
     return config
 
 

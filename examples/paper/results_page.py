@@ -146,7 +146,7 @@ def _row(number: int, claim: Claim) -> str:
         mean = f"{runs_of(record, figure).mean(figure.metric):{figure.form}}"
         measured.append(f"{figure.label.removesuffix(', by seed')} **{mean}**")
     shown = "; ".join(measured)
-    return f"| [{number}](#claim-{number}) | {claim.claim} | {shown} | {outcome(claim)} |"
+    return f"| [{claim.claim}](#claim-{number}) | {shown} | {outcome(claim)} |"
 
 
 def _section(number: int, claim: Claim) -> str:
@@ -201,7 +201,7 @@ def render() -> str:
     sections = "\n".join(_section(*pair) for pair in enumerate(CLAIMS, 1))
     return (
         f"{_HEADER}\n## Claim by claim\n\n"
-        f"| | claim | measured | shown? |\n|---|---|---|---|\n{rows}\n\n"
+        f"| claim | measured | shown? |\n|---|---|---|\n{rows}\n\n"
         f"## Pictures\n\n{_pictures(names)}\n"
         f"## What was measured\n\nTimes are CPU time of one thread, training alone.\n\n{sections}\n"
         f"## Where it was measured\n\n{_machines(names)}\n"
