@@ -16,6 +16,7 @@ __all__ = [
     "ArgumentError",
     "CoordConvPatchError",
     "CoordinatesError",
+    "ExampleInputsError",
     "ExportError",
     "MissingPackageError",
     "ModelSourceError",
@@ -49,6 +50,10 @@ class SelectionError(CoordConvPatchError, ValueError):
 
 class PatchError(CoordConvPatchError, RuntimeError):
     """A model, or a chosen site of it, cannot be patched or unpatched."""
+
+
+class ExampleInputsError(PatchError):
+    """The model fails on the example inputs that it was to be run on."""
 
 
 class WeightsError(CoordConvPatchError, ValueError):

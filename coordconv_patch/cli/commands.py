@@ -13,7 +13,7 @@ import typer
 
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import console, show
+from coordconv_patch.cli.console import console, note, show
 from coordconv_patch.cli.models import (
     batches_of,
     check_outputs_equal,
@@ -51,6 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -77,6 +78,8 @@ def plan_command(
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
     loaded = loaded_model(model, False, input_shape, trust)
@@ -96,7 +99,8 @@ def plan_command(
 
 
 @app.command(
-    "patch", epilog="Example: coordconv-patch patch timm:resnet50 --out coords.safetensors"
+    "patch",
+    epilog="Example: coordconv-patch patch timm:resnet50 --pretrained --out coords.safetensors",
 )
 def patch_command(
     model: options.Model,
@@ -109,6 +113,8 @@ def patch_command(
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
     coord_weights: options.CoordWeights = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Patch a model, check that its outputs stay bit for bit, and write the result.
 
@@ -132,6 +138,11 @@ def patch_command(
     else:
         patched = patched_model(loaded, where, coords, radius)
         equal = check_outputs_equal(loaded, patched)
+        if not loaded.trained and checkpoint is None:
+            note(
+                "the weights are random, drawn anew by each command, so the file fits no other "
+                "model; pass --pretrained or --checkpoint"
+            )
         result = f"patched {len(coord_layers(patched))} convolutions; {equal}"
     if out.suffix == ".pt2":
         save_program(patched, loaded, out)
@@ -141,7 +152,7 @@ def patch_command(
 
 
 @app.command(
-    "export", epilog="Example: coordconv-patch export timm:resnet50 --out r50.onnx --where first"
+    "export", epilog="Example: coordconv-patch export timm:resnet50 --pretrained --out r50.onnx"
 )
 def export_command(
     model: options.Model,
@@ -160,8 +171,11 @@ def export_command(
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, from 7 on.")] = None,
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: options.Provider = None,
-    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
     target: options.TargetName = "onnxruntime",
+    tolerance: options.Tolerance = 1e-4,
+    disable_optimizer: options.DisabledOptimizers = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
     _require_onnx("export")
@@ -189,6 +203,7 @@ def export_command(
         providers=provider,
         tolerance=tolerance,
         target=target,
+        disabled_optimizers=disable_optimizer or (),
     )
     show(report)
 
@@ -208,7 +223,10 @@ def verify_command(
     pretrained: options.Pretrained = False,
     coord_weights: options.CoordWeights = None,
     provider: options.Provider = None,
-    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+    tolerance: options.Tolerance = 1e-4,
+    disable_optimizer: options.DisabledOptimizers = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
     _require_onnx("verify")
@@ -220,7 +238,12 @@ def verify_command(
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
-        patched, onnx_file, loaded.example_inputs, providers=provider, tolerance=tolerance
+        patched,
+        onnx_file,
+        loaded.example_inputs,
+        providers=provider,
+        tolerance=tolerance,
+        disabled_optimizers=disable_optimizer or (),
     )
     console.print(
         f"{onnx_file} agrees with torch on {check.inputs}: differs by {check.difference:.2g} of "
@@ -237,19 +260,21 @@ def bench_command(
     input_shape: options.Shape = None,
     trust: options.Trust = False,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. [default: 1]")
+        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. Default: 1.")
     ] = None,
     threads: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="CPU threads, 0: ONNX Runtime's choice; repeatable. [default: 0]"),
+        typer.Option(min=0, help="CPU threads, 0: ONNX Runtime's choice; repeatable. Default: 0."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 30,
     lowering: Annotated[
-        list[str] | None, typer.Option(help="Lowering; repeatable. [default: all]")
+        list[str] | None, typer.Option(help="Lowering; repeatable. Default: all.")
     ] = None,
     provider: options.Provider = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ratios: a .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Time the plain model, the patched one in each lowering, and naive concatenation.
 
@@ -300,6 +325,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("coordconv-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data, heads and batches.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Patch a pretrained EfficientNet-Lite0, fine-tune it, export it, run it: a few minutes."""
     # Imported here: the demo's packages are an extra.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coordconv_patch.cli.console import be_quiet, be_verbose
 from coordconv_patch.lowering.registry import LOWERINGS
 
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
@@ -39,3 +40,13 @@ TargetName = Annotated[
     ),
 ]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
+DisabledOptimizers = Annotated[
+    list[str] | None,
+    typer.Option("--disable-optimizer", help="ONNX Runtime optimizer to leave out; repeatable."),
+]
+Tolerance = Annotated[float, typer.Option(help="Relative to the largest output.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Tell what is done, and why.", callback=be_verbose),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell errors alone.", callback=be_quiet)]

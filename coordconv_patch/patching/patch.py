@@ -9,13 +9,14 @@ which has no other code, is the graph rewritten: conv(x, W) becomes conv(x, W) +
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import PatchError, listing
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.apply import apply_plan_
@@ -31,6 +32,8 @@ from coordconv_patch.running.untouched import LOOK, copied
 from coordconv_patch.sites.select import Where
 
 __all__ = ["patch", "patch_"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def patch(
@@ -120,6 +123,7 @@ def _patch_and_check_(
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
     before = None if promise is None else ModuleStates(target)
     apply_plan_(target, decided)
+    _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
     broken = None if promise is None else promise.broken()
     if promise is not None and before is not None and broken is not None:
         before.restore()

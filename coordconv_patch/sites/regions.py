@@ -7,6 +7,7 @@ GraphModule, is a region of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.running.tracing_gate import TracingBusyError
 
 __all__ = ["Region", "Regions", "may_hold_sites", "names_by_module", "trace_regions"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def trace_regions(model: nn.Module) -> Regions:
                 raise
             except Exception as error:
                 failures[name] = first_line(error)
+                _LOG.debug("%s cannot be traced: %s", name or "the model", failures[name])
                 inner = _children(name, module, names)
             else:
                 inner = _leaves(model, regions[name])

@@ -8,6 +8,7 @@ as a set, see :mod:`coordconv_patch.verification.match_detections`.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from coordconv_patch.verification.differences import to_array
 from coordconv_patch.verification.torch_run import TorchRun, run_torch
 
 __all__ = ["Verifier", "run_session", "verify_onnx"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def verify_onnx(
@@ -134,6 +137,13 @@ class Verifier:
         comparison = Comparison(self._model, example_inputs, run, self._tolerance)
         feeds = tensors_in(in_signature_order(self._model, example_inputs))
         verdict = comparison.compare(run_session(self._session, feeds))
+        _LOG.debug(
+            "%s on %s: differs from torch by %.2g of the largest output on %s",
+            self._path,
+            self._providers[0],
+            verdict.check.difference,
+            verdict.check.inputs,
+        )
         if verdict.agrees:
             return verdict.check
 
