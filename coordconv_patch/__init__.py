@@ -16,6 +16,9 @@ from coordconv_patch.concatenated.checkpoint import load_concatenated, load_conc
 from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
 from coordconv_patch.concatenated.report import ImportedSite, ImportReport
 from coordconv_patch.concatenated.to_concatenated import to_concatenated
+from coordconv_patch.contributions.influence import influence
+from coordconv_patch.contributions.map_picture import plot_coords
+from coordconv_patch.contributions.report import Influence, SiteInfluence
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -92,6 +95,7 @@ __all__ = [
     "Given",
     "ImportReport",
     "ImportedSite",
+    "Influence",
     "LayerStatus",
     "ModelSourceError",
     "PatchError",
@@ -100,6 +104,7 @@ __all__ = [
     "Radius",
     "SelectionError",
     "Site",
+    "SiteInfluence",
     "WeightsError",
     "Window",
     "__version__",
@@ -115,6 +120,7 @@ __all__ = [
     "from_exported",
     "import_coordconv",
     "import_coordconv_",
+    "influence",
     "layer_status",
     "load_concatenated",
     "load_concatenated_",
@@ -127,6 +133,7 @@ __all__ = [
     "places",
     "places_in_turn",
     "plan",
+    "plot_coords",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",

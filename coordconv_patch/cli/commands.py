@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from coordconv_patch.bench.bench import bench_onnx
-from coordconv_patch.bench.picture import check_picture, draw_bench
+from coordconv_patch.bench.picture import draw_bench
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
 from coordconv_patch.cli.console import console, errors
@@ -31,6 +31,7 @@ from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_opset
 from coordconv_patch.files.atomic import obstacle_to_writing
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.plan import plan, survey
