@@ -18,6 +18,9 @@ from coordconv_patch.concatenated.checkpoint import load_concatenated, load_conc
 from coordconv_patch.concatenated.import_coordconv import import_coordconv, import_coordconv_
 from coordconv_patch.concatenated.report import ImportedSite, ImportReport
 from coordconv_patch.concatenated.to_concatenated import to_concatenated
+from coordconv_patch.contributions.influence import influence
+from coordconv_patch.contributions.map_picture import plot_coords
+from coordconv_patch.contributions.report import Influence, SiteInfluence
 from coordconv_patch.errors import (
     ArgumentError,
     CoordConvPatchError,
@@ -103,6 +106,7 @@ __all__ = [
     "Given",
     "ImportReport",
     "ImportedSite",
+    "Influence",
     "LayerStatus",
     "MissingPackageError",
     "ModelSourceError",
@@ -112,6 +116,7 @@ __all__ = [
     "Radius",
     "SelectionError",
     "Site",
+    "SiteInfluence",
     "Target",
     "WeightsError",
     "Window",
@@ -128,6 +133,7 @@ __all__ = [
     "from_exported",
     "import_coordconv",
     "import_coordconv_",
+    "influence",
     "layer_status",
     "load_concatenated",
     "load_concatenated_",
@@ -140,6 +146,7 @@ __all__ = [
     "places",
     "places_in_turn",
     "plan",
+    "plot_coords",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",

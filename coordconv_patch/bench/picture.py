@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from coordconv_patch.bench.report import NAIVE, PLAIN, PLAIN_AGAIN, BenchGroup, BenchReport
 from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import obstacle_to_writing, replacement
-from coordconv_patch.packages import require_packages
+from coordconv_patch.files.atomic import replacement
+from coordconv_patch.files.picture_file import check_picture
 
-__all__ = ["check_picture", "draw_bench"]
+__all__ = ["draw_bench"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _PATCHED = "#0072B2"
@@ -23,22 +22,6 @@ _INK = "#1F2933"
 _MUTED = "#6B7280"
 
 _MOST_COLUMNS = 3
-
-
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Check, before anything is timed, that a picture can be drawn and written.
-
-    Raises:
-        ArgumentError: If the name's ending is none of an image, or the folder does not exist.
-        MissingPackageError: If matplotlib is not installed.
-    """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ArgumentError(f"picture {path}: write a name that ends in .png, .svg or .pdf")
-    obstacle = obstacle_to_writing(path)
-    if obstacle:
-        raise ArgumentError(obstacle)
-    require_packages(f"picture {path}", "matplotlib")
 
 
 def draw_bench(
@@ -52,8 +35,7 @@ def draw_bench(
         ArgumentError: See :func:`check_picture`; also if the file cannot be written.
         MissingPackageError: If matplotlib is not installed.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,6 +24,7 @@ from coordconv_patch.cli.models import (
 )
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import obstacle_to_writing
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.packages import require_packages
@@ -283,7 +284,7 @@ def bench_command(
     """
     _require_onnx("bench")
     from coordconv_patch.bench.bench import bench_onnx
-    from coordconv_patch.bench.picture import check_picture, draw_bench
+    from coordconv_patch.bench.picture import draw_bench
 
     if picture is not None:
         check_picture(picture)

@@ -18,9 +18,9 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from coordconv_patch.contributions.influence import influence
 from coordconv_patch.demo import backbone, finetune
 from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
-from coordconv_patch.demo.influence import shares, switched_off
 from coordconv_patch.demo.report import DemoReport, ExportCheck, PhotographResult
 from coordconv_patch.demo.requirements import require_demo_packages
 from coordconv_patch.demo.task import (
@@ -36,6 +36,7 @@ from coordconv_patch.errors import ExportError
 from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
+from coordconv_patch.patching.unpatch import unpatch
 from coordconv_patch.training import coord_parameters
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import save_coords
@@ -162,7 +163,7 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
         starts_equal=torch.equal(start["control"], start["patched"]),
         curves=curves,
         errors=errors,
-        site_shares=shares(patched, task.held_out.images[:64]),
+        site_shares=_shares(patched, task.held_out.images[:64]),
         export=export,
         seconds=log.seconds,
         files=FILES,
@@ -200,11 +201,21 @@ def _position_models(classifier: nn.Module) -> dict[str, nn.Module]:
 def _answers(models: dict[str, nn.Module], held_out: Pictures) -> dict[str, Tensor]:
     """Positions in pixels, shape ``(N, 2)``: of the models, and of two baselines."""
     answers = {name: finetune.predict(model, held_out.images) for name, model in models.items()}
-    with switched_off(models["patched"]):
-        answers["patched, coordinates off"] = finetune.predict(models["patched"], held_out.images)
+    without = unpatch(models["patched"], discard=True)
+    answers["patched, coordinates off"] = finetune.predict(without, held_out.images)
     middle = (held_out.images.shape[-1] - 1) / 2
     answers["always the middle"] = torch.full_like(held_out.centers, middle)
     return answers
+
+
+def _shares(patched: nn.Module, images: Tensor) -> dict[str, float]:
+    """For each site the standard deviation from coordinates over that from the picture."""
+    shares = {}
+    for site in influence(patched, [images]).sites:
+        assert site.variance_from_input is not None
+        assert site.variance_from_coords is not None
+        shares[site.site] = (site.variance_from_coords / site.variance_from_input) ** 0.5
+    return shares
 
 
 def _export(patched: nn.Module, held_out: Pictures, answers: Tensor, path: Path) -> ExportCheck:

@@ -24,7 +24,7 @@ from coordconv_patch.bench import bench
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.machine import describe_machine
 from coordconv_patch.bench.naive import export_naive
-from coordconv_patch.bench.picture import check_picture, draw_bench
+from coordconv_patch.bench.picture import draw_bench
 from coordconv_patch.bench.report import (
     BenchGroup,
     BenchReport,
@@ -33,6 +33,7 @@ from coordconv_patch.bench.report import (
 )
 from coordconv_patch.errors import ArgumentError, ExportError, MissingPackageError, PatchError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.runtime.binding import BoundRun, device_of
 from coordconv_patch.runtime.providers import CPU, make_session
