@@ -431,7 +431,7 @@ def test_padding_that_depends_on_the_image_size_is_an_obstacle(x: Tensor) -> Non
     program = torch.export.export(
         nn.Sequential(Squared(3, 4, 3), nn.Conv2d(4, 4, 1)),
         (x,),
-        dynamic_shapes=({2: Dim.AUTO(min=8, max=64)},),
+        dynamic_shapes=({2: Dim("height", min=8, max=64)},),
     )
     with pytest.warns(UserWarning, match="0: it pads by amounts that are computed at run time"):
         assert list(coord_layers(ccp.patch(program, "all"))) == ["1"]
