@@ -26,6 +26,7 @@ __all__ = [
     "default_device",
     "dimensions_of_names",
     "is_exporting",
+    "strict_export_hint",
 ]
 
 OLDEST = "2.6"
@@ -113,6 +114,13 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     of 2.6 writes calls of it into programs, which then cannot be loaded.
     """
     return dtype if dtype is torch.float64 else torch.float32
+
+
+def strict_export_hint() -> str:
+    """What to say where annotations of a program are missing; empty from torch 2.9 on."""
+    if _HAS_ANNOTATE:
+        return ""
+    return f"; the strict export of torch {torch.__version__} loses it, pass strict=False"
 
 
 @contextmanager

@@ -88,7 +88,11 @@ def seeded(model: nn.Module, x: Tensor) -> Tensor:
 # --- the coordinates of a program are layers again ------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", [False, True])
+# The strict export of torch 2.6 fails on models whose modules have hooks.
+STRICT = [False, True] if torch.__version__ >= (2, 7) else [False]
+
+
+@pytest.mark.parametrize("strict", STRICT)
 @pytest.mark.parametrize("training", [False, True])
 def test_exported_coordinates_are_layers_again(
     strict: bool, training: bool, x: Tensor, tmp_path: Path
@@ -228,6 +232,16 @@ def test_program_without_a_convention_is_refused(x: Tensor) -> None:
         node.meta.pop("custom", None)
     with pytest.raises(PatchError, match="does not tell the convention"):
         ccp.from_exported(program)
+
+
+def test_strict_export_keeps_the_convention_or_the_remedy_is_named(x: Tensor) -> None:
+    patched = ccp.patch(nn.Conv2d(3, 4, 3), "all")
+    program = torch.export.export(patched, (x,), strict=True)
+    if torch.__version__ < (2, 9):
+        with pytest.raises(PatchError, match=r"strict export of torch 2\..* pass strict=False"):
+            ccp.from_exported(program)
+        return
+    assert len(coord_layers(ccp.from_exported(program))) == 1
 
 
 def test_module_of_a_patched_program_names_the_remedy(x: Tensor) -> None:
