@@ -112,7 +112,9 @@ def save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
     """Write a patched model as a torch.export program, or raise an ExportError."""
     args, kwargs = split_inputs(loaded.example_inputs)
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes, strict=False
+        )
     except Exception as error:
         raise ExportError(
             f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "

@@ -41,6 +41,7 @@ from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.layers.presets import PRESET_NAMES, preset_fields
 from coordconv_patch.layers.usual_blocks import usual_blocks
 from coordconv_patch.layers.window import Window, window_from_fields
+from coordconv_patch.running.torch_versions import at_least_float32, default_device
 
 __all__ = ["Coordinates"]
 
@@ -244,15 +245,14 @@ class Coordinates:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """As :meth:`grid`, without a copy: others get the same tensor, so only read it."""
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = default_device() if device is None else torch.device(device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         size = tuple(size)
         self._check_ndim(len(size))
         if is_capturing() or not all(type(length) is int for length in size):
             if not is_capturing() and (plain := plain_sizes(size)) is not None:
                 return self.shared_grid(plain, device=device, dtype=dtype)
-            compute_dtype = torch.promote_types(dtype, torch.float32)
-            return self._compute(size, device, compute_dtype).to(dtype)
+            return self._compute(size, device, at_least_float32(dtype)).to(dtype)
         if is_transforming():
             # A fake or wrapped tensor must not reach the cache.
             return self._compute(size, device, torch.float64).to(dtype)

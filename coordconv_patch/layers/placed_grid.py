@@ -28,6 +28,7 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.places import Placed
+from coordconv_patch.running.torch_versions import at_least_float32
 
 __all__ = ["check_one_place_a_sample", "placed_grid"]
 
@@ -68,7 +69,7 @@ def _computed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    computed = torch.promote_types(dtype, torch.float32)
+    computed = at_least_float32(dtype)
     # The few numbers of a place are worked out in float64; not every device and runtime has it.
     wide = computed if is_capturing() or device.type == "mps" else torch.float64
     # Rows and columns from here on in the order of a tensor's dimensions: z, y, x.

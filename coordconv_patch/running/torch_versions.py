@@ -6,28 +6,43 @@ its name where it is asked for; what it calls otherwise, or lacks, is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-__all__ = ["OLDEST", "annotate_nodes", "annotations_are_kept", "is_exporting"]
+__all__ = [
+    "OLDEST",
+    "annotate_nodes",
+    "annotations_are_kept",
+    "as_captured_for_onnx",
+    "at_least_float32",
+    "default_device",
+    "dimensions_of_names",
+    "is_exporting",
+    "strict_export_hint",
+]
 
 OLDEST = "2.6"
 
 # Decided here and not in the functions, since torch.compile traces those.
 _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
+_IS_2_6 = torch.__version__ < (2, 7)
 
 if _TELLS_EXPORTS:
     is_exporting = torch.compiler.is_exporting
 else:  # may go with torch 2.6
 
     def is_exporting() -> bool:
-        """Whether torch.export may be tracing: torch 2.6 does not tell it from torch.compile."""
-        return torch.compiler.is_compiling()
+        """Whether torch.export is tracing; its strict way is not told from torch.compile."""
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 if _HAS_ANNOTATE:
@@ -40,6 +55,72 @@ else:  # may go with torch 2.8
         Before torch 2.9 its strict way, which is dynamo's, does not.
         """
         return is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def default_device() -> torch.device:
+    """``torch.get_default_device()``, which before torch 2.7 knows nothing of ``with device:``."""
+    if _IS_2_6:
+        for mode in reversed(_get_current_function_mode_stack()):
+            if isinstance(mode, DeviceContext):
+                return torch.device(mode.device)
+    return torch.get_default_device()
+
+
+def dimensions_of_names(
+    axes: Sequence[Mapping[int, Any]], tensors: Sequence[Tensor]
+) -> Sequence[Mapping[int, Any]]:
+    """Dynamic axes as ``torch.onnx.export`` takes them: by name, before torch 2.7 as ``Dim``.
+
+    Args:
+        axes: For each tensor the names of its dynamic axes; what is no name stays.
+        tensors: The tensors. Axes of one name and one length are one dimension.
+    """
+    if not _IS_2_6:
+        return axes
+    dimensions: dict[tuple[str, int], Any] = {}
+
+    def dimension(name: Any, length: int) -> Any:
+        if not isinstance(name, str):
+            return name
+        if (name, length) not in dimensions:
+            others = sum(name == other for other, _ in dimensions)
+            dimensions[name, length] = Dim(f"{name}_{others}" if others else name)
+        return dimensions[name, length]
+
+    return [
+        {index: dimension(name, tensor.shape[index]) for index, name in names.items()}
+        for names, tensor in zip(axes, tensors, strict=True)
+    ]
+
+
+def as_captured_for_onnx(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> nn.Module | ExportedProgram:
+    """The model, before torch 2.7 its program: what ``torch.onnx.export`` is to be given.
+
+    That of 2.6 traces what torch.export cannot capture, which fixes axes, and says nothing.
+    """
+    if not _IS_2_6:
+        return model
+    return torch.export.export(
+        model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+    )
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """A floating dtype, or float32 where that is wider.
+
+    ``torch.promote_types`` says the same, and may take its place with torch 2.7: the torch.export
+    of 2.6 writes calls of it into programs, which then cannot be loaded.
+    """
+    return dtype if dtype is torch.float64 else torch.float32
+
+
+def strict_export_hint() -> str:
+    """What to say where annotations of a program are missing; empty from torch 2.9 on."""
+    if _HAS_ANNOTATE:
+        return ""
+    return f"; the strict export of torch {torch.__version__} loses it, pass strict=False"
 
 
 @contextmanager
