@@ -10,13 +10,12 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.picture import check_picture, draw_bench
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import console, errors, note, show, told
+from coordconv_patch.cli.console import console, note, show
 from coordconv_patch.cli.models import (
     batches_of,
     check_outputs_equal,
@@ -25,14 +24,8 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
-from coordconv_patch.cli.wording import in_options
-from coordconv_patch.errors import (
-    ArgumentError,
-    CoordConvPatchError,
-    ExampleInputsError,
-    ExportError,
-    PatchError,
-)
+from coordconv_patch.cli.outcome import run
+from coordconv_patch.errors import ArgumentError
 from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.export.opset import check_opset
@@ -324,29 +317,8 @@ def demo_command(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a pipe on Windows may know no bars
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        with told():
-            app()
-    except CoordConvPatchError as error:
-        errors.print(f"[bold red]error:[/] {escape(_in_words(error))}", highlight=False)
-        sys.exit(_exit_code(error))
-
-
-def _in_words(error: CoordConvPatchError) -> str:
-    """What an error says, with what to write on the command line."""
-    text = in_options(str(error))
-    if isinstance(error, ExampleInputsError):
-        text += ". Is --input the shape that it takes, batch first, such as 1,3,224,224?"
-    return text
-
-
-def _exit_code(error: CoordConvPatchError) -> int:
-    """1 if the work failed, 2 if the command or its input was wrong."""
-    failed = isinstance(error, (ExportError, PatchError))
-    return 1 if failed and not isinstance(error, ExampleInputsError) else 2
+    """Run the command line."""
+    run(app)
 
 
 if __name__ == "__main__":
