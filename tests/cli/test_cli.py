@@ -487,7 +487,7 @@ def test_bench_refuses_a_batch_that_a_program_does_not_take(run: Callable[..., R
 # --- a user's mistakes --------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "no such form": (("plan", "resnet50"), 2, "write timm:NAME, torchvision:NAME"),
+    "no such form": (("plan", "resnet50"), 2, r"path/to/file\.py:FUNCTION or model\.pt2"),
     "unknown model": (("plan", "timm:resnet55"), 2, "close names: .*resnet5"),
     "missing file": (("plan", "nothing.py:make"), 2, r"there is no file nothing\.py"),
     "missing function": (("plan", "zoo_of_test.py:mak"), 2, "no function 'mak'; close names: make"),
