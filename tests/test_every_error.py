@@ -232,6 +232,8 @@ def test_every_message_is_looked_at_by_a_test() -> None:
 
 def test_a_message_that_no_test_looks_at_is_seen() -> None:
     assert not is_tested(["zqx" + " words that", "nobody" + " ever tests"], tested_text())
-    assert set(HARD_TO_CAUSE) <= {
-        excuse for excuse in HARD_TO_CAUSE for _, p in messages() if any(excuse in t for t in p)
-    }
+
+
+def test_what_is_hard_to_cause_is_still_said() -> None:
+    told = " ".join(piece for _, pieces in messages() for piece in pieces)
+    assert [excuse for excuse in HARD_TO_CAUSE if excuse not in told] == []

@@ -36,7 +36,9 @@ from coordconv_patch.weights.save_load import save_coords
 __all__ = ["app"]
 
 _EPILOG = """
-Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:function, model.pt2.
+Models: timm:resnet50, timm:resnet18?num_classes=12, timm:hf-hub:OWNER/NAME,
+torchvision:retinanet_resnet50_fpn, hf:microsoft/resnet-18 (or hf:FOLDER),
+path/to/file.py:function, model.pt2.
 
 Sites (--where, repeatable): first, all, stem, neck, head, a name, a glob such as 'layer1.*.conv1',
 re:REGEX, or NAME@0,3: of a convolution that is called several times, those calls alone. A model.pt2

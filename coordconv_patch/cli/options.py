@@ -10,7 +10,9 @@ import typer
 from coordconv_patch.cli.console import be_quiet, be_verbose
 from coordconv_patch.lowering.registry import LOWERINGS
 
-Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
+Model = Annotated[
+    str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:NAME, FILE.py:FUNCTION, .pt2")
+]
 Sites = Annotated[list[str] | None, typer.Option("--where", "-w", help="Sites; repeatable.")]
 CoordsName = Annotated[
     str, typer.Option("--coords", help="paper, reference, mkocabas, solo or paddledetection.")
