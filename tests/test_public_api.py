@@ -40,6 +40,7 @@ PUBLIC = {
     *("save_coords", "load_coords", "load_coords_"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
     *("load_concatenated", "load_concatenated_", "to_concatenated"),
+    *("RankedPart", "Ranking", "rank"),
     "from_exported",
     *("fold", "fold_with", "register_folding_method", "forget_left_behind_"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
@@ -74,6 +75,7 @@ FLOORS = [
     "verification",
     "export",
     "bench",
+    "ranking",
     "demo",
     "cli",
 ]

@@ -26,6 +26,7 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
+from coordconv_patch.cli.ranked_task import ranked_task
 from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
 from coordconv_patch.export.exporters import check_exporter
 from coordconv_patch.export.onnx import export_onnx
@@ -34,6 +35,7 @@ from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.plan import plan, survey
+from coordconv_patch.ranking.rank import rank
 from coordconv_patch.running.inputs import takes_image_list
 from coordconv_patch.runtime.providers import working_providers
 from coordconv_patch.verification.verify import verify_onnx
@@ -272,6 +274,41 @@ def bench_command(
         print(json.dumps({"model": model, "command": command} | report.to_dict(), indent=1))
     else:
         print(report.markdown(subject=model, command=command))
+
+
+@app.command("rank", epilog="Example: coordconv-patch rank task.py:task --picture ranking.png")
+def rank_command(
+    task: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION, which returns model, batches, loss_fn")
+    ],
+    where: options.Sites = None,
+    method: Annotated[str, typer.Option(help="one by one, or together.")] = "one by one",
+    by: Annotated[str | None, typer.Option(help="site or stage. [default: as few rows]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of the model's own weights.")] = 1e-3,
+    steps: Annotated[int | None, typer.Option(help="Steps of a run. [default: by cost]")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.")] = 2,
+    picture: Annotated[Path | None, typer.Option(help="Draw the gains: a .png file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rank convolutions, or stages of them, by what coordinates there take off a loss."""
+    if picture is not None:
+        check_picture(picture)
+    ranking = rank(
+        *ranked_task(task),
+        where or "all",
+        method=method,
+        by=by,  # type: ignore[arg-type]  # checked there
+        lr=lr,
+        steps=steps,
+        seeds=seeds,
+    )
+    if picture is not None:
+        ranking.plot(picture)
+    if as_json:
+        print(json.dumps(ranking.to_dict(), indent=1))
+        return
+    wide = console if sys.stdout.isatty() else Console(width=10_000)
+    wide.print(ranking.table())
 
 
 @app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")

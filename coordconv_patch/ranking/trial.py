@@ -1,0 +1,120 @@
+"""A ranking under way: what it will cost, its runs, and the table that they give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.patching.patch import patch
+from coordconv_patch.ranking.batches import Batches
+from coordconv_patch.ranking.gains import Gain, gains_of
+from coordconv_patch.ranking.methods import Method
+from coordconv_patch.ranking.parts import Part
+from coordconv_patch.ranking.probe import Loss, Probe, Recipe
+from coordconv_patch.ranking.ranking import RankedPart, Ranking
+from coordconv_patch.ranking.scrambled import scrambled
+
+__all__ = ["Trial", "steps_within"]
+
+_FORWARD = 1 / 3
+"""What a forward pass costs, in training steps."""
+_MOST_STEPS = 100
+_FEWEST_STEPS = 4
+_LOG = logging.getLogger(__name__)
+
+
+def steps_within(budget: float, method: Method, parts: int, seeds: int, held_out: int) -> int:
+    """How long runs may be if all that a method does is to cost so many plain training steps."""
+    measuring = method.measurements(parts, seeds) * held_out * _FORWARD
+    steps = int((budget - measuring) / method.runs(parts, seeds))
+    return max(_FEWEST_STEPS, min(_MOST_STEPS, steps))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried out, and how.
+
+    Attributes:
+        model: The user's model, which is only copied.
+        patched: A copy with coordinates at every site that is ranked.
+        parts: The rows.
+        coords: The convention.
+        loss: Of a model on a batch.
+        batches: To train and to measure on.
+        method: How gains are measured.
+        recipe: How a run trains.
+        seeds: Runs of each.
+        example_inputs: With which the model is patched.
+    """
+
+    model: nn.Module
+    patched: nn.Module
+    parts: Sequence[Part]
+    coords: Coordinates
+    loss: Loss
+    batches: Batches
+    method: Method
+    recipe: Recipe
+    seeds: int
+    example_inputs: Any
+
+    @property
+    def cost(self) -> float:
+        """In training steps of the plain model."""
+        count = len(self.parts)
+        measuring = self.method.measurements(count, self.seeds) * len(self.batches.held_out)
+        return self.method.runs(count, self.seeds) * self.recipe.steps + measuring * _FORWARD
+
+    def ranking(self, unreached: Sequence[str]) -> Ranking:
+        """Make the runs, behind a progress bar, and rank the parts."""
+        steps = self.method.runs(len(self.parts), self.seeds) * self.recipe.steps
+        rows = f"{len(self.parts)} {'rows' if len(self.parts) > 1 else 'row'}"
+        _LOG.info("ranking %s will cost as much as %.0f plain training steps", rows, self.cost)
+        with tqdm(total=steps, desc=f"ranking {rows}", unit=" steps", disable=None) as bar:
+            probe = self._probe(self.patched, self.parts, bar)
+            before = float(probe.measured(0).mean())
+            plain = self.method.plain(probe, self.seeds)
+            measured = self.method.gains(probe, plain, self.parts)
+            gains = gains_of(measured.parts)
+            if measured.together is not None and gains_of([measured.together])[0].low <= 0:
+                gains = [Gain(gain.value, min(gain.low, 0.0), gain.high) for gain in gains]
+            rows_ = sorted(
+                map(RankedPart, self.parts, gains, range(len(gains))),
+                key=lambda row: row.gain.value,
+                reverse=True,
+            )
+            control = self._scrambled(rows_[0].part, plain, bar) if rows_[0].worthwhile else None
+        return Ranking(
+            rows=tuple(rows_),
+            plain=(before, float(plain.mean())),
+            scrambled=control,
+            coords=self.coords,
+            steps=self.recipe.steps,
+            seeds=self.seeds,
+            cost=self.cost,
+            unreached=tuple(unreached),
+        )
+
+    def _probe(self, patched: nn.Module, parts: Sequence[Part], bar: Any) -> Probe:
+        sites = [site for part in parts for site in part.sites]
+        return Probe(patched, sites, self.loss, *self.batches, self.recipe, bar.update)
+
+    def _scrambled(self, part: Part, plain: torch.Tensor, bar: Any) -> Gain:
+        """What scrambled coordinates gain there."""
+        convention = scrambled(self.coords)
+        patched = patch(
+            self.model,
+            list(part.sites),
+            coords=convention,
+            example_inputs=self.example_inputs,
+            check=False,
+        )
+        probe = self._probe(patched, [part], bar)
+        return gains_of(self.method.gains(probe, plain, [part]).parts)[0]
