@@ -14,6 +14,7 @@ from coordconv_patch.errors import ArgumentError
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.ranking.gains import Gain
 from coordconv_patch.ranking.parts import Part
+from coordconv_patch.ranking.picture import Bar, draw_ranking
 
 __all__ = ["RankedPart", "Ranking"]
 
@@ -170,6 +171,14 @@ class Ranking:
             ArgumentError: If the name ends otherwise, the file cannot be written, or matplotlib
                 is not installed.
         """
-        from coordconv_patch.ranking.picture import draw_ranking
-
-        draw_ranking(self, path)
+        bars = [
+            Bar(
+                row.part.name,
+                row.part.input_size,
+                row.gain,
+                row.worthwhile,
+                self.scrambled if row is self.rows[0] else None,
+            )
+            for row in sorted(self.rows, key=lambda row: row.depth)
+        ]
+        draw_ranking(bars, path)

@@ -50,7 +50,7 @@ class Task:
     model: Callable[[], nn.Module]
     draw: Draw
     loss: Callable[[nn.Module, Batch], Tensor]
-    pretraining: int = 300
+    pretraining: int = 500
     steps: int = 160
     lr: float = 2e-3
     warm_up: str | None = None
@@ -74,8 +74,9 @@ class Net(nn.Module):
         layers: list[nn.Module] = []
         before = 1
         for stride, width in ((2, 8), (1, 12), (1, 12), (1, 16)):
-            conv = nn.Conv2d(before, width, 3, stride, padding=int(padded), bias=False)
-            layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+            conv = nn.Conv2d(before, width, 3, stride, padding=int(padded))
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            layers += [conv, nn.ReLU()]
             before = width
         self.features = nn.Sequential(*layers)
         self.pooled = pooled
