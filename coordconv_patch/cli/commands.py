@@ -282,7 +282,6 @@ def rank_command(
         str, typer.Argument(help="FILE.py:FUNCTION, which returns model, batches, loss_fn")
     ],
     where: options.Sites = None,
-    method: Annotated[str, typer.Option(help="one by one, or together.")] = "one by one",
     by: Annotated[str | None, typer.Option(help="site or stage. [default: as few rows]")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of the model's own weights.")] = 1e-3,
     steps: Annotated[int | None, typer.Option(help="Steps of a run. [default: by cost]")] = None,
@@ -296,7 +295,6 @@ def rank_command(
     ranking = rank(
         *ranked_task(task),
         where or "all",
-        method=method,
         by=by,  # type: ignore[arg-type]  # checked there
         lr=lr,
         steps=steps,

@@ -1,4 +1,4 @@
-"""Training runs on a copy: with coordinates at some sites, at all of them, or at none.
+"""Training runs on a copy: with coordinates at some sites, or at none.
 
 All runs begin at the same weights and see the same batches in the same order, and random numbers
 are drawn alike, so two runs differ in their coordinates alone. One copy of the model carries a
@@ -161,17 +161,3 @@ class Probe:
                 f"with lr={self.recipe.lr:g}: write a smaller one"
             )
         return measured
-
-    @torch.no_grad()
-    def measured_with(self, sites: Iterable[str], seed: int) -> Tensor:
-        """The same, with the coordinate weights of all other sites at zero while it is measured."""
-        kept = set(sites)
-        others = [w for name, ws in self.coords.items() if name not in kept for w in ws]
-        values = [weight.detach().clone() for weight in others]
-        for weight in others:
-            weight.zero_()
-        try:
-            return self.measured(seed)
-        finally:
-            for weight, value in zip(others, values, strict=True):
-                weight.copy_(value)

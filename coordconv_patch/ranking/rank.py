@@ -13,7 +13,6 @@ from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.ranking.batches import split
-from coordconv_patch.ranking.methods import METHODS
 from coordconv_patch.ranking.parts import By, parts_of, reached_sites
 from coordconv_patch.ranking.probe import Loss, Recipe, coordinate_rate
 from coordconv_patch.ranking.random_state import random_states_kept
@@ -34,7 +33,6 @@ def rank(
     loss_fn: Loss,
     where: Where = "all",
     *,
-    method: str = "one by one",
     by: By | None = None,
     coords: Coordinates | str | None = None,
     example_inputs: Any = None,
@@ -60,9 +58,6 @@ def rank(
         loss_fn: Called as ``loss_fn(model, batch)`` with a copy of the model; gives a tensor of
             one number.
         where: Which convolutions, see :func:`coordconv_patch.patch`.
-        method: ``"one by one"``, or ``"together"``: trained with coordinates everywhere, and then
-            measured with those of one row alone; cheaper where rows are many, and less to be
-            trusted (docs/where.md).
         by: Rank each ``"site"``, or each ``"stage"`` (``layer1``, ...); ``None``: stages where
             there are more than 16 sites.
         coords: The convention of the coordinate channels; ``None``: the paper's.
@@ -89,7 +84,7 @@ def rank(
     """
     check_is_module(model)
     check_callable("loss_fn", loss_fn)
-    _check(method, by, lr, steps, seeds)
+    _check(by, lr, steps, seeds)
     taken, convention = split(batches), Coordinates.of(coords)
     with random_states_kept():
         patched = patch(model, where, coords=convention, example_inputs=example_inputs, check=False)
@@ -97,23 +92,20 @@ def rank(
         layers = {name: one for name, one in coord_layers(patched).items() if name not in known}
         reached = reached_sites(patched, layers, loss_fn, taken.training[0])
         parts = parts_of(layers, reached, by)
-        chosen = METHODS[method]
         budget = _BUDGET * len(parts)
-        length = steps or steps_within(budget, chosen, len(parts), seeds, len(taken.held_out))
+        length = steps or steps_within(budget, len(parts), seeds, len(taken.held_out))
         rates = {
             name: coordinate_rate(site.scale, layers[name].coord_geometry.kernel_size)
             for name, site in reached.items()
         }
         recipe = Recipe(length, lr, rates)
         trial = Trial(
-            model, patched, parts, convention, loss_fn, taken, chosen, recipe, seeds, example_inputs
+            model, patched, parts, convention, loss_fn, taken, recipe, seeds, example_inputs
         )
         return trial.ranking([name for name in layers if name not in reached])
 
 
-def _check(method: Any, by: Any, lr: Any, steps: Any, seeds: Any) -> None:
-    if method not in METHODS:
-        raise ArgumentError(f"{given('method', method)}: write {' or '.join(map(repr, METHODS))}")
+def _check(by: Any, lr: Any, steps: Any, seeds: Any) -> None:
     if by not in (None, "site", "stage"):
         raise ArgumentError(f"{given('by', by)}: write 'site' or 'stage', or None")
     check_number("lr", lr)

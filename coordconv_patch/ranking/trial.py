@@ -15,7 +15,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.ranking.batches import Batches
 from coordconv_patch.ranking.gains import Gain, gains_of
-from coordconv_patch.ranking.methods import Method
+from coordconv_patch.ranking.one_by_one import gains_at, losses_with, runs_of
 from coordconv_patch.ranking.parts import Part
 from coordconv_patch.ranking.probe import Loss, Probe, Recipe
 from coordconv_patch.ranking.ranking import RankedPart, Ranking
@@ -30,10 +30,9 @@ _FEWEST_STEPS = 4
 _LOG = logging.getLogger(__name__)
 
 
-def steps_within(budget: float, method: Method, parts: int, seeds: int, held_out: int) -> int:
-    """How long runs may be if all that a method does is to cost so many plain training steps."""
-    measuring = method.measurements(parts, seeds) * held_out * _FORWARD
-    steps = int((budget - measuring) / method.runs(parts, seeds))
+def steps_within(budget: float, parts: int, seeds: int, held_out: int) -> int:
+    """How long runs may be if a whole ranking is to cost so many plain training steps."""
+    steps = int(budget / runs_of(parts, seeds) - held_out * _FORWARD)
     return max(_FEWEST_STEPS, min(_MOST_STEPS, steps))
 
 
@@ -48,7 +47,6 @@ class Trial:
         coords: The convention.
         loss: Of a model on a batch.
         batches: To train and to measure on.
-        method: How gains are measured.
         recipe: How a run trains.
         seeds: Runs of each.
         example_inputs: With which the model is patched.
@@ -60,7 +58,6 @@ class Trial:
     coords: Coordinates
     loss: Loss
     batches: Batches
-    method: Method
     recipe: Recipe
     seeds: int
     example_inputs: Any
@@ -68,23 +65,19 @@ class Trial:
     @property
     def cost(self) -> float:
         """In training steps of the plain model."""
-        count = len(self.parts)
-        measuring = self.method.measurements(count, self.seeds) * len(self.batches.held_out)
-        return self.method.runs(count, self.seeds) * self.recipe.steps + measuring * _FORWARD
+        run = self.recipe.steps + len(self.batches.held_out) * _FORWARD
+        return runs_of(len(self.parts), self.seeds) * run
 
     def ranking(self, unreached: Sequence[str]) -> Ranking:
         """Make the runs, behind a progress bar, and rank the parts."""
-        steps = self.method.runs(len(self.parts), self.seeds) * self.recipe.steps
+        steps = runs_of(len(self.parts), self.seeds) * self.recipe.steps
         rows = f"{len(self.parts)} {'rows' if len(self.parts) > 1 else 'row'}"
         _LOG.info("ranking %s will cost as much as %.0f plain training steps", rows, self.cost)
         with tqdm(total=steps, desc=f"ranking {rows}", unit=" steps", disable=None) as bar:
             probe = self._probe(self.patched, self.parts, bar)
             before = float(probe.measured(0).mean())
-            plain = self.method.plain(probe, self.seeds)
-            measured = self.method.gains(probe, plain, self.parts)
-            gains = gains_of(measured.parts)
-            if measured.together is not None and gains_of([measured.together])[0].low <= 0:
-                gains = [Gain(gain.value, min(gain.low, 0.0), gain.high) for gain in gains]
+            plain = losses_with(probe, (), self.seeds)
+            gains = gains_of(gains_at(probe, plain, self.parts))
             rows_ = sorted(
                 map(RankedPart, self.parts, gains, range(len(gains))),
                 key=lambda row: row.gain.value,
@@ -117,4 +110,4 @@ class Trial:
             check=False,
         )
         probe = self._probe(patched, [part], bar)
-        return gains_of(self.method.gains(probe, plain, [part]).parts)[0]
+        return gains_of(gains_at(probe, plain, [part]))[0]

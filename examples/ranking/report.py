@@ -31,6 +31,7 @@ LEAST_GAIN = 0.1
 part of the plain model's loss."""
 DEFAULT = "one by one"
 SIGNAL = "gradient, signal over noise"
+FIRST, LAST = "first to run", "last to run"
 LEAST_SIGNAL = 2.0
 """Below, the gradient says "nowhere"; noise alone gives 1 on average."""
 
@@ -57,14 +58,16 @@ def tasks_with_gain(runs: Sequence[Run]) -> set[str]:
 
 
 def methods_of(runs: Sequence[Run]) -> list[str]:
-    """Every method of the record, those that train first."""
+    """Every method of the record, those that train first; and a fixed place, the last."""
     names = [name for run in runs for kind in ("trials", "scores") for name in run[kind]]
     trained = [name for run in runs for name in run["trials"]]
-    return list(dict.fromkeys([*trained, *names]))
+    return list(dict.fromkeys([*trained, *names, LAST]))
 
 
 def scores_of(run: Run, method: str) -> list[float] | None:
     """A method's scores by part; ``None`` where the run lacks it."""
+    if method == LAST:
+        return [-score for score in run["scores"][FIRST].values()]
     if method in run["scores"]:
         return [run["scores"][method][part] for part in run["parts"]]
     if method in run["trials"]:
@@ -89,6 +92,8 @@ def says_nowhere(run: Run, method: str) -> bool | None:
 
 def cost_of(run: Run, method: str) -> float:
     """In plain training steps for each part."""
+    if method == LAST:
+        return 0.0
     cost = run["trials"][method]["cost"] if method in run["trials"] else run["costs"][method]
     return cost / len(run["parts"])
 

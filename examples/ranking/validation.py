@@ -23,13 +23,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))  # what all experiments share
 
 import torch
+from methods import METHODS
 from scores import gradient_scores, per_multiply_add, unread_positions
 from tasks import TASKS, Task
 from torch import nn
 
 import coordconv_patch as ccp
 from coordconv_patch.layers.coord_layer import coord_layers
-from coordconv_patch.ranking.methods import METHODS
 from coordconv_patch.ranking.parts import Part, parts_of, reached_sites
 from coordconv_patch.ranking.probe import Probe, Recipe, coordinate_rate
 

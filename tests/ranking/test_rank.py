@@ -99,8 +99,7 @@ def test_it_says_nowhere_where_places_do_not_matter(model: nn.Module) -> None:
         ccp.patch(model, where=ranking.worthwhile())
 
 
-@pytest.mark.parametrize("method", ["one by one", "together"])
-def test_it_costs_no_more_than_it_says(model: nn.Module, method: str) -> None:
+def test_it_costs_no_more_than_it_says(model: nn.Module) -> None:
     trained = measured = 0
 
     def counted(copy: nn.Module, batch: Batch) -> Tensor:
@@ -109,14 +108,13 @@ def test_it_costs_no_more_than_it_says(model: nn.Module, method: str) -> None:
         measured += not torch.is_grad_enabled()
         return position_loss(copy, batch)
 
-    ranking = ccp.rank(model, pixels(), counted, method=method, lr=1e-2)
+    ranking = ccp.rank(model, pixels(), counted, lr=1e-2)
     beside = 1 + 3  # the first look, and the loss before training
     assert trained + (measured - beside) / 3 <= ranking.cost + 1e-6
     assert ranking.cost <= 100 * len(ranking.rows)
 
 
-@pytest.mark.parametrize("method", ["one by one", "together"])
-def test_nothing_of_the_model_changes(method: str) -> None:
+def test_nothing_of_the_model_changes() -> None:
     torch.manual_seed(1)
     model = Blind()
     model.norm.eval()
@@ -134,7 +132,7 @@ def test_nothing_of_the_model_changes(method: str) -> None:
         scale = 1 + 0.01 * (torch.rand(()) + random.random() + np.random.rand())
         return position_loss(copy, batch) * scale
 
-    ccp.rank(model, pixels(8), noisy, method=method, steps=3)
+    ccp.rank(model, pixels(8), noisy, steps=3)
     drawn = (torch.rand(()).item(), random.random(), np.random.rand())
     random.seed(3)
     np.random.seed(3)
@@ -208,13 +206,6 @@ def test_a_run_is_that_of_a_model_patched_there_alone(model: nn.Module) -> None:
             expected = [float(position_loss(alone, batch)) for batch in batches.held_out]
         found = probe.losses(() if where is None else (where,), seed=7)
         torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
-        if where is not None:
-            nn.init.zeros_(coord_layers(alone)[where].coord_weight)
-            with torch.no_grad():
-                without = torch.tensor([float(position_loss(alone, b)) for b in batches.held_out])
-            torch.testing.assert_close(
-                probe.measured_with((), seed=7), without.double(), rtol=1e-5, atol=1e-7
-            )
 
 
 def test_a_picture_names_the_stages_along_the_depth(ranking: ccp.Ranking, tmp_path: Path) -> None:
@@ -232,7 +223,6 @@ def test_a_picture_names_the_stages_along_the_depth(ranking: ccp.Ranking, tmp_pa
         ({"batches": 5}, "pass a list of batches"),
         ({"loss_fn": None}, "pass a function"),
         ({"loss_fn": lambda model, batch: model(batch[0])}, "a tensor of one number"),
-        ({"method": "gradient"}, "write 'one by one' or 'together'"),
         ({"by": "layer"}, "write 'site' or 'stage'"),
         ({"seeds": 1}, "a whole number, 2 or more"),
         ({"steps": 0}, "a whole number, 1 or more"),

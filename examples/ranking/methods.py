@@ -1,18 +1,17 @@
-"""Two ways to measure what coordinates gain: one site or stage at a time, or all and one kept."""
+"""Two methods that train: with coordinates at one part at a time, or at all and then one kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from coordconv_patch.ranking.one_by_one import gains_at, losses_with, runs_of
 from coordconv_patch.ranking.parts import Part
 from coordconv_patch.ranking.probe import Probe
-
-__all__ = ["METHODS", "Measured", "Method", "OneByOne", "Together"]
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,19 @@ class _ByPlain:
     """What both compare with: runs without coordinates."""
 
     def plain(self, probe: Probe, seeds: int) -> Tensor:
-        return torch.stack([probe.losses((), seed) for seed in range(seeds)])
+        return losses_with(probe, (), seeds)
 
 
 class OneByOne(_ByPlain):
     """Train with coordinates at one part alone, beside an equal run without any."""
 
     def runs(self, parts: int, seeds: int) -> int:
-        return (parts + 2) * seeds
+        return runs_of(parts, seeds)
 
     measurements = runs
 
     def gains(self, probe: Probe, plain: Tensor, parts: Sequence[Part]) -> Measured:
-        seeds = range(len(plain))
-        return Measured(
-            [
-                plain - torch.stack([probe.losses(part.sites, seed) for seed in seeds])
-                for part in parts
-            ]
-        )
+        return Measured(gains_at(probe, plain, parts))
 
 
 class Together(_ByPlain):
@@ -84,11 +77,25 @@ class Together(_ByPlain):
         for seed, losses in enumerate(plain):
             probe.train(probe.coords, seed)
             together.append(losses - probe.measured(seed))
-            without = probe.measured_with((), seed)
+            without = measured_with(probe, (), seed)
             for part, gains in zip(parts, kept, strict=True):
-                gains.append(without - probe.measured_with(part.sites, seed))
+                gains.append(without - measured_with(probe, part.sites, seed))
         return Measured([torch.stack(gains) for gains in kept], torch.stack(together))
 
 
+@torch.no_grad()
+def measured_with(probe: Probe, sites: Iterable[str], seed: int) -> Tensor:
+    """Held-out losses with the coordinate weights of all other sites at zero while measured."""
+    kept = set(sites)
+    others = [w for name, ws in probe.coords.items() if name not in kept for w in ws]
+    values = [weight.detach().clone() for weight in others]
+    for weight in others:
+        weight.zero_()
+    measured = probe.measured(seed)
+    for weight, value in zip(others, values, strict=True):
+        weight.copy_(value)
+    return measured
+
+
 METHODS: dict[str, Method] = {"one by one": OneByOne(), "together": Together()}
-"""Methods by the name that ``rank(method=...)`` takes."""
+"""Methods by name."""
