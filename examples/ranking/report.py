@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -133,10 +133,11 @@ def judge(runs: Sequence[Run], method: str) -> Verdict:
     others = [run for run in having if run["task"] not in gaining_tasks]
     pairs = [(relative_gains(run), scores_of(run, method) or []) for run in gaining]
     tops = [gains[int(np.argmax(scores))] for gains, scores in pairs]
+    ranks = [ranks_of(*pair) for pair in pairs]
     can_say = says_nowhere(having[0], method) is not None
     return Verdict(
-        correlation=spearman(pairs),
-        interval=bootstrap(pairs, spearman),
+        correlation=spearman(ranks),
+        interval=bootstrap(ranks),
         best_two=sum(top >= sorted(gains)[-2] for top, (gains, _) in zip(tops, pairs, strict=True)),
         reached=mean(top / max(gains) for top, (gains, _) in zip(tops, pairs, strict=True)),
         helped=sum(not says_nowhere(run, method) for run in gaining) if can_say else None,
@@ -147,26 +148,27 @@ def judge(runs: Sequence[Run], method: str) -> Verdict:
     )
 
 
-Pairs = Sequence[tuple[Sequence[float], Sequence[float]]]
+Ranks = Sequence["np.ndarray"]
 
 
-def spearman(pairs: Pairs) -> float:
-    """Correlation of ranks within runs, -0.5 to 0.5 in each, over all runs together.
+def ranks_of(gains: Sequence[float], scores: Sequence[float]) -> np.ndarray:
+    """Ranks within a run, -0.5 to 0.5, shape ``(2, parts)``.
 
     Scores of different runs have different units; only ranks within one can be compared.
     """
-    ranks = [
-        np.stack([(rankdata(one) - 1) / (len(one) - 1) - 0.5 for one in pair]) for pair in pairs
-    ]
-    gains, scores = np.concatenate(ranks, axis=1)
-    return float(np.corrcoef(gains, scores)[0, 1])
+    return np.stack([(rankdata(one) - 1) / (len(one) - 1) - 0.5 for one in (gains, scores)])
 
 
-def bootstrap(pairs: Pairs, statistic: Callable[[Pairs], float]) -> tuple[float, float]:
-    """A 95 % interval, by drawing whole runs anew 2000 times."""
+def spearman(ranks: Ranks) -> float:
+    """Correlation of the ranks within runs, over all runs together."""
+    return float(np.corrcoef(np.concatenate(ranks, axis=1))[0, 1])
+
+
+def bootstrap(ranks: Ranks) -> tuple[float, float]:
+    """A 95 % interval of the correlation, by drawing whole runs anew 2000 times."""
     generator = np.random.default_rng(0)
     draws = [
-        statistic([pairs[index] for index in generator.integers(len(pairs), size=len(pairs))])
+        spearman([ranks[index] for index in generator.integers(len(ranks), size=len(ranks))])
         for _ in range(2000)
     ]
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -219,8 +221,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw realised gains over what the default and the gradient foretold."""
     verdict = judge(runs, DEFAULT)
     title = (
-        f"The ranking's top row is among the best two in {verdict.best_two} of {verdict.gaining} "
-        f"runs; where nothing is gained it says so in {verdict.nowhere} of {verdict.others}"
+        f"The top row is among the best two in {verdict.best_two} of {verdict.gaining} runs; "
+        f'"nowhere" is said in {verdict.nowhere} of {verdict.others}'
     )
     subtitle = (
         "A dot is a site or stage of one run: its rank by score, and by what training then took "
