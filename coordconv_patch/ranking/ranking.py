@@ -46,8 +46,8 @@ class Ranking:
     Attributes:
         rows: The sites or stages, the largest gain first.
         plain: Held-out loss without coordinates, before and after the same training.
-        scrambled: What scrambled coordinates gain at the best of them, if any is worthwhile: what
-            a code of places gains that knows no left, right or near.
+        scrambled: What scrambled coordinates gain at the best of the worthwhile ones, if there are
+            any: what a code of places gains that knows no left, right or near.
         coords: The convention of the coordinate channels.
         steps: Training steps of a run.
         seeds: Runs of each.
@@ -171,13 +171,14 @@ class Ranking:
             ArgumentError: If the name ends otherwise, the file cannot be written, or matplotlib
                 is not installed.
         """
+        best = next((row for row in self.rows if row.worthwhile), None)
         bars = [
             Bar(
                 row.part.name,
                 row.part.input_size,
                 row.gain,
                 row.worthwhile,
-                self.scrambled if row is self.rows[0] else None,
+                self.scrambled if row is best else None,
             )
             for row in sorted(self.rows, key=lambda row: row.depth)
         ]

@@ -83,7 +83,8 @@ class Trial:
                 key=lambda row: row.gain.value,
                 reverse=True,
             )
-            control = self._scrambled(rows_[0].part, plain, bar) if rows_[0].worthwhile else None
+            best = next((row for row in rows_ if row.worthwhile), None)
+            control = None if best is None else self._scrambled(best.part, plain, bar)
         return Ranking(
             rows=tuple(rows_),
             plain=(before, float(plain.mean())),

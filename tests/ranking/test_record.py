@@ -134,4 +134,9 @@ def test_the_code_of_the_page_runs() -> None:
     names: dict[str, Any] = {}
     for part in PAGE.split("```python\n")[1:]:
         exec(part.split("```")[0], names)
+    ranking = names["ranking"]
     assert names["sites"]
+    # The best row is not worthwhile here, the second is: the control is that of the second.
+    assert [row.worthwhile for row in ranking.rows] == [False, True]
+    assert ranking.scrambled is not None
+    assert "scrambled coordinates at 2 gain" in ranking.verdict()
