@@ -38,7 +38,7 @@ OLDEST = "2.6"
 # Decided here and not in the functions, since torch.compile traces those.
 _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
-_IS_2_6 = torch.__version__ < (2, 7)
+_IS_2_6 = torch.__version__ < "2.7"
 
 if _TELLS_EXPORTS:
     is_exporting = torch.compiler.is_exporting
@@ -64,7 +64,7 @@ else:  # may go with torch 2.8
 def default_device() -> torch.device:
     """``torch.get_default_device()``, which before torch 2.7 knows nothing of ``with device:``."""
     if _IS_2_6:
-        for mode in reversed(_get_current_function_mode_stack()):
+        for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
             if isinstance(mode, DeviceContext):
                 return torch.device(mode.device)
     return torch.get_default_device()
