@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_torch import IS_2_6, TRACES_FOR_ALL_THREADS
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -119,7 +120,10 @@ def _as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("prepare", [_as_it_is, _compiled, _scripted, _patched])
+@pytest.mark.parametrize(
+    "prepare",
+    [_as_it_is, _scripted, _patched, *([] if TRACES_FOR_ALL_THREADS else [_compiled])],
+)
 @pytest.mark.parametrize("kind", ["patches", "foreign_folds"])
 def test_forwards_of_other_models_go_on(
     kind: str, prepare: Callable[[nn.Module, Tensor], nn.Module]
@@ -185,7 +189,7 @@ def test_other_threads_compile_while_models_are_patched(backend: str) -> None:
 
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch({"cache_size_limit" if IS_2_6 else "recompile_limit": 64}):
             assert_right(run(compile_and_run, 32))
     finally:
         torch._dynamo.reset()
