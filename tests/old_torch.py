@@ -8,6 +8,3 @@ IS_2_6 = torch.__version__ < "2.7"
 
 STRICT = [False] if IS_2_6 else [False, True]
 """Values of ``strict=`` for torch.export, whose strict way in torch 2.6 fails on hooks."""
-
-TRACES_FOR_ALL_THREADS = torch.__version__ < "2.14"
-"""Whether compiled models of other threads raise while torch.fx traces in one."""

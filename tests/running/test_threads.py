@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from old_torch import IS_2_6, TRACES_FOR_ALL_THREADS
+from old_torch import IS_2_6
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -120,10 +120,7 @@ def _as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "prepare",
-    [_as_it_is, _scripted, _patched, *([] if TRACES_FOR_ALL_THREADS else [_compiled])],
-)
+@pytest.mark.parametrize("prepare", [_as_it_is, _compiled, _scripted, _patched])
 @pytest.mark.parametrize("kind", ["patches", "foreign_folds"])
 def test_forwards_of_other_models_go_on(
     kind: str, prepare: Callable[[nn.Module, Tensor], nn.Module]
