@@ -50,7 +50,10 @@ def eager_switches() -> Iterator[None]:
     assert nn.Module.__getattr__ is MODULE_GETATTR
     assert (sys.stdout, sys.stderr) == streams
     assert [os.path.samestat(a, os.fstat(b)) for a, b in zip(descriptors, (1, 2), strict=True)]
-    assert list(warnings.filters) == filters
+    after = list(warnings.filters)
+    # What torch.compile of torch 2.6 imports adds filters of its own.
+    assert (after[-len(filters) :] if IS_2_6 else after) == filters
+    assert not any(map(_is_ours, after))
     assert logging.root.manager.disable == 0
     assert torch.get_default_dtype() is torch.float32
 
