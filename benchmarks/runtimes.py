@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -275,19 +276,38 @@ def _ran(
     ]
     command = [python, str(_RUNNERS), name, str(rounds), str(folder / "images.npy"), *pairs]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        ran = subprocess.run(
+            command,
+            env=_environment(python),
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return dict.fromkeys(files, "no end within 15 minutes")
     if ran.returncode:
         lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
-        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
         reason = (named or lines or [f"exit code {ran.returncode}"])[-1]
-        return dict.fromkeys(files, reason[:300])
+        return dict.fromkeys(files, re.sub(r"/[\w./-]*/", "", reason)[:300])
     seconds = json.loads(ran.stdout.splitlines()[-1])
     return {
         form: (np.load(folder / f"{form}.npy"), times)
         for form, times in zip(files, seconds, strict=True)
     }
+
+
+def _environment(python: str) -> dict[str, str]:
+    """Of a runtime's process: its own commands come first, and nothing can install anything.
+
+    A converter may call ``pip`` by itself, which would be that of whoever runs this script.
+    """
+    variables = {name: text for name, text in os.environ.items() if name != "VIRTUAL_ENV"}
+    if python != sys.executable:
+        variables.pop("PYTHONPATH", None)
+        variables["PATH"] = os.pathsep.join((str(Path(python).parent), variables.get("PATH", "")))
+    return variables | {"PIP_NO_INDEX": "1", "PIP_NO_INPUT": "1"}
 
 
 def _difference(output: np.ndarray, expected: Any) -> float:
@@ -349,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.models, options.rounds = ["tiny"], 2
         options.runtimes = ["onnxruntime"]
     options.show = options.show or options.write_page
-    record = open_record(options, NAME)
     pythons = {} if options.show else _pythons(options)
+    record = open_record(options, NAME)
     for model in [] if options.show else options.models:
         models = prepared(SUBJECTS[model])
         for name, python in pythons.items():

@@ -89,7 +89,9 @@ def mnn(path: Path, images: np.ndarray) -> Run:
 
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "model.mnn"
-        command = [_beside("mnnconvert"), "-f", "ONNX", "--modelFile", str(path)]
+        # Not the command mnnconvert: it runs "pip install" for a package that reports its use.
+        convert = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+        command = [sys.executable, "-c", convert, "-f", "ONNX", "--modelFile", str(path)]
         _called([*command, "--MNNModel", str(converted), "--bizCode", "x"])
         network = MNN.nn.load_module_from_file(str(converted), [], [])
 
@@ -229,7 +231,7 @@ def _called(command: list[str], folder: str | None = None) -> None:
         command, cwd=folder, capture_output=True, text=True, timeout=600, check=False
     )
     if ran.returncode:
-        raise RuntimeError(f"{command[0]}: {(ran.stderr or ran.stdout).strip()[-800:]}")
+        raise RuntimeError(f"{Path(command[0]).name}: {(ran.stderr or ran.stdout).strip()[-800:]}")
 
 
 def main(arguments: list[str]) -> None:
