@@ -68,6 +68,7 @@ from coordconv_patch.training import (
 from coordconv_patch.verification.check import Check
 from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
+from coordconv_patch.weights.hub import from_pretrained, push_to_hub, save_pretrained
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 
 __all__ = [
@@ -114,6 +115,7 @@ __all__ = [
     "follow_regions_",
     "forget_left_behind_",
     "from_exported",
+    "from_pretrained",
     "import_coordconv",
     "import_coordconv_",
     "layer_status",
@@ -128,11 +130,13 @@ __all__ = [
     "places",
     "places_in_turn",
     "plan",
+    "push_to_hub",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",
     "register_selector",
     "save_coords",
+    "save_pretrained",
     "set_places_",
     "set_window_",
     "survey",

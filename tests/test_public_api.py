@@ -38,6 +38,7 @@ PUBLIC = {
     *("follow_letterbox_", "follow_padding_", "follow_regions_"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
+    *("save_pretrained", "from_pretrained", "push_to_hub"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
     *("load_concatenated", "load_concatenated_", "to_concatenated"),
     "from_exported",
