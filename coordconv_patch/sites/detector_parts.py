@@ -82,15 +82,15 @@ def necks(model: nn.Module | None, sites: list[str]) -> list[Part]:
         model: The model; ``None``: only the names of its sites are known.
         sites: The names of its sites.
     """
-    found = []
+    parts = []
     for name, module in _named_modules(model):
         if isinstance(module, _types(_PYRAMIDS)):
-            found.append(Part(name, f"the neck {name}, a {type(module).__name__}"))
+            parts.append(Part(name, f"the neck {name}, a {type(module).__name__}"))
         elif isinstance(module, nn.Sequential):
-            found += _between_upsample_and_head(name, module)
+            parts += _between_upsample_and_head(name, module)
     by_name = {_module_named(site, _NECK_WORDS) for site in sites} - {""}
-    known = [name for name in sorted(by_name) if not any(part.holds(name) for part in found)]
-    return found + [Part(name, f"the neck {name}, by its name") for name in known]
+    known = [name for name in sorted(by_name) if not any(part.holds(name) for part in parts)]
+    return parts + [Part(name, f"the neck {name}, by its name") for name in known]
 
 
 def branches(model: nn.Module | None, sites: list[str]) -> list[Part]:
@@ -98,7 +98,7 @@ def branches(model: nn.Module | None, sites: list[str]) -> list[Part]:
     classes = _types(_CLASSES)
     every = (*classes, *_types(_PLACES), *_types(_BOTH))
     heads = {name: module for name, module in _named_modules(model) if isinstance(module, every)}
-    found = []
+    parts = []
     for name, module in heads.items():
         if any(other.startswith(f"{name}.") for other in heads):
             continue  # the innermost heads are the branches of this one
@@ -108,9 +108,9 @@ def branches(model: nn.Module | None, sites: list[str]) -> list[Part]:
         for list_name, branch_list in lists:
             says = says_where and not _CLASS_LISTS.fullmatch(list_name)
             names = [f"{name}.{list_name}.{key}" for key, _ in branch_list.named_children()]
-            found += [Part(each, f"a branch of {what}", says) for each in names]
+            parts += [Part(each, f"a branch of {what}", says) for each in names]
         if not lists:
-            found.append(Part(name, f"the head {what}", says_where))
+            parts.append(Part(name, f"the head {what}", says_where))
     by_name = dict.fromkeys(filter(None, (_module_named(site, _HEAD_WORDS) for site in sites)))
     # A word may name what only holds the heads, or what lies in one.
     known = [
@@ -118,7 +118,7 @@ def branches(model: nn.Module | None, sites: list[str]) -> list[Part]:
         for name in by_name
         if not any(name == head or _are_nested(name, head) for head in heads)
     ]
-    return found + [Part(name, f"the head {name}, by its name") for name in known]
+    return parts + [Part(name, f"the head {name}, by its name") for name in known]
 
 
 def mask_features(model: nn.Module | None) -> list[Part]:
