@@ -16,9 +16,7 @@ __all__ = [
     "ArgumentError",
     "CoordConvPatchError",
     "CoordinatesError",
-    "ExampleInputsError",
     "ExportError",
-    "MissingPackageError",
     "ModelSourceError",
     "PatchError",
     "SelectionError",
@@ -52,10 +50,6 @@ class PatchError(CoordConvPatchError, RuntimeError):
     """A model, or a chosen site of it, cannot be patched or unpatched."""
 
 
-class ExampleInputsError(PatchError):
-    """The model fails on the example inputs that it was to be run on."""
-
-
 class WeightsError(CoordConvPatchError, ValueError):
     """A coordinate-weights file does not fit the model, or is not such a file.
 
@@ -68,10 +62,6 @@ class WeightsError(CoordConvPatchError, ValueError):
 
 class ExportError(CoordConvPatchError, RuntimeError):
     """An export failed, or its result does not agree with the torch model."""
-
-
-class MissingPackageError(CoordConvPatchError, ImportError):
-    """A package that is needed here is not installed; the message has the pip command."""
 
 
 class ModelSourceError(CoordConvPatchError, ValueError):

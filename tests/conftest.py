@@ -1,6 +1,5 @@
 """Settings for every test."""
 
-import functools
 import os
 from collections.abc import Iterator
 
@@ -10,10 +9,6 @@ import torch
 # Workers of pytest-xdist share the cores; more threads than cores only slow them down.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-
-if torch.__version__ < (2, 7):
-    # Its torch.export is strict unless told otherwise, as later versions are not.
-    torch.export.export = functools.partial(torch.export.export, strict=False)
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ def load_model(
     """Load the model that a command-line name means.
 
     Args:
-        source: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or another prefix of
-            :data:`.model_sources.MODEL_SOURCES`, with arguments behind the name if need be
-            (``timm:resnet18?num_classes=12``), ``path/to/file.py:FUNCTION`` (the function
+        source: ``timm:NAME``, ``torchvision:NAME`` or another prefix of
+            :data:`.model_sources.MODEL_SOURCES`, ``path/to/file.py:FUNCTION`` (the function
             takes no arguments and returns a module, or a module and its example inputs) or
             ``model.pt2`` (a torch.export program).
         pretrained: Download the zoo's pretrained weights.

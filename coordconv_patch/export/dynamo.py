@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.running.inputs import split_inputs
-from coordconv_patch.running.torch_versions import as_captured_for_onnx, dimensions_of_names
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 __all__ = ["dynamic_shapes", "export_dynamo"]
 
@@ -25,13 +22,12 @@ _BFLOAT16_OPSET = 22
 def export_dynamo(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
     """The graph of a model in evaluation mode by torch.export; raises whatever torch does."""
     args, kwargs = split_inputs(inputs_for_tracing(request))
-    shapes = dynamic_shapes(model, request.axes, args, kwargs)
     program = torch.onnx.export(
-        as_captured_for_onnx(model, args, kwargs, shapes),
+        model,
         args,
         kwargs=kwargs,
         dynamo=True,
-        dynamic_shapes=shapes,
+        dynamic_shapes=dynamic_shapes(model, request.axes, args, kwargs),
         opset_version=_opset(model, request),
         input_names=request.input_names,
         output_names=request.output_names,
@@ -64,7 +60,6 @@ def dynamic_shapes(
         return None
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    remaining = iter(dimensions_of_names(axes, tensors))
+    remaining = iter(axes)
     each = [(next(remaining) or None) if isinstance(leaf, Tensor) else None for leaf in leaves]
     return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))

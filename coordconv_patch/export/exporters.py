@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from coordconv_patch.running.tracing_gate import tracing_alone
 from coordconv_patch.running.untouched import copied
 
 __all__ = ["EXPORTERS", "Exported", "Exporter", "check_exporter", "evaluation_copy", "export_graph"]
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,6 @@ def export_graph(model: nn.Module, request: ExportRequest, exporter: str) -> Exp
             raise
         except Exception as error:
             failures.append((title, error))
-            _LOG.debug("%s", _note(title, error, request))
         else:
             notes = tuple(f"{_note(*each, request)}; {title} did" for each in failures)
             return Exported(graph, name, notes)

@@ -116,8 +116,7 @@ class BranchMode(TorchFunctionMode):
             position = self.seen[index]
             self.seen[index] += 1
             if indices is None or position in indices:
-                # Of equal lengths: torch.compile of torch 2.6 refuses others in spite of strict.
-                arguments = dict(zip(names[: len(args)], args, strict=True))
+                arguments = dict(zip(names, args, strict=False))
                 for argument in kwargs:  # code that torch.compile made checks more for a union
                     arguments[argument] = kwargs[argument]
                 output = self._with_branch(site, key, arguments, output)

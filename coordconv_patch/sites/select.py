@@ -176,13 +176,7 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
             selector, f"this model's sites are {listing(site.name for site in sites)}"
         )
     globbed = [site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in site.names)]
-    return globbed or _nothing(selector, _several(selector) or _close_names(sites, selector))
-
-
-def _several(selector: str) -> str:
-    """A hint where a string holds several selectors; empty if it holds one."""
-    parts = [part.strip() for part in selector.split(",") if part.strip()]
-    return f"for several selectors write where={parts}" if len(parts) > 1 else ""
+    return globbed or _nothing(selector, _close_names(sites, selector))
 
 
 def _accepts(selector: Callable[[Site], Any], site: Site) -> bool:

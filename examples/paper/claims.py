@@ -483,6 +483,6 @@ CLAIMS = (
         "ImageNet EfficientNet-Lite0, a cup at 64 pixels: median error in pixels",
         "median error, px",
         ".1f",
-        "yes where all are patched, most of it with scrambled coordinates too; the first alone: no",
+        "all patched: yes, and most of it with scrambled coordinates too; the first alone: no",
     ),
 )

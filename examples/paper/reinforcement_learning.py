@@ -30,6 +30,7 @@ import torch
 from experiment import Options, Record, Run, Stopwatch, count_parameters, parse_options
 from go_to_target import CELL_PIXELS, CELLS, GoToTarget
 from palette import BY_VARIANT
+from scrambled_coordinates import scramble_
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -91,12 +92,12 @@ class PatchedPooledCNN(PooledCNN):
         ccp.patch_(self.cnn, "all")
 
 
-class ScrambledPooledCNN(PooledCNN):
+class ScrambledPooledCNN(PatchedPooledCNN):
     """The control: :class:`PatchedPooledCNN` with coordinates that say nothing of places."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        ccp.patch_(self.cnn, "all", coords=ccp.scrambled())
+        scramble_(self.cnn)
 
 
 EXTRACTORS: dict[tuple[str, str], type[BaseFeaturesExtractor]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
 RUNS = json.loads((ROOT / "examples/places/results/crops_and_tiles.json").read_text())["runs"]
 ROWS = {

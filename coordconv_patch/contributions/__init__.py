@@ -1,1 +1,0 @@
-"""What the coordinates of a patched model contribute now, site by site: figures and pictures."""
