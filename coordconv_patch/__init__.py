@@ -73,6 +73,7 @@ from coordconv_patch.training import (
 )
 from coordconv_patch.verification.check import Check
 from coordconv_patch.version import __version__
+from coordconv_patch.weights.hub import from_pretrained, push_to_hub, save_pretrained
 from coordconv_patch.weights.save_load import load_coords, load_coords_, save_coords
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ __all__ = [
     "follow_regions_",
     "forget_left_behind_",
     "from_exported",
+    "from_pretrained",
     "import_coordconv",
     "import_coordconv_",
     "influence",
@@ -147,12 +149,14 @@ __all__ = [
     "places_in_turn",
     "plan",
     "plot_coords",
+    "push_to_hub",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",
     "register_selector",
     "register_target",
     "save_coords",
+    "save_pretrained",
     "scrambled",
     "set_places_",
     "set_window_",

@@ -40,6 +40,7 @@ PUBLIC = {
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
     *("scrambled", "influence", "Influence", "SiteInfluence", "plot_coords"),
+    *("save_pretrained", "from_pretrained", "push_to_hub"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
     *("load_concatenated", "load_concatenated_", "to_concatenated"),
     "from_exported",
