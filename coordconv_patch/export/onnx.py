@@ -136,7 +136,7 @@ def export_onnx(
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
     aim = target_named(target)
-    aim.check(lowering, _computed_for(model, dynamic_size, places))
+    aim.check(lowering, dynamic_batch, _computed_for(model, dynamic_size, places))
     if places and lowering != "auto":
         raise ArgumentError(
             f"lowering={lowering!r} with places=True: coordinates of places have one form, leave "

@@ -44,6 +44,7 @@ class Target:
             those of ``dynamic_size=True`` and of places. Otherwise such an export is refused.
         opset: The operator set to write where none is asked for; ``None``: the exporter's choice.
         batch_advice: Why the batch had better be fixed there; ``""``: it need not be.
+        fixes_batch: Whether a file with a dynamic batch fails there; such an export is refused.
         notes: What else whoever runs the file there should know.
     """
 
@@ -55,13 +56,15 @@ class Target:
     computes_coordinates: bool = False
     opset: int | None = None
     batch_advice: str = ""
+    fixes_batch: bool = False
     notes: tuple[str, ...] = ()
 
-    def check(self, lowering: str, computes: str) -> None:
+    def check(self, lowering: str, dynamic_batch: bool, computes: str) -> None:
         """Check that an export can be written for this target.
 
         Args:
             lowering: As ``export_onnx`` was given it.
+            dynamic_batch: So too.
             computes: The argument for which the graph would compute coordinates, or ``""``.
 
         Raises:
@@ -71,6 +74,12 @@ class Target:
             raise ArgumentError(
                 f"lowering={lowering!r} with target={self.name!r}, which has a form of its own: "
                 f"leave lowering out, or write target={ONNX_RUNTIME.name!r}"
+            )
+        if dynamic_batch and self.fixes_batch:
+            raise ArgumentError(
+                f"dynamic_batch=True with target={self.name!r}: {self.title} takes files of a "
+                "fixed batch; pass dynamic_batch=False, and example_inputs of the batch that it "
+                "shall have"
             )
         if computes and not self.computes_coordinates:
             able = [repr(name) for name, each in TARGETS.items() if each.computes_coordinates]
@@ -118,7 +127,7 @@ _OTHERS = (
     ),
     Target("ncnn", "ncnn, by pnnx", batch_advice="pnnx writes for one size of its inputs"),
     Target("mnn", "MNN", computes_coordinates=True),
-    Target("litert", "LiteRT, by onnx2tf", batch_advice="LiteRT's delegates take fixed sizes"),
+    Target("litert", "LiteRT, by onnx2tf", fixes_batch=True),
     Target(
         "coreml",
         "Core ML, by ONNX Runtime's provider",

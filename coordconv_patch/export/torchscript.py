@@ -49,7 +49,13 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
 
 
 def _simplify_(graph: onnx_ir.Model) -> None:
-    """Fold sizes and constants, so that the graph is like that of the other exporter, in place."""
+    """Fold sizes and constants, so that the graph is like that of the other exporter, in place.
+
+    A graph with graphs in its nodes (loops and branches, as two-stage detectors have) stays:
+    folding such ones left values behind that no node gives.
+    """
+    if len(list(graph.graphs())) > 1:
+        return
     UnguardLengths()(graph)
     for _ in range(_MOST_ROUNDS):  # what is evaluated lets inference know more lengths
         if not (ReadSizesOnce()(graph).modified and EvaluateConstants()(graph).modified):

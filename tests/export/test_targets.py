@@ -133,7 +133,11 @@ def test_a_fixed_batch_is_advised_where_it_is_faster(tmp_path: Path) -> None:
         ({"target": "openvino", "lowering": "autotune"}, "leave lowering out"),
         ({"target": "portable", "dynamic_size": True}, "dynamic_size=True with target='portable'"),
         ({"target": "ncnn", "dynamic_size": True}, "ncnn, by pnnx takes stored ones"),
-        ({"target": "litert", "places": True}, "places=True with target='litert'"),
+        (
+            {"target": "litert", "places": True, "dynamic_batch": False},
+            "places=True with target='litert'",
+        ),
+        ({"target": "litert"}, "dynamic_batch=True with target='litert'.* dynamic_batch=False"),
     ],
 )
 def test_what_a_target_cannot_have_is_refused(
