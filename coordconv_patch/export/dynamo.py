@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.running.inputs import split_inputs
-from coordconv_patch.running.torch_versions import as_captured_for_onnx, dimensions_of_names
+from coordconv_patch.running.torch_versions import as_captured_for_onnx, dynamic_axes, name_axes_
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -36,8 +36,10 @@ def export_dynamo(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
         input_names=request.input_names,
         output_names=request.output_names,
         verbose=False,
+        optimize=True,  # as newer versions of torch than 2.6 do by themselves
     )
     assert program is not None
+    name_axes_(program.model, request.axes)
     return program.model
 
 
@@ -64,7 +66,6 @@ def dynamic_shapes(
         return None
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    remaining = iter(dimensions_of_names(axes, tensors))
+    remaining = iter(dynamic_axes(axes))
     each = [(next(remaining) or None) if isinstance(leaf, Tensor) else None for leaf in leaves]
     return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 __all__ = [
     "OLDEST",
@@ -24,8 +27,9 @@ __all__ = [
     "as_captured_for_onnx",
     "at_least_float32",
     "default_device",
-    "dimensions_of_names",
+    "dynamic_axes",
     "is_exporting",
+    "name_axes_",
     "strict_export_hint",
 ]
 
@@ -34,7 +38,7 @@ OLDEST = "2.6"
 # Decided here and not in the functions, since torch.compile traces those.
 _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
-_IS_2_6 = torch.__version__ < (2, 7)
+_IS_2_6 = torch.__version__ < "2.7"
 
 if _TELLS_EXPORTS:
     is_exporting = torch.compiler.is_exporting
@@ -60,37 +64,41 @@ else:  # may go with torch 2.8
 def default_device() -> torch.device:
     """``torch.get_default_device()``, which before torch 2.7 knows nothing of ``with device:``."""
     if _IS_2_6:
-        for mode in reversed(_get_current_function_mode_stack()):
+        for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
             if isinstance(mode, DeviceContext):
                 return torch.device(mode.device)
     return torch.get_default_device()
 
 
-def dimensions_of_names(
-    axes: Sequence[Mapping[int, Any]], tensors: Sequence[Tensor]
-) -> Sequence[Mapping[int, Any]]:
-    """Dynamic axes as ``torch.onnx.export`` takes them: by name, before torch 2.7 as ``Dim``.
+def dynamic_axes(axes: Sequence[Mapping[int, Any]]) -> Sequence[Mapping[int, Any]]:
+    """Dynamic axes, by name, as ``torch.onnx.export`` takes them: before torch 2.7 without names.
 
-    Args:
-        axes: For each tensor the names of its dynamic axes; what is no name stays.
-        tensors: The tensors. Axes of one name and one length are one dimension.
+    What is not a name stays. :func:`name_axes_` gives a graph the names.
     """
     if not _IS_2_6:
         return axes
-    dimensions: dict[tuple[str, int], Any] = {}
-
-    def dimension(name: Any, length: int) -> Any:
-        if not isinstance(name, str):
-            return name
-        if (name, length) not in dimensions:
-            others = sum(name == other for other, _ in dimensions)
-            dimensions[name, length] = Dim(f"{name}_{others}" if others else name)
-        return dimensions[name, length]
-
     return [
-        {index: dimension(name, tensor.shape[index]) for index, name in names.items()}
-        for names, tensor in zip(axes, tensors, strict=True)
+        {index: Dim.DYNAMIC if isinstance(name, str) else name for index, name in names.items()}
+        for names in axes
     ]
+
+
+def name_axes_(model: onnx_ir.Model, axes: Sequence[Mapping[int, Any]]) -> None:
+    """Give the dynamic axes of a graph their names, in place, where the exporter has not."""
+    if not _IS_2_6:
+        return
+    names: dict[str | None, Any] = {}
+    for value, wanted in zip(model.graph.inputs, axes, strict=False):
+        for index, name in wanted.items():
+            dim = None if value.shape is None else value.shape[index]
+            if dim is not None and not isinstance(dim, int):
+                names.setdefault(dim.value, name)
+    values = [output for node in model.graph.all_nodes() for output in node.outputs]
+    for value in (*model.graph.inputs, *values):
+        for index, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value in names:
+                assert value.shape is not None
+                value.shape[index] = names[dim.value]
 
 
 def as_captured_for_onnx(
