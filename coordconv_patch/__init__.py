@@ -62,6 +62,8 @@ from coordconv_patch.patching.window import set_window_
 from coordconv_patch.pictures.placed_transform import PlacedTransform
 from coordconv_patch.pictures.tiles import tile_predictor
 from coordconv_patch.pictures.turns import places_in_turn
+from coordconv_patch.ranking.rank import rank
+from coordconv_patch.ranking.ranking import RankedPart, Ranking
 from coordconv_patch.sites.presets import register_selector
 from coordconv_patch.sites.site import Site
 from coordconv_patch.status import LayerStatus, layer_status
@@ -115,6 +117,8 @@ __all__ = [
     "PlacedTransform",
     "Plan",
     "Radius",
+    "RankedPart",
+    "Ranking",
     "SelectionError",
     "Site",
     "SiteInfluence",
@@ -150,6 +154,7 @@ __all__ = [
     "plan",
     "plot_coords",
     "push_to_hub",
+    "rank",
     "register_channel_block",
     "register_folding_method",
     "register_lowering",

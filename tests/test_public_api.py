@@ -43,6 +43,7 @@ PUBLIC = {
     *("save_pretrained", "from_pretrained", "push_to_hub"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
     *("load_concatenated", "load_concatenated_", "to_concatenated"),
+    *("RankedPart", "Ranking", "rank"),
     "from_exported",
     *("fold", "fold_with", "register_folding_method", "forget_left_behind_"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
@@ -82,6 +83,7 @@ FLOORS = [
     "export",
     "onnx_names",
     "bench",
+    "ranking",
     "demo",
     "cli",
 ]

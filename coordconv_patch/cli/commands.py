@@ -22,6 +22,7 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
+from coordconv_patch.cli.ranked_task import ranked_task
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.files.picture_file import check_picture
@@ -321,6 +322,40 @@ def env_command() -> None:
     from coordconv_patch.cli.environment import environment
 
     print(environment())
+
+
+@app.command("rank", epilog="Example: coordconv-patch rank task.py:task --picture ranking.png")
+def rank_command(
+    task: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION, which returns model, batches, loss_fn")
+    ],
+    where: options.Sites = None,
+    by: Annotated[str | None, typer.Option(help="site or stage. [default: as few rows]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of the model's own weights.")] = 1e-3,
+    steps: Annotated[int | None, typer.Option(help="Steps of a run. [default: by cost]")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.")] = 2,
+    picture: Annotated[Path | None, typer.Option(help="Draw the gains: a .png file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rank convolutions, or stages of them, by what coordinates there take off a loss."""
+    if picture is not None:
+        check_picture(picture)
+    from coordconv_patch.ranking.rank import rank
+
+    ranking = rank(
+        *ranked_task(task),
+        where or "all",
+        by=by,  # type: ignore[arg-type]  # checked there
+        lr=lr,
+        steps=steps,
+        seeds=seeds,
+    )
+    if picture is not None:
+        ranking.plot(picture)
+    if as_json:
+        print(json.dumps(ranking.to_dict(), indent=1))
+        return
+    show(ranking)
 
 
 @app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")
