@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coordconv_patch.bench.picture import check_picture
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import replacement
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.ranking.gains import Gain
 
 __all__ = ["Bar", "draw_ranking"]

@@ -108,8 +108,8 @@ class Ranking(Shown):
     def view(self) -> View:
         """The rows, their verdict below."""
         numbers = ("sites", "params", "gain", "low", "high")
-        columns = (Column("where"), Column("input", rank=1))
-        columns += tuple(Column(heading, is_number=True) for heading in numbers)
+        counted = [Column(heading, is_number=True) for heading in numbers]
+        columns = (Column("where"), Column("input", rank=1), *counted)
         rows = tuple(self._row(row) for row in self.rows)
         notes = (self.verdict(), self._how())
         return View(f"gain of coordinates {self.coords}", (Table(columns, rows),), notes)
