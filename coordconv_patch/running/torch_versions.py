@@ -30,6 +30,7 @@ __all__ = [
     "dynamic_axes",
     "is_exporting",
     "name_axes_",
+    "onnx_exporter_hint",
     "strict_export_hint",
 ]
 
@@ -113,6 +114,13 @@ def as_captured_for_onnx(
     return torch.export.export(
         model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
     )
+
+
+def onnx_exporter_hint() -> str:
+    """What to say where torch.export's ONNX exporter fails; empty from torch 2.7 on."""
+    if not _IS_2_6:
+        return ""
+    return f". The exporter of torch {torch.__version__} knows fewer operators than that of 2.7"
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -404,6 +404,7 @@ class TestTheGuard:
         if way == "call":
             found += [model(x), model.forward(x)]
         elif way == "compile":
+            torch._dynamo.reset()
             found += [torch.compile(model, backend="eager", fullgraph=True)(x)]
         elif way in ("export", "strict"):
             found += [torch.export.export(model, (x,), strict=way == "strict").module()(x)]

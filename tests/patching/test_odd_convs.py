@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from concat_model import ConcatConv2d
+from old_torch import IS_2_6
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -199,7 +200,8 @@ def test_chosen_calls_are_exported_to_onnx(x: Tensor, tmp_path: Any) -> None:
     patched = patched_at("head.conv@0,2", x)
     report = ccp.export_onnx(patched, tmp_path / "p.onnx", x)
     assert list(report.lowerings) == ["head.conv"]
-    assert report.nodes["Conv"] == 1 + 3 + 3 + 2
+    # In torch 2.6 the exporter computes one of the two maps itself.
+    assert report.nodes["Conv"] == 1 + 3 + 3 + 2 - IS_2_6
     assert report.checks[0].difference < 1e-5
 
 
