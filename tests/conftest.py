@@ -17,6 +17,12 @@ if IS_2_6:
     torch.export.export = functools.partial(torch.export.export, strict=False)
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are printed as wide as need be: workers of pytest-xdist are told of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Many tiny convolutions: on a busy machine a second thread makes them 30 times slower."""

@@ -44,7 +44,6 @@ NEEDS_MORE = {
     "patching/test_odd_convs.py::test_torchao_weights_are_refused": "torchao",
     "patching/test_plan_notes.py::test_transformers_models_are_noted_by_their_mask": "transformers",
     "pictures/test_placed_transform.py": "albumentations",
-    "pictures/test_places_page.py": "diffusers",
     "pictures/test_tiles.py": "monai",
     "pictures/test_turns.py": "diffusers",
 }

@@ -22,8 +22,11 @@ SLOW = {
 NOT_RUN = {
     ("CONTRIBUTING.md", "installs packages; .ci/run does it"),
     ("README.md", "installs packages; .ci/run does it"),
+    ("docs/runtimes.md", "installs ten runtimes"),
+    ("docs/versions.md", "installs torch; .ci/run does it with 2.6"),
     ("docs/zoo.md", "hours, and downloads of packages"),
     ("examples/paper/README.md", "hours"),
+    ("examples/ranking/README.md", "hours"),
 }
 """Blocks that cannot run here: the page, and the reason that stands above the block."""
 
