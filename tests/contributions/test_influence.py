@@ -278,7 +278,11 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda m, p: ccp.influence(m, 3), ccp.ArgumentError, r"\[images\]"),
     (lambda m, p: ccp.influence(m, batches(), 3), ccp.ArgumentError, "loss_fn=3"),
     (lambda m, p: ccp.influence(m, batches(), lambda m, b: b[1]), ccp.ArgumentError, "its mean"),
-    (lambda m, p: ccp.influence(m, batches(), lambda m, b: None), ccp.ArgumentError, "return one number"),
+    (
+        lambda m, p: ccp.influence(m, batches(), lambda m, b: None),
+        ccp.ArgumentError,
+        "return one number",
+    ),
     (lambda m, p: ccp.influence(m, [torch.rand(1, 5, 8, 8)]), ccp.PatchError, r"\(1, 5, 8, 8\)"),
     (lambda m, p: ccp.plot_coords(m, p / "m.gif", batches()[0][0]), ccp.ArgumentError, r"\.png"),
     (
