@@ -18,9 +18,11 @@ if IS_2_6:
 
 
 @pytest.fixture(autouse=True)
-def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_terminal() -> Iterator[None]:
     """Results are printed as wide as need be: workers of pytest-xdist are told of 80 columns."""
-    monkeypatch.delenv("COLUMNS", raising=False)
+    with pytest.MonkeyPatch.context() as patch:  # the tests' own must be undone before others
+        patch.delenv("COLUMNS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,9 @@ def _sizes(calls: Sequence[Call] | None, field: str) -> str:
 
 def _notes(rows: Sequence[PlanRow]) -> Iterator[str]:
     """What the tables do not say of some sites."""
-    for text in (_why_chosen, _note, _why_not):
+    # Of a survey, which chooses nothing, all notes are told.
+    note = _note if any(row.chosen for row in rows) else _any_note
+    for text in (_why_chosen, note, _why_not):
         yield from _grouped(rows, text)
     if any(row.chosen and row.multiply_adds is None for row in rows):
         yield "sizes are unknown, so the bars compare weights: pass example_inputs"
@@ -198,6 +200,10 @@ def _notes(rows: Sequence[PlanRow]) -> Iterator[str]:
 
 def _note(row: PlanRow) -> str:
     return row.note if row.chosen or row.site.patched else ""
+
+
+def _any_note(row: PlanRow) -> str:
+    return row.note
 
 
 def _why_chosen(row: PlanRow) -> str:
