@@ -13,11 +13,14 @@ from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.ranking.probe import Loss
-from coordconv_patch.ranking.stages import MOST_STAGES, stages_of
+from coordconv_patch.sites.stages import stages_of
 
 __all__ = ["By", "Part", "Reached", "parts_of", "reached_sites"]
 
 By = Literal["site", "stage"]
+
+_MOST = 16
+"""Sites are ranked alone if they are so many at most, and stages are no more."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,13 @@ def parts_of(
     """The sites that were reached, alone or by stage; ``None``: by stage if they are many."""
     names: Sequence[str] = list(reached)
     if by is None:
-        by = "site" if len(names) <= MOST_STAGES else "stage"
-    groups = stages_of(names) if by == "stage" else {name: (name,) for name in names}
+        by = "site" if len(names) <= _MOST else "stage"
+    stages = stages_of(names, str, most=_MOST)
+    groups = (
+        {stage.name.removesuffix(".*"): stage.members for stage in stages}
+        if by == "stage"
+        else {name: (name,) for name in names}
+    )
     return tuple(
         Part(
             name or "the model",

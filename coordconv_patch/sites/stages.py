@@ -27,7 +27,9 @@ class Stage(Generic[T]):
     members: tuple[T, ...]
 
 
-def stages_of(members: Sequence[T], name: Callable[[T], str]) -> tuple[Stage[T], ...]:
+def stages_of(
+    members: Sequence[T], name: Callable[[T], str], most: int | None = None
+) -> tuple[Stage[T], ...]:
     """Group members by their names, in the order of the first of each group.
 
     Groups are those of the outermost modules, but one that has more than half of all members
@@ -36,14 +38,18 @@ def stages_of(members: Sequence[T], name: Callable[[T], str]) -> tuple[Stage[T],
     Args:
         members: What to group.
         name: A member's qualified name, parts divided by dots.
+        most: No group is taken apart where that would give more groups than so many.
     """
-    groups = _split([(tuple(name(member).split(".")), member) for member in members], 0)
+    whole = [(tuple(name(member).split(".")), member) for member in members]
+    groups = _split(whole, 0)
+    if most is not None and len(groups) > most:
+        groups = [whole]
     while True:
         place, largest = max(enumerate(groups), key=lambda item: len(item[1]), default=(0, []))
         if len(largest) < 2 or len(largest) <= _LARGEST * len(members):
             break
         parts = _split(largest, _shared(largest))
-        if len(parts) < 2:
+        if len(parts) < 2 or (most is not None and len(groups) - 1 + len(parts) > most):
             break
         groups[place : place + 1] = parts
     ordered = sorted(groups, key=lambda group: members.index(group[0][1]))
