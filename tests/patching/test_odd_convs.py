@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from concat_model import ConcatConv2d
-from old_torch import IS_2_6
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -200,8 +199,8 @@ def test_chosen_calls_are_exported_to_onnx(x: Tensor, tmp_path: Any) -> None:
     patched = patched_at("head.conv@0,2", x)
     report = ccp.export_onnx(patched, tmp_path / "p.onnx", x)
     assert list(report.lowerings) == ["head.conv"]
-    # In torch 2.6 the exporter computes one of the two maps itself.
-    assert report.nodes["Conv"] == 1 + 3 + 3 + 2 - IS_2_6
+    # The exporter's optimizer may compute one of the two maps itself (onnxscript 0.7.2 does).
+    assert report.nodes["Conv"] in (1 + 3 + 3 + 2, 1 + 3 + 3 + 1)
     assert report.checks[0].difference < 1e-5
 
 
