@@ -199,7 +199,7 @@ def test_chosen_calls_are_exported_to_onnx(x: Tensor, tmp_path: Any) -> None:
     patched = patched_at("head.conv@0,2", x)
     report = ccp.export_onnx(patched, tmp_path / "p.onnx", x)
     assert list(report.lowerings) == ["head.conv"]
-    # The exporter's optimizer may compute one of the two maps itself (onnxscript 0.7.2 does).
+    # The exporter's optimizer may compute one of the two maps itself.
     assert report.nodes["Conv"] in (1 + 3 + 3 + 2, 1 + 3 + 3 + 1)
     assert report.checks[0].difference < 1e-5
 
