@@ -46,6 +46,7 @@ NEEDS_MORE = {
     "pictures/test_placed_transform.py": "albumentations",
     "pictures/test_tiles.py": "monai",
     "pictures/test_turns.py": "diffusers",
+    "sites/test_placements.py": "ultralytics",
 }
 """Files and tests of those folders that are left out, with the packages that they need."""
 
