@@ -140,11 +140,11 @@ def _measures(name: str, options: argparse.Namespace) -> dict[str, Callable[[str
             name, options.threads, train_size
         )
     found[f"training step, batch 8, {train_size} px"] = lambda key: _median_process(
-        _training, name, train_size, options, key
+        _training, name, train_size, options, key, quick=options.quick
     )
     for batch, size in options.shapes or [(1, model.size), (4, model.size), (8, train_size)]:
         found[f"eager, batch {batch}, {size} px"] = lambda key, b=batch, s=size: _median_process(
-            _eager, name, b, s, options, key
+            _eager, name, b, s, options, key, quick=options.quick
         )
     if not options.skip_compile:
         found[f"compiled, batch 4, {model.size} px"] = lambda key: _compiled(model, options, key)
@@ -160,9 +160,10 @@ def _training(name: str, size: int, options: argparse.Namespace, key: str) -> An
     return timed(runs, PLAIN, options, key)
 
 
-def _median_process(measure: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Measure in fresh processes, and take the medians."""
-    return median_session([_in_fresh_process(measure, *arguments) for _ in range(PROCESSES)])
+def _median_process(measure: Callable[..., Any], *arguments: Any, quick: bool) -> dict[str, Any]:
+    """Measure in fresh processes, one in quick mode, and take the medians."""
+    count = 1 if quick else PROCESSES
+    return median_session([_in_fresh_process(measure, *arguments) for _ in range(count)])
 
 
 def _eager(name: str, batch: int, size: int, options: argparse.Namespace, key: str) -> Any:

@@ -16,7 +16,9 @@ __all__ = [
     "ArgumentError",
     "CoordConvPatchError",
     "CoordinatesError",
+    "ExampleInputsError",
     "ExportError",
+    "MissingPackageError",
     "ModelSourceError",
     "PatchError",
     "SelectionError",
@@ -50,6 +52,10 @@ class PatchError(CoordConvPatchError, RuntimeError):
     """A model, or a chosen site of it, cannot be patched or unpatched."""
 
 
+class ExampleInputsError(PatchError):
+    """The model fails on the example inputs that it was to be run on."""
+
+
 class WeightsError(CoordConvPatchError, ValueError):
     """A coordinate-weights file does not fit the model, or is not such a file.
 
@@ -62,6 +68,10 @@ class WeightsError(CoordConvPatchError, ValueError):
 
 class ExportError(CoordConvPatchError, RuntimeError):
     """An export failed, or its result does not agree with the torch model."""
+
+
+class MissingPackageError(CoordConvPatchError, ImportError):
+    """A package that is needed here is not installed; the message has the pip command."""
 
 
 class ModelSourceError(CoordConvPatchError, ValueError):

@@ -16,6 +16,7 @@ import pytest
 
 import coordconv_patch
 from coordconv_patch import errors
+from coordconv_patch.onnx_names import ONNX_NAMES
 
 ROOT = Path(coordconv_patch.__file__).parent
 PREFIX = "coordconv_patch."
@@ -38,21 +39,27 @@ PUBLIC = {
     *("follow_letterbox_", "follow_padding_", "follow_regions_"),
     *("coord_parameters", "param_groups", "train_only_coords_", "add_to_optimizer_"),
     *("save_coords", "load_coords", "load_coords_"),
+    *("scrambled", "influence", "Influence", "SiteInfluence", "plot_coords"),
+    *("save_pretrained", "from_pretrained", "push_to_hub"),
     *("import_coordconv", "import_coordconv_", "ImportReport", "ImportedSite"),
     *("load_concatenated", "load_concatenated_", "to_concatenated"),
+    *("RankedPart", "Ranking", "rank"),
     "from_exported",
     *("fold", "fold_with", "register_folding_method", "forget_left_behind_"),
     *("export_onnx", "ExportReport", "verify_onnx", "Check"),
     *("LayerStatus", "Site", "layer_status", "survey", "register_lowering", "register_selector"),
     *(name for name in errors.__all__ if name.endswith("Error")),
+    *("Target", "register_target"),
     "__version__",
 }
 
 FLOORS = [
     "version",
     "errors",
+    "packages",
     "arguments",
     "files",
+    "display",
     "running",
     "channels",
     "layers",
@@ -67,13 +74,16 @@ FLOORS = [
     "training",
     "stable_baselines3",
     "status",
+    "contributions",
     "weights",
     "concatenated",
     "lowering",
     "runtime",
     "verification",
     "export",
+    "onnx_names",
     "bench",
+    "ranking",
     "demo",
     "cli",
 ]
@@ -140,25 +150,38 @@ def _constants_then_classes(name: str) -> tuple[bool, bool, str]:
 
 def test_the_root_defines_nothing_of_its_own() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    kinds = {type(node) for node in tree.body[1:]}
+    (alternative,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(alternative.test) == "TYPE_CHECKING"
+    assert ast.unparse(alternative.orelse) == "__getattr__ = onnx_name"
+    kinds = {type(node) for node in (*tree.body[1:], *alternative.body) if node is not alternative}
     assert kinds == {ast.ImportFrom, ast.Assign}
 
 
-def test_importing_the_package_imports_neither_the_zoos_nor_the_compiler() -> None:
-    """Nor matplotlib: they are extras, and slow; torch's compiler is as slow as torch itself."""
+def test_types_and_lookup_know_the_same_names_of_onnx() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    (alternative,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in alternative.body if isinstance(node, ast.ImportFrom)]
+    names = {alias.name: node.module for node in imports for alias in node.names}
+    assert names == ONNX_NAMES
+
+
+def test_importing_the_package_imports_nothing_slow() -> None:
+    """Neither extras nor rich; torch's compiler is as slow as torch itself."""
     slow = (
         *("timm", "torchvision", "matplotlib", "skimage", "stable_baselines3"),
-        *("torch._dynamo", "torch.onnx"),
+        *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "sympy", "torch._dynamo", "torch.onnx"),
     )
     code = (
-        "import sys, coordconv_patch, coordconv_patch.cli.commands\n"
+        "import sys, coordconv_patch\n"
         "import coordconv_patch.stable_baselines3\n"
+        f"print([name for name in {(*slow, 'rich', 'typer')} if name in sys.modules])\n"
+        "import coordconv_patch.cli.commands\n"
         f"print([name for name in {slow} if name in sys.modules])"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.split() == ["[]", "[]"]
     assert ran.stderr == ""
 
 
@@ -201,7 +224,7 @@ def test_every_error_is_one_of_the_packages_and_of_pythons(name: str) -> None:
     kind = getattr(errors, name)
     assert issubclass(kind, errors.CoordConvPatchError)
     if kind is not errors.CoordConvPatchError:
-        assert issubclass(kind, (ValueError, RuntimeError))
+        assert issubclass(kind, (ValueError, RuntimeError, ImportError))
 
 
 def test_the_package_is_typed() -> None:
@@ -212,6 +235,6 @@ def test_the_command_is_installed() -> None:
     from importlib.metadata import entry_points
 
     (command,) = entry_points(group="console_scripts", name="coordconv-patch")
-    from coordconv_patch.cli.commands import main
+    from coordconv_patch.cli.main import main
 
     assert command.load() is main

@@ -60,6 +60,8 @@ TAKES_A_MODULE: dict[str, Callable[[Any, Given], Any]] = {
     "train_only_coords_": lambda wrong, _: ccp.train_only_coords_(wrong),
     "add_to_optimizer_": lambda wrong, given: ccp.add_to_optimizer_(given.optimizer, wrong),
     "save_coords": lambda wrong, given: ccp.save_coords(wrong, given.folder / "other.safetensors"),
+    "save_pretrained": lambda wrong, given: ccp.save_pretrained(wrong, given.folder / "other"),
+    "from_pretrained": lambda wrong, given: ccp.from_pretrained(wrong, given.folder),
     "load_coords": lambda wrong, given: ccp.load_coords(wrong, given.coords),
     "load_coords_": lambda wrong, given: ccp.load_coords_(wrong, given.coords),
     "fold": lambda wrong, _: ccp.fold(wrong),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from coordconv_patch.bench.machine import describe_machine
 from coordconv_patch.bench.naive import export_naive
@@ -28,6 +27,7 @@ from coordconv_patch.bench.report import (
     BenchReport,
     BenchRow,
 )
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
 from coordconv_patch.export.axes import batch_size
@@ -170,22 +170,27 @@ class _Exported:
             makers[lowering] = functools.partial(self._export, self._model, lowering)
         if naive:
             makers[NAIVE] = self._export_naive
-        progress = tqdm(makers.items(), disable=None, leave=False)
-        for name, make in progress:
-            progress.set_description(f"exporting {name} for {self.provider}")
-            path = self._folder / f"{name.replace(' ', '-')}.onnx"
-            try:
-                self.sizes[name] = make(path)
-            except ExportError as error:
-                if name == PLAIN or (lowerings is not None and name != NAIVE):
-                    raise
-                reason = str(error).partition("\n")[0][:300]
-                self.notes.append(f"{name} is left out: {reason}")
-                continue
-            self.files[name] = path
-            if name == PLAIN:
-                self.files[PLAIN_AGAIN] = path
-                self.sizes[PLAIN_AGAIN] = self.sizes[PLAIN]
+        wanted = lowerings or ()
+        with Progress("exporting", len(makers), unit="files") as progress:
+            for name, make in makers.items():
+                progress.describe(f"exporting {name} for {self.provider}")
+                self._write(name, make, is_wanted=name == PLAIN or name in wanted)
+                progress.step()
+
+    def _write(self, name: str, make: Callable[[Path], int], *, is_wanted: bool) -> None:
+        path = self._folder / f"{name.replace(' ', '-')}.onnx"
+        try:
+            self.sizes[name] = make(path)
+        except ExportError as error:
+            if is_wanted:
+                raise
+            reason = str(error).partition("\n")[0][:300]
+            self.notes.append(f"{name} is left out: {reason}")
+            return
+        self.files[name] = path
+        if name == PLAIN:
+            self.files[PLAIN_AGAIN] = path
+            self.sizes[PLAIN_AGAIN] = self.sizes[PLAIN]
 
     def _export(self, model: nn.Module, lowering: str, path: Path) -> int:
         dynamic_size = lowering in LOWERINGS and not LOWERINGS[lowering].fixes_size

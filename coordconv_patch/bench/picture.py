@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from coordconv_patch.bench.report import NAIVE, PLAIN, PLAIN_AGAIN, BenchGroup, BenchReport
 from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import obstacle_to_writing, replacement
+from coordconv_patch.files.atomic import replacement
+from coordconv_patch.files.picture_file import check_picture
 
-__all__ = ["check_picture", "draw_bench"]
+__all__ = ["draw_bench"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _PATCHED = "#0072B2"
@@ -25,26 +24,6 @@ _MUTED = "#6B7280"
 _MOST_COLUMNS = 3
 
 
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Check, before anything is timed, that a picture can be drawn and written.
-
-    Raises:
-        ArgumentError: If the name's ending is none of an image, the folder does not exist,
-            or matplotlib is not installed; the message says what to install.
-    """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ArgumentError(f"picture {path}: write a name that ends in .png, .svg or .pdf")
-    obstacle = obstacle_to_writing(path)
-    if obstacle:
-        raise ArgumentError(obstacle)
-    if not importlib.util.find_spec("matplotlib"):
-        raise ArgumentError(
-            f"picture {path}: drawing needs matplotlib, which is not installed: run "
-            'pip install "coordconv-patch[bench]", or leave the picture out'
-        )
-
-
 def draw_bench(
     report: BenchReport, path: str | os.PathLike[str], *, subject: str = "a model"
 ) -> None:
@@ -54,9 +33,9 @@ def draw_bench(
 
     Raises:
         ArgumentError: See :func:`check_picture`; also if the file cannot be written.
+        MissingPackageError: If matplotlib is not installed.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordconv_patch.bench.machine import Machine
+from coordconv_patch.display.parts import Bar, Column, Facts, Row, Table
+from coordconv_patch.display.shown import Shown, View
 from coordconv_patch.runtime.providers import CPU
 from coordconv_patch.runtime.timing import Ratio
 
@@ -68,8 +70,8 @@ class BenchGroup:
         return f"{title}, {number.get(self.threads, f'{self.threads} threads')}"
 
 
-@dataclass(frozen=True)
-class BenchReport:
+@dataclass(frozen=True, repr=False)
+class BenchReport(Shown):
     """What :func:`bench_onnx` measured. ``print(report)`` shows its Markdown.
 
     Attributes:
@@ -91,8 +93,7 @@ class BenchReport:
 
         ``subject`` is the model's name, ``command`` what measured it.
         """
-        sites = f"{self.sites} patched site{'s' if self.sites != 1 else ''}"
-        lines = [f"### coordconv-patch bench: {subject}, {sites}", ""]
+        lines = [f"### coordconv-patch bench: {subject}, {_sites(self.sites)}", ""]
         machine, versions = self.machine.lines()
         lines += [f"- command: `{command}`"] if command else []
         lines += [
@@ -122,6 +123,20 @@ class BenchReport:
     def __str__(self) -> str:
         return self.markdown()
 
+    def summary(self) -> str:
+        """One line: how many sites were patched, and what was timed."""
+        groups = "; ".join(group.title for group in self.groups)
+        return f"{_sites(self.sites)}, {self.repeats} rounds: {groups}"
+
+    def view(self) -> View:
+        """A table for each group, with times as bars."""
+        machine, versions = self.machine.lines()
+        facts = Facts((("machine", machine), ("versions", versions)))
+        tables = (_table_of(group) for group in self.groups)
+        rounds = f"{self.repeats} rounds; ratios of medians to plain, with 95 % bootstrap intervals"
+        notes = (rounds, *self.notes, *self._unrest())
+        return View(f"coordconv-patch bench: {_sites(self.sites)}", (facts, *tables), notes)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON takes it; times in seconds, sizes in bytes."""
         return {
@@ -149,9 +164,34 @@ class BenchReport:
         }
 
 
+_HEADINGS = ("variant", "median ms", "ratio", "95 % interval", "file MB", "file growth")
+
+
+def _sites(count: int) -> str:
+    return f"{count} patched site{'s' if count != 1 else ''}"
+
+
+def _table_of(group: BenchGroup) -> Table:
+    slowest = max(row.seconds for row in group.rows)
+    bars = [Bar(row.seconds / slowest) for row in group.rows]
+    rows = tuple(
+        Row((*cells, bar), strong=not cells[0].startswith(PLAIN))
+        for cells, bar in zip(_cells(group), bars, strict=True)
+    )
+    name, *others = _HEADINGS
+    ranks = (2, 0, 1, 4, 3)
+    numbers = (Column(text, True, rank) for text, rank in zip(others, ranks, strict=True))
+    return Table((Column(name), *numbers, Column("time", rank=5)), rows, group.title)
+
+
 def _group_table(group: BenchGroup) -> list[str]:
+    return markdown_table(_HEADINGS, _cells(group))
+
+
+def _cells(group: BenchGroup) -> list[tuple[str, ...]]:
+    """What a table says of each variant, in the order of the headings."""
     plain = group.rows[0].file_size
-    rows = [
+    return [
         (
             row.name,
             f"{row.seconds * 1e3:.3f}",
@@ -162,9 +202,6 @@ def _group_table(group: BenchGroup) -> list[str]:
         )
         for row in group.rows
     ]
-    return markdown_table(
-        ("variant", "median ms", "ratio", "95 % interval", "file MB", "file growth"), rows
-    )
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

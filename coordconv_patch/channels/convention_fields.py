@@ -17,6 +17,7 @@ __all__ = [
     "radius_center_of",
     "range_of",
     "refuse_subclass",
+    "seed_of",
     "value_range_of",
 ]
 
@@ -25,6 +26,7 @@ _LARGEST_VALUE = 1e18
 _MOST_OCTAVES = 32
 """At 32 octaves float64 still tells sin(2^k pi u) to six digits; NeRF uses 10."""
 _LARGEST_PERIOD = 1e6
+_LARGEST_SEED = 2**31 - 1
 
 
 def refuse_subclass(value: object, base: type) -> None:
@@ -113,6 +115,22 @@ def octaves_of(name: str, value: object, *, least: int) -> int:
         raise CoordinatesError(
             f"{name}={excerpt(value)}: write a number of octaves, {least} or more and at "
             f"most {_MOST_OCTAVES}"
+        )
+    return int(cast(int, value))
+
+
+def seed_of(value: object) -> int | None:
+    """The seed of a permutation as an ``int``; ``None``: there is none.
+
+    Raises:
+        CoordinatesError: If it is not a whole number from 0 to 2^31 - 1.
+    """
+    if value is None:
+        return None
+    if not is_whole(value) or not 0 <= cast(int, value) <= _LARGEST_SEED:
+        raise CoordinatesError(
+            f"scrambled={excerpt(value)}: write the seed of a permutation of the places, a whole "
+            f"number from 0 to {_LARGEST_SEED}, or None"
         )
     return int(cast(int, value))
 

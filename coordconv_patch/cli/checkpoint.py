@@ -50,4 +50,22 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelSourceError(f"{path} does not fit the model: {error}") from error
+        hint = _other_head(model, state)
+        raise ModelSourceError(f"{path} does not fit the model: {error}{hint}") from error
+
+
+def _other_head(model: nn.Module, state: Mapping[str, Any]) -> str:
+    """A hint where only the number of a head's classes differs; else empty."""
+    own = model.state_dict()
+    if set(own) != set(state):
+        return ""
+    pairs = [(own[name].shape, getattr(state[name], "shape", ())) for name in own]
+    apart = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+    numbers = {theirs[0] for _, theirs in apart if theirs}
+    if len(numbers) != 1 or any(ours[1:] != theirs[1:] for ours, theirs in apart):
+        return ""
+    number = numbers.pop()
+    return (
+        f"\nIt has a head of {number} outputs: write num_classes={number} (of hf: models "
+        f"num_labels) behind the model's name, such as timm:resnet18?num_classes={number}"
+    )

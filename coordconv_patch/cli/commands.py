@@ -10,14 +10,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from coordconv_patch.bench.bench import bench_onnx
-from coordconv_patch.bench.picture import check_picture, draw_bench
 from coordconv_patch.cli import options
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import console, errors
+from coordconv_patch.cli.console import console, note, show
 from coordconv_patch.cli.models import (
     batches_of,
     check_outputs_equal,
@@ -26,24 +22,24 @@ from coordconv_patch.cli.models import (
     patched_model,
     save_program,
 )
-from coordconv_patch.errors import ArgumentError, CoordConvPatchError, ExportError, PatchError
-from coordconv_patch.export.exporters import check_exporter
-from coordconv_patch.export.onnx import export_onnx
-from coordconv_patch.export.opset import check_opset
+from coordconv_patch.cli.ranked_task import ranked_task
+from coordconv_patch.errors import ArgumentError
 from coordconv_patch.files.atomic import obstacle_to_writing
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.packages import require_packages
 from coordconv_patch.patching.plan import plan, survey
 from coordconv_patch.running.inputs import takes_image_list
-from coordconv_patch.runtime.providers import working_providers
-from coordconv_patch.verification.verify import verify_onnx
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import save_coords
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 _EPILOG = """
-Models: timm:resnet50, torchvision:retinanet_resnet50_fpn, path/to/file.py:function, model.pt2.
+Models: timm:resnet50, timm:resnet18?num_classes=12, timm:hf-hub:OWNER/NAME,
+torchvision:retinanet_resnet50_fpn, hf:microsoft/resnet-18 (or hf:FOLDER),
+path/to/file.py:function, model.pt2.
 
 Sites (--where, repeatable): first, all, stem, neck, head, a name, a glob such as 'layer1.*.conv1',
 re:REGEX, or NAME@0,3: of a convolution that is called several times, those calls alone. A model.pt2
@@ -59,6 +55,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -79,8 +76,14 @@ def plan_command(
     radius: options.Radius = False,
     input_shape: options.Shape = None,
     trust: options.Trust = False,
-    chosen_only: Annotated[bool, typer.Option("--chosen", help="Only the chosen sites.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="A row for each site.")] = False,
+    chosen_only: Annotated[
+        bool, typer.Option("--chosen", help="A row for each chosen site.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show which convolutions would get coordinates, and what that costs. Changes nothing."""
     loaded = loaded_model(model, False, input_shape, trust)
@@ -91,16 +94,17 @@ def plan_command(
         decided = plan(
             loaded.model, where or "first", coords=convention, example_inputs=loaded.example_inputs
         )
+    if html is not None:
+        decided.to_html(html)
     if as_json:
         print(json.dumps(decided.to_dict(), indent=1))
         return
-    # A pipe or a file has no width of its own; a table cut at 80 columns is of no use there.
-    wide = console if sys.stdout.isatty() else Console(width=10_000)
-    wide.print(decided.table(chosen_only=chosen_only))
+    show(decided.by_site(chosen_only=chosen_only) if sites or chosen_only else decided)
 
 
 @app.command(
-    "patch", epilog="Example: coordconv-patch patch timm:resnet50 --out coords.safetensors"
+    "patch",
+    epilog="Example: coordconv-patch patch timm:resnet50 --pretrained --out coords.safetensors",
 )
 def patch_command(
     model: options.Model,
@@ -113,6 +117,8 @@ def patch_command(
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
     coord_weights: options.CoordWeights = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Patch a model, check that its outputs stay bit for bit, and write the result.
 
@@ -136,6 +142,11 @@ def patch_command(
     else:
         patched = patched_model(loaded, where, coords, radius)
         equal = check_outputs_equal(loaded, patched)
+        if not loaded.trained and checkpoint is None:
+            note(
+                "the weights are random, drawn anew by each command, so the file fits no other "
+                "model; pass --pretrained or --checkpoint"
+            )
         result = f"patched {len(coord_layers(patched))} convolutions; {equal}"
     if out.suffix == ".pt2":
         save_program(patched, loaded, out)
@@ -145,7 +156,7 @@ def patch_command(
 
 
 @app.command(
-    "export", epilog="Example: coordconv-patch export timm:resnet50 --out r50.onnx --where first"
+    "export", epilog="Example: coordconv-patch export timm:resnet50 --pretrained --out r50.onnx"
 )
 def export_command(
     model: options.Model,
@@ -164,11 +175,22 @@ def export_command(
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, from 7 on.")] = None,
     exporter: Annotated[str, typer.Option(help="auto, dynamo or torchscript.")] = "auto",
     provider: options.Provider = None,
-    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+    target: options.TargetName = "onnxruntime",
+    tolerance: options.Tolerance = 1e-4,
+    disable_optimizer: options.DisabledOptimizers = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Export to ONNX; run the file in ONNX Runtime and compare with torch before it is kept."""
+    _require_onnx("export")
+    from coordconv_patch.export.exporters import check_exporter
+    from coordconv_patch.export.onnx import export_onnx
+    from coordconv_patch.export.opset import check_opset
+    from coordconv_patch.export.targets import target_named
+
     check_exporter(exporter)
     check_opset(opset, exporter)
+    target_named(target)
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     report = export_onnx(
@@ -184,8 +206,10 @@ def export_command(
         exporter=exporter,  # type: ignore[arg-type]  # checked there
         providers=provider,
         tolerance=tolerance,
+        target=target,
+        disabled_optimizers=disable_optimizer or (),
     )
-    console.print(report.table())
+    show(report)
 
 
 @app.command(
@@ -203,15 +227,27 @@ def verify_command(
     pretrained: options.Pretrained = False,
     coord_weights: options.CoordWeights = None,
     provider: options.Provider = None,
-    tolerance: Annotated[float, typer.Option(help="Relative to the largest output.")] = 1e-4,
+    tolerance: options.Tolerance = 1e-4,
+    disable_optimizer: options.DisabledOptimizers = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare an ONNX file, as ONNX Runtime runs it, with the torch model."""
+    _require_onnx("verify")
+    from coordconv_patch.runtime.providers import working_providers
+    from coordconv_patch.verification.verify import verify_onnx
+
     if not onnx_file.is_file():
         raise ArgumentError(f"there is no file {onnx_file}")
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
-        patched, onnx_file, loaded.example_inputs, providers=provider, tolerance=tolerance
+        patched,
+        onnx_file,
+        loaded.example_inputs,
+        providers=provider,
+        tolerance=tolerance,
+        disabled_optimizers=disable_optimizer or (),
     )
     console.print(
         f"{onnx_file} agrees with torch on {check.inputs}: differs by {check.difference:.2g} of "
@@ -228,25 +264,31 @@ def bench_command(
     input_shape: options.Shape = None,
     trust: options.Trust = False,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. [default: 1]")
+        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. Default: 1.")
     ] = None,
     threads: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="CPU threads, 0: ONNX Runtime's choice; repeatable. [default: 0]"),
+        typer.Option(min=0, help="CPU threads, 0: ONNX Runtime's choice; repeatable. Default: 0."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 30,
     lowering: Annotated[
-        list[str] | None, typer.Option(help="Lowering; repeatable. [default: all]")
+        list[str] | None, typer.Option(help="Lowering; repeatable. Default: all.")
     ] = None,
     provider: options.Provider = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ratios: a .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Time the plain model, the patched one in each lowering, and naive concatenation.
 
     On every execution provider that works here; the variants take turns. What is printed is
     Markdown: paste it into an issue as it is.
     """
+    _require_onnx("bench")
+    from coordconv_patch.bench.bench import bench_onnx
+    from coordconv_patch.bench.picture import draw_bench
+
     if picture is not None:
         check_picture(picture)
     loaded = loaded_model(model, False, input_shape, trust)
@@ -274,11 +316,54 @@ def bench_command(
         print(report.markdown(subject=model, command=command))
 
 
+@app.command("env", epilog="Example: coordconv-patch env")
+def env_command() -> None:
+    """Print versions, execution providers and the machine: paste it into an issue as it is."""
+    from coordconv_patch.cli.environment import environment
+
+    print(environment())
+
+
+@app.command("rank", epilog="Example: coordconv-patch rank task.py:task --picture ranking.png")
+def rank_command(
+    task: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION, which returns model, batches, loss_fn")
+    ],
+    where: options.Sites = None,
+    by: Annotated[str | None, typer.Option(help="site or stage. [default: as few rows]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of the model's own weights.")] = 1e-3,
+    steps: Annotated[int | None, typer.Option(help="Steps of a run. [default: by cost]")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.")] = 2,
+    picture: Annotated[Path | None, typer.Option(help="Draw the gains: a .png file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rank convolutions, or stages of them, by what coordinates there take off a loss."""
+    if picture is not None:
+        check_picture(picture)
+    from coordconv_patch.ranking.rank import rank
+
+    ranking = rank(
+        *ranked_task(task),
+        where or "all",
+        by=by,  # type: ignore[arg-type]  # checked there
+        lr=lr,
+        steps=steps,
+        seeds=seeds,
+    )
+    if picture is not None:
+        ranking.plot(picture)
+    if as_json:
+        print(json.dumps(ranking.to_dict(), indent=1))
+        return
+    show(ranking)
+
+
 @app.command("demo", epilog="Example: coordconv-patch demo --out coordconv-demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("coordconv-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data, heads and batches.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Patch a pretrained EfficientNet-Lite0, fine-tune it, export it, run it: a few minutes."""
     # Imported here: the demo's packages are an extra.
@@ -287,14 +372,7 @@ def demo_command(
     run_demo(out, quick=quick, seed=seed)
 
 
-def main() -> None:
-    """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
-    try:
-        app()
-    except CoordConvPatchError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(1 if isinstance(error, (ExportError, PatchError)) else 2)
-
-
-if __name__ == "__main__":
-    main()
+def _require_onnx(command: str) -> None:
+    """Raise a MissingPackageError if a command lacks what it works with, before it is imported."""
+    purpose = f"coordconv-patch {command}"
+    require_packages(purpose, "onnx", "onnx_ir", "onnxscript", "onnxruntime")

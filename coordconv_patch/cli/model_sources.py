@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from typing import TypeAlias, cast
 
 from coordconv_patch.arguments import check_callable, check_word
+from coordconv_patch.cli.hugging_face import hugging_face_model
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.cli.zoo_models import timm_model, torchvision_model
 from coordconv_patch.errors import ArgumentError
@@ -19,7 +20,11 @@ ENTRY_POINTS = "coordconv_patch.model_sources"
 ModelSource: TypeAlias = Callable[[str, bool], LoadedModel]
 """Loads the model of a name, with its pretrained weights or without."""
 
-MODEL_SOURCES: dict[str, ModelSource] = {"timm": timm_model, "torchvision": torchvision_model}
+MODEL_SOURCES: dict[str, ModelSource] = {
+    "timm": timm_model,
+    "torchvision": torchvision_model,
+    "hf": hugging_face_model,
+}
 """Sources of models, by the prefix that is written before their names."""
 
 
@@ -31,7 +36,9 @@ def register_model_source(prefix: str, load: ModelSource) -> None:
 
     Args:
         prefix: What is written before the colon, such as ``"timm"``.
-        load: Takes the name and whether pretrained weights are wanted. It should raise
+        load: Takes the name, with the arguments that may stand behind it (see
+            :func:`coordconv_patch.cli.model_names.name_and_arguments`), and whether pretrained
+            weights are wanted. It should raise
             :class:`coordconv_patch.ModelSourceError` for a model that cannot be loaded.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coordconv_patch.cli.checkpoint import load_checkpoint_
-from coordconv_patch.cli.console import errors
+from coordconv_patch.cli.console import note
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.cli.sources import load_model, parse_shape
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError, first_line
@@ -93,7 +93,7 @@ def model_to_export(
     if checkpoint is not None:
         load_checkpoint_(patched, checkpoint)
     elif not loaded.trained:
-        errors.print("[yellow]note:[/] the weights are random; pass --pretrained or --checkpoint")
+        note("the weights are random; pass --pretrained or --checkpoint")
     return patched
 
 
@@ -112,7 +112,9 @@ def save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
     """Write a patched model as a torch.export program, or raise an ExportError."""
     args, kwargs = split_inputs(loaded.example_inputs)
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes)
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=loaded.dynamic_shapes, strict=False
+        )
     except Exception as error:
         raise ExportError(
             f"torch.export cannot export this model ({first_line(error)}): write a .safetensors "

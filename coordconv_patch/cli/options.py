@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from coordconv_patch.cli.console import be_quiet, be_verbose
 from coordconv_patch.lowering.registry import LOWERINGS
 
-Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, FILE.py:FUNCTION, .pt2")]
+Model = Annotated[
+    str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:NAME, FILE.py:FUNCTION, .pt2")
+]
 Sites = Annotated[list[str] | None, typer.Option("--where", "-w", help="Sites; repeatable.")]
 CoordsName = Annotated[
     str, typer.Option("--coords", help="paper, reference, mkocabas, solo or paddledetection.")
@@ -29,4 +32,23 @@ CoordWeights = Annotated[
 LoweringName = Annotated[
     str, typer.Option("--lowering", help=f"auto, autotune, {', '.join(LOWERINGS)}.")
 ]
+TargetName = Annotated[
+    str,
+    # Written out, since the targets are in modules that need ONNX.
+    typer.Option(
+        "--target",
+        help="What the file is for: onnxruntime, openvino, opencv, tensorrt, ncnn, mnn, litert, "
+        "coreml, web, portable.",
+    ),
+]
 Provider = Annotated[list[str] | None, typer.Option("--provider", help="Execution provider.")]
+DisabledOptimizers = Annotated[
+    list[str] | None,
+    typer.Option("--disable-optimizer", help="ONNX Runtime optimizer to leave out; repeatable."),
+]
+Tolerance = Annotated[float, typer.Option(help="Relative to the largest output.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Tell what is done, and why.", callback=be_verbose),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell errors alone.", callback=be_quiet)]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.utils._sympy.numbers import int_oo
 
 from coordconv_patch.cli.loaded import LoadedModel
 from coordconv_patch.errors import ModelSourceError
@@ -66,6 +65,8 @@ def _dynamic_axes(program: ExportedProgram) -> list[dict[int, Any]]:
 
 def _axis(program: ExportedProgram, length: Any) -> Any:
     """A dynamic axis as it was when the program was exported, its range included."""
+    from torch.utils._sympy.numbers import int_oo  # sympy takes a second to import
+
     symbol = length.node.expr
     if symbol not in program.range_constraints:
         return Dim.AUTO  # a multiple of another axis, say

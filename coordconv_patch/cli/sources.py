@@ -20,7 +20,7 @@ from coordconv_patch.cli.zoo_models import close_names
 from coordconv_patch.errors import ModelSourceError
 from coordconv_patch.running.inputs import takes_image_list
 
-__all__ = ["load_model", "parse_shape"]
+__all__ = ["load_model", "parse_shape", "result_of_function"]
 
 
 def load_model(
@@ -33,8 +33,9 @@ def load_model(
     """Load the model that a command-line name means.
 
     Args:
-        source: ``timm:NAME``, ``torchvision:NAME`` or another prefix of
-            :data:`.model_sources.MODEL_SOURCES`, ``path/to/file.py:FUNCTION`` (the function
+        source: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or another prefix of
+            :data:`.model_sources.MODEL_SOURCES`, with arguments behind the name if need be
+            (``timm:resnet18?num_classes=12``), ``path/to/file.py:FUNCTION`` (the function
             takes no arguments and returns a module, or a module and its example inputs) or
             ``model.pt2`` (a torch.export program).
         pretrained: Download the zoo's pretrained weights.
@@ -65,6 +66,23 @@ def load_model(
 
 
 def _model_of_function(source: str) -> LoadedModel:
+    result = result_of_function(source)
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(model, nn.Module):
+        raise ModelSourceError(
+            f"{source} returned a {type(model).__name__}; it must return a torch.nn.Module, or "
+            "one and its example inputs"
+        )
+    example = random_image((1, 3, 224, 224)) if example is None else example
+    return LoadedModel(model.eval(), example, True)
+
+
+def result_of_function(source: str) -> Any:
+    """What the function of ``path/to/file.py:FUNCTION`` returns.
+
+    Raises:
+        ModelSourceError: If there is no such file or function, or one of them fails.
+    """
     file_name, _, function_name = source.rpartition(":")
     path = Path(file_name)
     if not path.is_file():
@@ -77,19 +95,11 @@ def _model_of_function(source: str) -> LoadedModel:
         hint = f"; {close}" if close else ""
         raise ModelSourceError(f"{path} has no function {function_name!r}{hint}")
     try:
-        result = function()
+        return function()
     except Exception as error:
         raise ModelSourceError(
             f"{source} failed: {type(error).__name__}: {error}; it must take no arguments"
         ) from error
-    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if not isinstance(model, nn.Module):
-        raise ModelSourceError(
-            f"{source} returned a {type(model).__name__}; it must return a torch.nn.Module, or "
-            "one and its example inputs"
-        )
-    example = random_image((1, 3, 224, 224)) if example is None else example
-    return LoadedModel(model.eval(), example, True)
 
 
 def _run_file(path: Path) -> ModuleType:

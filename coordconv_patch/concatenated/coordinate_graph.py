@@ -38,6 +38,8 @@ def coordinate_graph(
     """
     channels = _Channels(coords, ndim, dtype, joined)
     graph = fx.Tracer().trace(channels)
+    for node in graph.nodes:
+        node.type = None  # torch 2.6 cannot pickle graphs with annotations that are strings
     module = fx.GraphModule({}, graph, "AppendCoordinates" if joined else "CoordinateChannels")
     for size in (tuple(reversed(lengths[:ndim])) for lengths in _SIZES):
         image = torch.zeros(2, 1, *size, dtype=dtype)

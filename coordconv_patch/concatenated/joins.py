@@ -30,7 +30,8 @@ CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 def cat_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], int]:
     """What a call of ``torch.cat`` concatenates, and along which dimension."""
-    given = dict(zip(("tensors", "dim"), args, strict=False)) | dict(kwargs)
+    # Written so that torch.compile of torch 2.6 follows it: no zip of two lengths, no union.
+    given = {**dict(zip(("tensors", "dim")[: len(args)], args, strict=True)), **kwargs}
     return tuple(given["tensors"]), int(given.get("dim", given.get("axis", 0)))
 
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
+from coordconv_patch.contributions.coordinate_maps import coordinate_maps
+from coordconv_patch.contributions.map_picture import draw_maps
 from coordconv_patch.demo.backbone import to_input
-from coordconv_patch.demo.influence import coordinate_maps
 from coordconv_patch.demo.report import DemoReport
 from coordconv_patch.demo.task import Pictures, photograph
 from coordconv_patch.errors import ExportError
@@ -236,23 +237,8 @@ def _draw_maps(axes: Any, report: DemoReport, maps: Mapping[str, Tensor]) -> Non
     finest = max(images.shape[1] for images in maps.values())
     finest_sites = [name for name, images in maps.items() if images.shape[1] == finest]
     site = max(finest_sites, key=report.site_shares.__getitem__)
-    centred = maps[site] - maps[site].mean(dim=(1, 2), keepdim=True)
-    strongest = centred[centred.std(dim=(1, 2)).argsort(descending=True)[:SHOWN_MAPS]]
-    height, width = strongest.shape[1:]
-    columns = 3
-    gap = 0.35
-    limit = float(strongest.abs().max()) or 1.0
-    for index, tile in enumerate(strongest):
-        row, column = divmod(index, columns)
-        left, top = column * (width + gap), row * (height + gap)
-        extent = (left, left + width, top + height, top)
-        axes.imshow(tile.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, extent=extent)
-    rows = -(-len(strongest) // columns)
-    axes.set_xlim(0, columns * (width + gap) - gap)
-    axes.set_ylim(rows * (height + gap) - gap, 0)
-    axes.set_aspect("equal")
-    axes.set_axis_off()
-    _title(axes, f"What {_short(site)} adds,\n{len(strongest)} strongest channels")
+    drawn, _ = draw_maps(axes, maps[site], channels=SHOWN_MAPS, columns=3)
+    _title(axes, f"What {_short(site)} adds,\n{drawn} strongest channels")
 
 
 def _short(site: str) -> str:

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from coordconv_patch.contributions.influence import influence
 from coordconv_patch.demo import backbone, finetune
 from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
-from coordconv_patch.demo.influence import shares, switched_off
 from coordconv_patch.demo.report import DemoReport, ExportCheck, PhotographResult
 from coordconv_patch.demo.requirements import require_demo_packages
 from coordconv_patch.demo.task import (
@@ -32,12 +31,12 @@ from coordconv_patch.demo.task import (
     photograph,
     to_pixels,
 )
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import ExportError
-from coordconv_patch.export.onnx import export_onnx
 from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
-from coordconv_patch.runtime.providers import make_session
+from coordconv_patch.patching.unpatch import unpatch
 from coordconv_patch.training import coord_parameters
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.save_load import save_coords
@@ -164,7 +163,7 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
         starts_equal=torch.equal(start["control"], start["patched"]),
         curves=curves,
         errors=errors,
-        site_shares=shares(patched, task.held_out.images[:64]),
+        site_shares=_shares(patched, task.held_out.images[:64]),
         export=export,
         seconds=log.seconds,
         files=FILES,
@@ -202,15 +201,29 @@ def _position_models(classifier: nn.Module) -> dict[str, nn.Module]:
 def _answers(models: dict[str, nn.Module], held_out: Pictures) -> dict[str, Tensor]:
     """Positions in pixels, shape ``(N, 2)``: of the models, and of two baselines."""
     answers = {name: finetune.predict(model, held_out.images) for name, model in models.items()}
-    with switched_off(models["patched"]):
-        answers["patched, coordinates off"] = finetune.predict(models["patched"], held_out.images)
+    without = unpatch(models["patched"], discard=True)
+    answers["patched, coordinates off"] = finetune.predict(without, held_out.images)
     middle = (held_out.images.shape[-1] - 1) / 2
     answers["always the middle"] = torch.full_like(held_out.centers, middle)
     return answers
 
 
+def _shares(patched: nn.Module, images: Tensor) -> dict[str, float]:
+    """For each site the standard deviation from coordinates over that from the picture."""
+    shares = {}
+    for site in influence(patched, [images]).sites:
+        assert site.variance_from_input is not None
+        assert site.variance_from_coords is not None
+        shares[site.site] = (site.variance_from_coords / site.variance_from_input) ** 0.5
+    return shares
+
+
 def _export(patched: nn.Module, held_out: Pictures, answers: Tensor, path: Path) -> ExportCheck:
     """Export the fine-tuned model, and compare the file with torch on every held-out picture."""
+    # Imported here: that they are installed is checked first.
+    from coordconv_patch.export.onnx import export_onnx
+    from coordconv_patch.runtime.providers import make_session
+
     exported = export_onnx(patched, path, held_out.images[:2], dynamic_batch=True)
     session = make_session(path, [exported.provider], threads=torch.get_num_threads())
     feeds = {session.get_inputs()[0].name: held_out.images.numpy()}
@@ -281,14 +294,12 @@ class _Log:
     def follow(
         self, models: dict[str, nn.Module], task: CupTask, settings: Settings
     ) -> dict[str, Curve]:
-        title, latest = TextColumn("  step"), TextColumn("{task.description}")
-        columns = (title, MofNCompleteColumn(), BarColumn(), latest, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=settings.steps)
+        with Progress("fine-tuning", settings.steps, unit="steps", alike=True) as progress:
 
             def show(step: int, curves: dict[str, Curve]) -> None:
                 figures = [f"{name} {c.median_errors[-1]:.1f} px" for name, c in curves.items()]
-                progress.update(bar, completed=step, description=", ".join(figures))
+                progress.note(", ".join(figures))
+                progress.step(step - progress.done)
 
             return finetune.fine_tune(models, task, settings, on_step=show)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from coordconv_patch.display.progress import progress_over
 from coordconv_patch.errors import ExportError
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite
@@ -90,7 +90,7 @@ def autotune(
         for candidate in _candidates(members, dynamic_batch)
     ]
     trials = []
-    for group, candidate in tqdm(plan, desc="autotuning", unit=" graphs", disable=None):
+    for group, candidate in progress_over(plan, "autotuning", unit="graphs", stays=True):
         members = groups[group]
         if all(lowerings[site.name] == candidate for site in members):
             continue

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -20,6 +19,9 @@ from coordconv_patch.running.inputs import (
     tensors_in,
 )
 from coordconv_patch.verification.torch_run import TorchRun, run_torch
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 __all__ = ["ExportRequest", "batch_size", "check_axes", "inputs_for_tracing", "inputs_to_check"]
 
@@ -105,7 +107,7 @@ def check_axes(request: ExportRequest, model: onnx_ir.Model) -> dict[str, dict[i
         axes = {
             index: dim.value or "?"
             for index, dim in enumerate(value.shape or ())
-            if isinstance(dim, onnx_ir.SymbolicDim)
+            if not isinstance(dim, int)
         }
         fixed = [name for index, name in wanted.items() if index not in axes]
         if fixed:

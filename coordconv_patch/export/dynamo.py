@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
 from coordconv_patch.running.inputs import split_inputs
+from coordconv_patch.running.torch_versions import as_captured_for_onnx, dynamic_axes, name_axes_
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 __all__ = ["dynamic_shapes", "export_dynamo"]
 
@@ -22,18 +25,21 @@ _BFLOAT16_OPSET = 22
 def export_dynamo(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
     """The graph of a model in evaluation mode by torch.export; raises whatever torch does."""
     args, kwargs = split_inputs(inputs_for_tracing(request))
+    shapes = dynamic_shapes(model, request.axes, args, kwargs)
     program = torch.onnx.export(
-        model,
+        as_captured_for_onnx(model, args, kwargs, shapes),
         args,
         kwargs=kwargs,
         dynamo=True,
-        dynamic_shapes=dynamic_shapes(model, request.axes, args, kwargs),
+        dynamic_shapes=shapes,
         opset_version=_opset(model, request),
         input_names=request.input_names,
         output_names=request.output_names,
         verbose=False,
+        optimize=True,  # as newer versions of torch than 2.6 do by themselves
     )
     assert program is not None
+    name_axes_(program.model, request.axes)
     return program.model
 
 
@@ -60,6 +66,6 @@ def dynamic_shapes(
         return None
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
-    remaining = iter(axes)
+    remaining = iter(dynamic_axes(axes))
     each = [(next(remaining) or None) if isinstance(leaf, Tensor) else None for leaf in leaves]
     return cast("dict[str, Any]", pytree.tree_unflatten(each, spec))

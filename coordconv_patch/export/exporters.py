@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from coordconv_patch.export.opset import require_opset
 from coordconv_patch.export.torchscript import export_torchscript
 from coordconv_patch.left_behind.watch import release_watches_
 from coordconv_patch.running.silence import output_silenced, warnings_ignored
+from coordconv_patch.running.torch_versions import onnx_exporter_hint
 from coordconv_patch.running.tracing_gate import tracing_alone
 from coordconv_patch.running.untouched import copied
 
 __all__ = ["EXPORTERS", "Exported", "Exporter", "check_exporter", "evaluation_copy", "export_graph"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def export_graph(model: nn.Module, request: ExportRequest, exporter: str) -> Exp
             raise
         except Exception as error:
             failures.append((title, error))
+            _LOG.debug("%s", _note(title, error, request))
         else:
             notes = tuple(f"{_note(*each, request)}; {title} did" for each in failures)
             return Exported(graph, name, notes)
@@ -103,10 +108,10 @@ def _reason(title: str, error: Exception, request: ExportRequest) -> str:
     """What an error says of it."""
     if isinstance(error, ExportError):
         return str(error)
-    hint = ""
+    hint = onnx_exporter_hint() if title == EXPORTERS["dynamo"].title else ""
     text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
     if request.is_dynamic and any(w in text for w in ("ynamic", "onstraint", "pecializ")):
-        hint = ". If the model's code depends on the batch or image size, pass " + (
+        hint += ". If the model's code depends on the batch or image size, pass " + (
             "dynamic_size=False" if request.dynamic_size else "dynamic_batch=False"
         )
     return f"{title} cannot export the model: {text[:1500]}{hint}"

@@ -17,7 +17,8 @@ from coordconv_patch.export.default_place import give_default_place_
 from coordconv_patch.export.exporters import Exported, export_graph
 from coordconv_patch.export.graph_passes.refusals import Refusal
 from coordconv_patch.export.model_file import write_model
-from coordconv_patch.export.targets import passes_for, rewrite_
+from coordconv_patch.export.rewrites import passes_for, rewrite_
+from coordconv_patch.export.targets import BY_PROVIDER, Target
 from coordconv_patch.followers.follower import followers_of
 from coordconv_patch.lowering.lower import lower_
 from coordconv_patch.lowering.registry import LOWERINGS
@@ -46,15 +47,17 @@ class GraphMaker:
 
     Attributes:
         providers: The execution providers to run on, best first.
-        target: What the graph is rewritten for, see
-            :func:`~coordconv_patch.export.targets.passes_for`.
+        target: What the graph is meant for.
+        rewrites_for: The provider that it is rewritten for where the target leaves that open, see
+            :func:`~coordconv_patch.export.rewrites.passes_for`.
     """
 
     folded: nn.Module
     request: ExportRequest
     exporter: str
     providers: tuple[str, ...]
-    target: str | None
+    target: Target
+    rewrites_for: str | None
 
     def make(self, choose: Callable[[LoweringSite], str]) -> PatchedGraph:
         """Lower, export and rewrite; the model is left as it was."""
@@ -65,7 +68,7 @@ class GraphMaker:
         exported = export_graph(model, self.request, self.exporter)
         if self.request.places:
             give_default_place_(exported.model, self.request.places)
-        passes = passes_for(self.target, lowered, batch=batch_size(example))
+        passes = passes_for(self.rewrites_for, lowered, batch_size(example), self.target)
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(**vars(exported), lowerings=lowered.lowerings, refusals=refusals)
 
@@ -74,6 +77,8 @@ class GraphMaker:
         request = self.request
         if request.places or followers_of(self.folded):
             return lambda site: Computed.name  # from the places, and constants of the sizes
+        if lowering == "auto" and self.target.lowering != BY_PROVIDER:
+            lowering = Computed.name if request.dynamic_size else self.target.lowering
         if lowering == "auto":
             weights = sum(t.nbytes for t in self.folded.parameters())
             return Chooser(

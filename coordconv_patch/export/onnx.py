@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from coordconv_patch.arguments import (
     check_example_inputs,
@@ -18,16 +17,22 @@ from coordconv_patch.arguments import (
     check_number,
     check_path,
 )
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import ArgumentError, ExportError
 from coordconv_patch.export.auto_lowering import check_lowering
 from coordconv_patch.export.autotune import Trial
 from coordconv_patch.export.axes import ExportRequest, check_axes, inputs_to_check
 from coordconv_patch.export.exporters import check_exporter, evaluation_copy
 from coordconv_patch.export.graph_maker import GraphMaker
-from coordconv_patch.export.graph_passes.vocabulary import coordinate_bytes, coordinate_nodes
+from coordconv_patch.export.graph_passes.vocabulary import (
+    coordinate_bytes,
+    coordinate_growth,
+    coordinate_nodes,
+)
 from coordconv_patch.export.model_file import write_model
 from coordconv_patch.export.opset import check_opset, opset_of
 from coordconv_patch.export.report import ExportReport
+from coordconv_patch.export.targets import target_named
 from coordconv_patch.files.atomic import obstacle_to_writing, replacement
 from coordconv_patch.folding.batch_norms import fold_batch_norms_
 from coordconv_patch.followers.follower import followers_of
@@ -60,6 +65,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     disabled_optimizers: Sequence[str] = (),
     places: bool = False,
+    target: str = "onnxruntime",
 ) -> ExportReport:
     """Export a model to ONNX in evaluation mode; verified in ONNX Runtime before it is written.
 
@@ -98,6 +104,11 @@ def export_onnx(
             part of a larger picture that each sample is, see :func:`coordconv_patch.places`;
             one file then serves all tiles of a picture. Fed nothing for it, the file takes
             samples for whole pictures.
+        target: What the file is meant for: ``"onnxruntime"``, ``"openvino"``, ``"opencv"``,
+            ``"tensorrt"``, ``"ncnn"``, ``"mnn"``, ``"litert"``, ``"coreml"``, ``"web"``, or
+            ``"portable"``: ``Conv(x) + initializer``, which any runtime takes. It decides about
+            forms, constants and graph passes, see :mod:`coordconv_patch.export.targets` and
+            docs/runtimes.md. The file is checked in ONNX Runtime, whatever the target.
 
     Returns:
         What was written, and how far it is from torch.
@@ -124,6 +135,8 @@ def export_onnx(
     check_left_behind(model)
     working = working_providers(providers)
     check_lowering(lowering, dynamic_size)
+    aim = target_named(target)
+    aim.check(lowering, dynamic_batch, _computed_for(model, dynamic_size, places))
     if places and lowering != "auto":
         raise ArgumentError(
             f"lowering={lowering!r} with places=True: coordinates of places have one form, leave "
@@ -139,30 +152,29 @@ def export_onnx(
         example_inputs,
         dynamic_batch,
         dynamic_size,
-        opset,
+        aim.opset if opset is None else opset,
         [*input_names, PLACES] if places and input_names else input_names,
         output_names,
         placed.ndim if placed else 0,
     )
-    progress = tqdm(total=3, desc="lowering", delay=1.0, disable=None, leave=False)
-    with replacement(path, ExportError) as temporary, progress:
+    with replacement(path, ExportError) as temporary, Progress("lowering", 3) as progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         # A lowering that was asked for stays what it is.
-        target = working[0] if lowering in ("auto", "autotune") else None
-        maker = GraphMaker(folded_model, request, exporter, working, target)
+        rewrites_for = working[0] if lowering in ("auto", "autotune") else None
+        maker = GraphMaker(folded_model, request, exporter, working, aim, rewrites_for)
         trials: tuple[Trial, ...] = ()
         if lowering == "autotune":
             trials, choose = maker.tuned(disabled_optimizers)
         else:
             choose = maker.rule(lowering)
-        progress.set_description("exporting")
-        progress.update()
+        progress.step()
+        progress.describe("exporting")
         graph = maker.make(choose)
         axes = check_axes(request, graph.model)
         files = write_model(graph.model, temporary)
-        progress.set_description("verifying")
-        progress.update()
+        progress.step()
+        progress.describe("verifying")
         checked = placed or model
         verifier = Verifier(
             checked,
@@ -173,7 +185,7 @@ def export_onnx(
         )
         inputs = inputs_to_check(request, checked, traced=graph.exporter == "torchscript")
         checks = tuple(verifier.check(*pair) for pair in inputs)
-        progress.update()
+        progress.step()
         return ExportReport(
             path=path,
             file_size=sum(file.stat().st_size for file in files),
@@ -188,10 +200,26 @@ def export_onnx(
             provider=working[0],
             dynamic_axes=axes,
             checks=checks,
-            notes=(*graph.notes, *_notes_on(path, files, checks, verifier, working[0])),
+            notes=(
+                *graph.notes,
+                *aim.notes_on(dynamic_batch),
+                *_notes_on(path, files, checks, verifier, working[0]),
+            ),
             windows=_sites_by_window(model),
             refusals=graph.refusals,
+            target=aim.name,
+            growth=coordinate_growth(graph.model.graph),
         )
+
+
+def _computed_for(model: nn.Module, dynamic_size: bool, places: bool) -> str:
+    """The argument, or what else it is, for which a graph computes coordinates; "" if none does."""
+    if dynamic_size:
+        return "dynamic_size=True"
+    if places:
+        return "places=True"
+    followed = sorted({follower.kind for _, follower in followers_of(model)})
+    return f"a model that follows its {' and '.join(followed)}" if followed else ""
 
 
 def _sites_by_window(model: nn.Module) -> dict[Window, tuple[str, ...]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from coordconv_patch.display.parts import Facts
+from coordconv_patch.display.shown import Shown, View
 from coordconv_patch.errors import listing
 from coordconv_patch.export.autotune import Trial
 from coordconv_patch.export.graph_passes.refusals import Refusal
@@ -19,9 +18,9 @@ from coordconv_patch.verification.check import Check
 __all__ = ["ExportReport"]
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What :func:`export_onnx` wrote, and how it was checked. ``print(report)`` shows a table.
+@dataclass(frozen=True, repr=False)
+class ExportReport(Shown):
+    """What :func:`export_onnx` wrote, and how it was checked. ``print(report)`` shows it.
 
     Attributes:
         path: The ONNX file.
@@ -43,6 +42,9 @@ class ExportReport:
             file is for that part of an image alone. Empty where inputs are whole images.
         refusals: What could not be rewritten for the runtime, place by place, and why. The file
             is right all the same, but may be slower or larger there.
+        target: What the file is meant for.
+        growth: Bytes of the file that are there for coordinates: constants, and weights of their
+            own.
     """
 
     path: Path
@@ -61,50 +63,59 @@ class ExportReport:
     trials: tuple[Trial, ...] = ()
     windows: dict[Window, tuple[str, ...]] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    target: str = "onnxruntime"
+    growth: int = 0
 
     @property
     def worst_difference(self) -> float:
         """Largest difference from torch in any check, relative to the largest output."""
         return max(check.difference for check in self.checks)
 
-    def table(self) -> Table:
-        """The report as a rich table."""
-        table = Table(title=str(self.path), title_justify="left", show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        kinds = Counter(self.lowerings.values())
-        forms = ", ".join(f"{count} as {kind}" for kind, count in kinds.items())
-        table.add_row("file", f"{self.file_size / 1e6:.2f} MB, opset {self.opset}")
-        table.add_row("exporter", self.exporter)
-        table.add_row("nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items()))
-        table.add_row("coordinate sites", forms or "none")
-        for window, names in self.windows.items():
-            table.add_row("window", f"{window}, at {listing(names)}")
-        table.add_row("batch norms folded", str(self.folded_batch_norms))
-        table.add_row("coordinate constants", f"{self.coord_constant_bytes:,} bytes")
-        table.add_row(
-            "dynamic axes",
-            "; ".join(
-                f"{name}: {', '.join(axes.values())}" for name, axes in self.dynamic_axes.items()
-            )
-            or "none",
+    def summary(self) -> str:
+        """One line: the file, its size, and how far it is from torch."""
+        return (
+            f"{self.path}, {_megabytes(self.file_size)}, {self._forms() or 'no coordinates'}, "
+            f"differs by {self.worst_difference:.2g}"
         )
-        table.add_row("checked on", self.provider)
-        for check in self.checks:
-            table.add_row(f"  {check.inputs}", _outcome(check))
-        for trial in self.trials:
-            table.add_row(f"  {trial.group}, {trial.sites} sites", _result(trial))
-        for (rewrite, reason), places in _by_reason(self.refusals).items():
-            table.add_row("not rewritten", f"{rewrite} at {listing(places)}: {reason}")
-        for note in self.notes:
-            table.add_row("note", note)
-        return table
 
-    def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    def view(self) -> View:
+        """The report, a line for each fact."""
+        return View(str(self.path), (Facts(tuple(self._facts())),))
+
+    def _forms(self) -> str:
+        kinds = Counter(self.lowerings.values())
+        return ", ".join(f"{count} as {kind}" for kind, count in kinds.items())
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "file", f"{_megabytes(self.file_size)}, opset {self.opset}"
+        yield "target", self.target
+        yield "exporter", self.exporter
+        yield "nodes", ", ".join(f"{count} {op}" for op, count in self.nodes.items())
+        yield "coordinate sites", self._forms() or "none"
+        for window, names in self.windows.items():
+            yield "window", f"{window}, at {listing(names)}"
+        yield "batch norms folded", str(self.folded_batch_norms)
+        yield "coordinate constants", f"{self.coord_constant_bytes:,} bytes"
+        rest = max(self.file_size - self.growth, 1)
+        yield (
+            "file growth",
+            f"{_megabytes(self.growth)} for coordinates ({self.growth / rest:+.1%})",
+        )
+        axes = (f"{name}: {', '.join(names.values())}" for name, names in self.dynamic_axes.items())
+        yield "dynamic axes", "; ".join(axes) or "none"
+        yield "checked on", self.provider
+        for check in self.checks:
+            yield f"  {check.inputs}", _outcome(check)
+        for trial in self.trials:
+            yield f"  {trial.group}, {trial.sites} sites", _result(trial)
+        for (rewrite, reason), places in _by_reason(self.refusals).items():
+            yield "not rewritten", f"{rewrite} at {listing(places)}: {reason}"
+        for note in self.notes:
+            yield "note", note
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
 
 
 def _by_reason(refusals: Iterable[Refusal]) -> dict[tuple[str, str], list[str]]:

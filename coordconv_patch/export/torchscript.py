@@ -11,12 +11,19 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from coordconv_patch.export.axes import ExportRequest, inputs_for_tracing
+from coordconv_patch.export.graph_passes.evaluate_constants import EvaluateConstants
+from coordconv_patch.export.graph_passes.read_sizes_once import ReadSizesOnce
+from coordconv_patch.export.graph_passes.unguard_lengths import UnguardLengths
 from coordconv_patch.running.inputs import split_inputs, tensors_in
 
 __all__ = ["export_torchscript"]
+
+_MOST_ROUNDS = 8
+"""Of reading lengths and evaluating what is made of them."""
 
 
 def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Model:
@@ -36,7 +43,24 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
             output_names=request.output_names,
             dynamic_axes=dict(zip(names, request.axes, strict=False)),
         )
-        return onnx_ir.from_proto(onnx.load(path))
+        graph = onnx_ir.from_proto(onnx.load(path))
+    _simplify_(graph)
+    return graph
+
+
+def _simplify_(graph: onnx_ir.Model) -> None:
+    """Fold sizes and constants, so that the graph is like that of the other exporter, in place.
+
+    A graph with graphs in its nodes (loops and branches, as two-stage detectors have) stays:
+    folding such ones left values behind that no node gives.
+    """
+    if len(list(graph.graphs())) > 1:
+        return
+    UnguardLengths()(graph)
+    for _ in range(_MOST_ROUNDS):  # what is evaluated lets inference know more lengths
+        if not (ReadSizesOnce()(graph).modified and EvaluateConstants()(graph).modified):
+            break
+    optimize_ir(graph)  # as torch.onnx does with what its other exporter makes
 
 
 class _Wrapped(nn.Module):

@@ -39,6 +39,7 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
 from coordconv_patch.layers.coordinate_map import CONVENTION_KEY
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.running.torch_versions import strict_export_hint
 
 __all__ = ["ExportedModule", "from_exported", "require_coord_layers"]
 
@@ -248,7 +249,9 @@ def _convention(grid: fx.Node) -> Coordinates:
         return Coordinates.from_dict(fields)
     if any(_fields_of_convention(node) is not None for node in _ancestors(grid)):
         raise PatchError(f"its grid is changed on the way to the convolution, in {grid.name}")
-    raise PatchError("the program does not tell the convention of its coordinates")
+    raise PatchError(
+        f"the program does not tell the convention of its coordinates{strict_export_hint()}"
+    )
 
 
 def _fields_of_convention(node: fx.Node) -> Mapping[str, Any] | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import Convolution, Padding, pad_amounts, pad_modes
+from coordconv_patch.running.torch_versions import is_exporting
 
 __all__ = ["map_by_lines", "suits_lines"]
 
@@ -49,7 +50,7 @@ def suits_lines(
     """
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not torch.is_grad_enabled()
         and weight.dim() == 4
         and weight.shape[2] * weight.shape[3] > 1

@@ -6,12 +6,9 @@ convolved with the coordinate weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.fx.traceback import annotate, preserve_node_meta
 
 from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.coordinates import Coordinates
@@ -23,6 +20,7 @@ from coordconv_patch.layers.geometry import (
     pad_by_axis,
     pad_modes,
 )
+from coordconv_patch.running.torch_versions import annotate_nodes, annotations_are_kept
 
 __all__ = ["CONVENTION_KEY", "coordinate_map", "grid_for", "pad_grid"]
 
@@ -38,19 +36,10 @@ def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int
     """
     device, dtype = coord_weight.device, coord_weight.dtype
     # The flag is one for the whole process, and the annotations are too.
-    if not (torch.compiler.is_exporting() and is_capturing()):
+    if not (annotations_are_kept() and is_capturing()):
         return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
-    with _telling(coords):
+    with annotate_nodes({CONVENTION_KEY: coords.to_dict()}):
         return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
-
-
-@contextmanager
-def _telling(coords: Coordinates) -> Iterator[None]:
-    """While entered, nodes that torch.export records carry the convention."""
-    # Strict export lets dynamo see to it that annotations reach the graph; otherwise they
-    # are taken over only where that is asked for.
-    with preserve_node_meta(), annotate({CONVENTION_KEY: coords.to_dict()}):
-        yield
 
 
 def pad_grid(

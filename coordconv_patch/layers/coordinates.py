@@ -23,22 +23,25 @@ from torch import Tensor
 
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.convention_fields import (
-    is_whole,
     octaves_of,
     radius_center_of,
     refuse_subclass,
+    seed_of,
     value_range_of,
 )
 from coordconv_patch.channels.positions import AXIS_NAMES, AxisPixels
 from coordconv_patch.channels.registry import blocks_from_fields, blocks_of
+from coordconv_patch.channels.scrambled_positions import scrambled_positions
 from coordconv_patch.errors import CoordinatesError, excerpt
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.field_combinations import SHORT_FIELDS, check_combination
 from coordconv_patch.layers.grid_cache import GridCache
+from coordconv_patch.layers.grid_size import plain_sizes
 from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.layers.presets import PRESET_NAMES, preset_fields
 from coordconv_patch.layers.usual_blocks import usual_blocks
 from coordconv_patch.layers.window import Window, window_from_fields
+from coordconv_patch.running.torch_versions import at_least_float32, default_device
 
 __all__ = ["Coordinates"]
 
@@ -77,6 +80,8 @@ class Coordinates:
             :class:`coordconv_patch.Radius`, :class:`coordconv_patch.Fourier` and, for blocks of
             your own, :func:`coordconv_patch.register_channel_block`. Empty: the channels that the
             other fields say.
+        scrambled: The seed of a permutation of all places, see :func:`coordconv_patch.scrambled`;
+            ``None``: every place keeps its own coordinates.
 
     Raises:
         CoordinatesError: If a value is out of range or of another type (1 is not
@@ -99,6 +104,7 @@ class Coordinates:
     window: Window | None = None
     swap_sizes: bool = False
     channels: tuple[ChannelBlock, ...] = ()
+    scrambled: int | None = None
     _usual_blocks: ClassVar[tuple[tuple[ChannelBlock, ...], ...]] = ()
 
     def __post_init__(self) -> None:
@@ -118,6 +124,7 @@ class Coordinates:
         if self.radius_center is not None:
             object.__setattr__(self, "radius_center", radius_center_of(self.radius_center))
         object.__setattr__(self, "channels", blocks_of(self.channels))
+        object.__setattr__(self, "scrambled", seed_of(self.scrambled))
         check_combination(self.__dict__, _DEFAULTS)
         self._kept_usual_blocks()
 
@@ -238,15 +245,14 @@ class Coordinates:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """As :meth:`grid`, without a copy: others get the same tensor, so only read it."""
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = default_device() if device is None else torch.device(device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         size = tuple(size)
         self._check_ndim(len(size))
         if is_capturing() or not all(type(length) is int for length in size):
-            if not is_capturing() and (plain := _plain_sizes(size)) is not None:
+            if not is_capturing() and (plain := plain_sizes(size)) is not None:
                 return self.shared_grid(plain, device=device, dtype=dtype)
-            compute_dtype = torch.promote_types(dtype, torch.float32)
-            return self._compute(size, device, compute_dtype).to(dtype)
+            return self._compute(size, device, at_least_float32(dtype)).to(dtype)
         if is_transforming():
             # A fake or wrapped tensor must not reach the cache.
             return self._compute(size, device, torch.float64).to(dtype)
@@ -304,8 +310,9 @@ class Coordinates:
 
     def __str__(self) -> str:
         if self.channels:
-            window = "" if self.window is None else f" window={self.window}"
-            return f"({', '.join(map(str, self.channels))}){window}"
+            beside = {"window": self.window, "scrambled": self.scrambled}
+            given = "".join(f" {k}={v}" for k, v in beside.items() if v is not None)
+            return f"({', '.join(map(str, self.channels))}){given}"
         ndim = 2 if self.window is None else len(self.window.size)
         names = ", ".join(self.channel_names(ndim)[: ndim + self.radius])
         parts = [f"({names})"]
@@ -337,6 +344,8 @@ class Coordinates:
         The window does not matter: the pixels say themselves where they lie.
         """
         blocks = self.blocks(len(positions))
+        if self.scrambled is not None:
+            positions = scrambled_positions(positions, self.scrambled)
         return [values for block in blocks for values in block.values(positions)]
 
     def lines(
@@ -363,7 +372,8 @@ class Coordinates:
 
     def is_separable(self, ndim: int) -> bool:
         """Whether each channel depends on one of ``ndim`` spatial dimensions alone."""
-        return None not in [dim for block in self.blocks(ndim) for dim in block.dims(ndim)]
+        dims = [dim for block in self.blocks(ndim) for dim in block.dims(ndim)]
+        return self.scrambled is None and None not in dims
 
     def _computed(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The grid as the cache keeps it."""
@@ -385,13 +395,3 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Coordinat
 
 _cached_grid = GridCache(max_bytes=64 * 2**20)
 """Grids by convention, size, device and dtype: eight of 2 x 1024 x 1024 in float32."""
-
-
-def _plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:
-    """Sizes of numpy's or other integers as Python's; ``None`` for symbolic ones."""
-    if all(is_whole(length) for length in size):
-        return tuple(int(cast(int, length)) for length in size)
-    for length in size:
-        if not (isinstance(length, (torch.SymInt, Tensor)) or is_whole(length)):
-            raise CoordinatesError(f"size={excerpt(size)}: write whole numbers, such as (224, 224)")
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from coordconv_patch.channels.given import Given
 from coordconv_patch.errors import CoordinatesError
 
 __all__ = ["SHORT_FIELDS", "check_combination"]
@@ -42,4 +43,10 @@ def check_combination(fields: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         raise CoordinatesError(
             "centring='swapped endpoints' reproduces the released reference code, which does "
             "not know windows: leave the window out"
+        )
+    maps = [block.name for block in fields["channels"] if isinstance(block, Given)]
+    if fields["scrambled"] is not None and maps:
+        raise CoordinatesError(
+            f"scrambled={fields['scrambled']} and Given({maps[0]!r}): maps that come with the call "
+            "have no places to permute, permute the maps that you give, or leave scrambled out"
         )

@@ -23,10 +23,12 @@ from torch import Tensor
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.given import Given
 from coordconv_patch.channels.positions import AxisPixels
+from coordconv_patch.channels.scrambled_positions import scrambled_positions
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.places import Placed
+from coordconv_patch.running.torch_versions import at_least_float32
 
 __all__ = ["check_one_place_a_sample", "placed_grid"]
 
@@ -67,7 +69,7 @@ def _computed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    computed = torch.promote_types(dtype, torch.float32)
+    computed = at_least_float32(dtype)
     # The few numbers of a place are worked out in float64; not every device and runtime has it.
     wide = computed if is_capturing() or device.type == "mps" else torch.float64
     # Rows and columns from here on in the order of a tensor's dimensions: z, y, x.
@@ -79,10 +81,13 @@ def _computed(
     for block in coords.blocks(len(size)):
         if isinstance(block, Given):
             channels += [map.to(device) for map in block.resized(placed.maps, size)]
-        elif block.is_affine:
+        elif block.is_affine and coords.scrambled is None:
             channels += _affine_channels(block, linear, shift, lengths, lines, computed)
         else:
-            channels += _other_channels(block, linear, shift, lengths, lines)
+            pixels = _every_pixel(linear, shift, lengths, lines)
+            if coords.scrambled is not None:
+                pixels = scrambled_positions(pixels, coords.scrambled)
+            channels += block.values(pixels)
     shape: Any = (_samples(placed), *size)
     grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
     if placed.picture is None:
@@ -135,16 +140,12 @@ def _affine_channels(
     return channels
 
 
-def _other_channels(
-    block: ChannelBlock,
-    linear: Tensor,
-    shift: Tensor,
-    lengths: Tensor,
-    lines: Sequence[Tensor],
-) -> list[Tensor]:
-    """Channels by the position of every pixel."""
+def _every_pixel(
+    linear: Tensor, shift: Tensor, lengths: Tensor, lines: Sequence[Tensor]
+) -> tuple[AxisPixels, ...]:
+    """Where every pixel of the input lies in its whole picture, by axis."""
     positions = _positions(linear, shift, lines)
-    return block.values(_pixels(positions, lengths[(..., *(None,) * len(lines))]))
+    return _pixels(positions, lengths[(..., *(None,) * len(lines))])
 
 
 def _positions(linear: Tensor, shift: Tensor, lines: Sequence[Tensor]) -> list[Tensor]:

@@ -116,7 +116,8 @@ class BranchMode(TorchFunctionMode):
             position = self.seen[index]
             self.seen[index] += 1
             if indices is None or position in indices:
-                arguments = dict(zip(names, args, strict=False))
+                # Of equal lengths: torch.compile of torch 2.6 refuses others in spite of strict.
+                arguments = dict(zip(names[: len(args)], args, strict=True))
                 for argument in kwargs:  # code that torch.compile made checks more for a union
                     arguments[argument] = kwargs[argument]
                 output = self._with_branch(site, key, arguments, output)

@@ -18,7 +18,8 @@ from coordconv_patch.left_behind.watch import watch_
 from coordconv_patch.owners.call_owners import add_to_owner_
 from coordconv_patch.owners.owned_calls import OwnedCalls
 from coordconv_patch.patching.graph_edit import GraphEdit, rows_by_graph
-from coordconv_patch.patching.plan import Plan, PlanRow
+from coordconv_patch.patching.plan import Plan
+from coordconv_patch.patching.plan_row import PlanRow
 from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.wrappers import check_not_wrapped
 from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite

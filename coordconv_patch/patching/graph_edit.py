@@ -18,7 +18,7 @@ from coordconv_patch.graphs.functional import (
 )
 from coordconv_patch.layers.branch import CoordBranch, branch_name
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.patching.plan import PlanRow
+from coordconv_patch.patching.plan_row import PlanRow
 
 __all__ = ["GraphEdit", "remove_branches_", "rows_by_graph"]
 

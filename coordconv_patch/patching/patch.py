@@ -9,13 +9,14 @@ which has no other code, is the graph rewritten: conv(x, W) becomes conv(x, W) +
 
 from __future__ import annotations
 
+import logging
 import warnings
-from typing import Any
+from typing import Any, overload
 
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import PatchError, listing
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.apply import apply_plan_
@@ -27,10 +28,34 @@ from coordconv_patch.patching.plan_warnings import (
 )
 from coordconv_patch.patching.same_outputs import Promise
 from coordconv_patch.running.rollback import ModuleStates
-from coordconv_patch.running.untouched import LOOK, copied
+from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.sites.select import Where
 
 __all__ = ["patch", "patch_"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@overload
+def patch(
+    model: Model,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+    check: bool = True,
+) -> Model: ...
+
+
+@overload
+def patch(
+    model: ExportedProgram,
+    where: Where = "first",
+    *,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+    check: bool = True,
+) -> fx.GraphModule: ...
 
 
 def patch(
@@ -86,13 +111,13 @@ def patch(
 
 
 def patch_(
-    model: nn.Module,
+    model: Model,
     where: Where = "first",
     *,
     coords: Coordinates | str | None = None,
     example_inputs: Any = None,
     check: bool = True,
-) -> nn.Module:
+) -> Model:
     """Patch a model in place; see :func:`patch` for the arguments and errors.
 
     An optimizer that was built before does not know the coordinate weights; see
@@ -113,22 +138,18 @@ def patch_(
         return _patch_and_check_(model, model, decided, example_inputs if check else None)
 
 
-def _patch_and_check_(
-    model: nn.Module, target: nn.Module, decided: Plan, example_inputs: Any
-) -> nn.Module:
+def _patch_and_check_(model: nn.Module, target: Model, decided: Plan, example_inputs: Any) -> Model:
     """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
     before = None if promise is None else ModuleStates(target)
     apply_plan_(target, decided)
+    _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
     broken = None if promise is None else promise.broken()
     if promise is not None and before is not None and broken is not None:
         before.restore()
-        promise.explain(broken)
-        warnings.warn(
-            "the model gives other outputs each time that it is run on the example inputs, so they "
-            "could not be compared before and after patching",
-            stacklevel=3,
-        )
+        doubt = promise.explain(broken)
+        if doubt:
+            warnings.warn(doubt, stacklevel=3)
         apply_plan_(target, decided)
     warn_of_unreached(decided, promise)
     return target

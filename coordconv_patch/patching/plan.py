@@ -1,7 +1,7 @@
 """The dry run: which sites would be patched, what that costs, and why.
 
-A plan changes nothing. It prints as a table, and its rows are values that a
-program can read.
+A plan changes nothing. It prints as a table, a row for each stage of the model, and its own
+rows, one for each site, are values that a program can read.
 """
 
 from __future__ import annotations
@@ -10,86 +10,27 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.display.shown import Shown, View
 from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.graphs.programs import from_exported
-from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.geometry import Call
 from coordconv_patch.patching.plan_notes import notes_on
+from coordconv_patch.patching.plan_row import Cost, PlanRow
+from coordconv_patch.patching.plan_view import scaled, view_by_site, view_by_stage, whole_view
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites.site import Site, SiteMap
 
-__all__ = ["Cost", "Plan", "PlanRow", "plan", "plan_sites", "survey"]
+__all__ = ["Plan", "plan", "plan_sites", "survey"]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What coordinates at one site, or at several, add to a model.
-
-    Attributes:
-        parameters: Coordinate weights; 0 at sites that are not chosen.
-        multiply_adds: Multiply-adds that the branch adds to one forward pass, whatever
-            the batch size, over all chosen calls; ``None`` if the sizes are unknown.
-    """
-
-    parameters: int = 0
-    multiply_adds: int | None = None
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One site of a plan.
-
-    Attributes:
-        choice: The site, and whether and why it would be patched.
-        cost: What that would add.
-        note: What else to know about it; often empty.
-    """
-
-    choice: Choice
-    cost: Cost
-    note: str
-
-    @property
-    def site(self) -> Site:
-        """The site."""
-        return self.choice.site
-
-    @property
-    def chosen(self) -> bool:
-        """Whether it would be patched."""
-        return self.choice.chosen
-
-    @property
-    def reason(self) -> str:
-        """Why, or why not."""
-        return self.choice.reason
-
-    @property
-    def parameters(self) -> int:
-        """Coordinate weights that it would get."""
-        return self.cost.parameters
-
-    @property
-    def multiply_adds(self) -> int | None:
-        """Multiply-adds that it would cost; see :class:`Cost`."""
-        return self.cost.multiply_adds
-
-    def of_calls(self, chosen_calls: ChosenCalls | None) -> PlanRow:
-        """The row, with coordinates at these calls of the site; ``None``: at every one."""
-        return replace(self, choice=replace(self.choice, chosen_calls=chosen_calls))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`coordconv_patch.patch` would do. ``print(plan)`` shows a table.
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """What :func:`coordconv_patch.patch` would do. ``print(plan)`` shows it by stages.
 
     Attributes:
         coords: The convention of the coordinate channels.
@@ -149,54 +90,37 @@ class Plan:
             ],
         }
 
-    def table(self, *, chosen_only: bool = False) -> Table:
-        """The plan as a rich table; with all sites, or the chosen ones alone."""
-        table = Table(title=f"coordinates {self.coords}", title_justify="left")
-        for heading in ("", "site", "class", "geometry", "input", "output"):
-            table.add_column(heading, overflow="fold", no_wrap=heading != "site")
-        for heading in ("calls", "params", "MAdds"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("why")
-        for row in self.rows:
-            if chosen_only and not row.chosen:
-                continue
-            calls = row.site.calls
-            table.add_row(
-                "+" if row.chosen else "",
-                row.site.name,
-                row.site.class_name,
-                "?" if row.site.geometry is None else str(row.site.geometry),
-                _sizes(calls, "input_size"),
-                _sizes(calls, "output_size"),
-                "?" if calls is None else str(len(calls)),
-                f"{row.parameters:,}" if row.chosen else "",
-                ("?" if row.multiply_adds is None else _scaled(row.multiply_adds))
-                if row.chosen
-                else "",
-                f"{row.reason}; {row.note}" if row.note else row.reason,
-                style=None if row.chosen else "dim",
-            )
-        table.caption = "\n".join((self.summary(), *self.notes))
-        table.caption_justify = "left"
-        return table
+    def view(self) -> View:
+        """The plan by stages of the model, a row each."""
+        return view_by_stage(self._title, self.rows, self._told)
+
+    def by_site(self, *, chosen_only: bool = False) -> View:
+        """The plan by sites: all of them, or the chosen ones alone. ``print`` shows it."""
+        rows = [row for row in self.rows if row.chosen or not chosen_only]
+        return view_by_site(self._title, rows, self._told)
+
+    def whole_view(self) -> View:
+        """What :meth:`to_html` writes: stages and sites in order of execution."""
+        return whole_view(self._title, self.rows, self._told)
+
+    @property
+    def _title(self) -> str:
+        return f"coordinates {self.coords}"
+
+    @property
+    def _told(self) -> tuple[str, ...]:
+        return (self.summary(), *self.notes)
 
     def summary(self) -> str:
         """One line: sites chosen, weights and multiply-adds added."""
         madds = self.multiply_adds
-        cost = "" if madds is None else f", {_scaled(madds)} multiply-adds a forward pass"
+        cost = "" if madds is None else f", {scaled(madds)} multiply-adds a forward pass"
         regions = self.site_map.regions
         whole = "traced whole" if not self.site_map.untraced else f"{len(regions)} traced regions"
         return (
             f"{len(self.chosen)} of {len(self.rows)} sites chosen, "
             f"{self.parameters:,} coordinate weights{cost} ({whole})"
         )
-
-    def __str__(self) -> str:
-        # As wide as it needs: a folded name could not be copied into where=.
-        console = Console(width=10_000, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def plan(
@@ -310,21 +234,3 @@ def _are_zero(coords: Coordinates, ndim: int) -> bool:
         return not coords.shared_grid((1,) * ndim).any()
     except CoordinatesError:  # they do not fit, which matters where the site is chosen
         return False
-
-
-def _sizes(calls: tuple[Call, ...] | None, field: str) -> str:
-    if calls is None:
-        return "?"
-    unique = dict.fromkeys(getattr(call, field) for call in calls)
-    shown = ["\u00d7".join(map(str, size)) for size in unique]
-    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
-
-
-def _scaled(count: int) -> str:
-    """A count with a decimal prefix: 1.2 M."""
-    value = float(count)
-    for prefix in ("", " k", " M", " G"):
-        if value < 1000:
-            return f"{value:.3g}{prefix}"
-        value /= 1000
-    return f"{value:.3g} T"

@@ -55,6 +55,7 @@ class Promise:
         self._model, self._target = model, target
         self._example_inputs = example_inputs
         self._before = self._plain_runs()
+        self._after = self._before
         self._inputs: list[tuple[str, int]] = []
         self.reached: dict[Mode, frozenset[str]] = {}
         """The coordinate layers that the patched model ran, in the modes that were compared."""
@@ -70,10 +71,11 @@ class Promise:
 
         Modes in which the plain model itself fails on the example inputs are left out.
         """
-        after = {
+        after: dict[Mode, ComparedRun] = {
             mode: ComparedRun.of(self._target, self._example_inputs, training=mode == "training")
             for mode in self._before
         }
+        self._after = after
         self.reached = {
             mode: run.reached
             for mode, run in after.items()
@@ -84,17 +86,27 @@ class Promise:
             self._inputs = self._inputs_of_convolutions(broken.mode)
         return broken
 
-    def explain(self, broken: Difference) -> None:
+    def explain(self, broken: Difference) -> str:
         """Say of a broken promise what is different, and where that begins.
 
         The target is plain again by now.
 
+        Returns:
+            Why nothing can be said, for a warning; empty if the promise is kept after all: the
+            plain copy has the outputs of the patched one. Copies of weights that lie unaligned in
+            memory, as those do that are mapped from a file, can have other last bits.
+
         Raises:
-            PatchError: Unless the model gives other outputs each time by itself, so that
-                nothing can be said.
+            PatchError: Otherwise.
         """
         if _first_difference(self._before, self._plain_runs()) is not None:
-            return
+            return (
+                "the model gives other outputs each time that it is run on the example inputs, so "
+                "they could not be compared before and after patching"
+            )
+        copy = ComparedRun.of(self._target, self._example_inputs, training=False)
+        if _first_difference(self._before | {"evaluation": copy}, self._after) is None:
+            return ""
         site = first_with_other_input(self._inputs_of_convolutions(broken.mode), self._inputs)
         where = f"the first convolution whose input differs is {site}"
         if not site:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -23,10 +25,18 @@ from coordconv_patch.left_behind.watch import (
 from coordconv_patch.owners.call_owners import CallOwner, remove_from_owner_
 from coordconv_patch.patching.graph_edit import remove_branches_
 from coordconv_patch.running.inputs import check_is_module
-from coordconv_patch.running.untouched import LOOK, copied
+from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.running.wrappers import check_not_wrapped
 
 __all__ = ["unpatch", "unpatch_"]
+
+
+@overload
+def unpatch(model: Model, *, discard: bool = False) -> Model: ...
+
+
+@overload
+def unpatch(model: ExportedProgram, *, discard: bool = False) -> fx.GraphModule: ...
 
 
 def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.Module:
@@ -41,7 +51,7 @@ def unpatch(model: nn.Module | ExportedProgram, *, discard: bool = False) -> nn.
         return unpatch_(copied(model), discard=discard)
 
 
-def unpatch_(model: nn.Module, *, discard: bool = False) -> nn.Module:
+def unpatch_(model: Model, *, discard: bool = False) -> Model:
     """Take the coordinates away again, in place.
 
     Modules get back the class that they had, graphs lose the branches.

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import ExampleInputsError, PatchError
 
 __all__ = [
     "as_plain_dict",
@@ -61,12 +61,14 @@ def takes_image_list(example_inputs: Any) -> bool:
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
-    """The model's output on example inputs, see :func:`split_inputs`; a PatchError if it fails."""
+    """The model's output on example inputs, see :func:`split_inputs`; an ExampleInputsError
+    if it fails.
+    """
     args, kwargs = split_inputs(example_inputs)
     try:
         return model(*args, **kwargs)
     except Exception as error:
-        raise PatchError(
+        raise ExampleInputsError(
             f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "
             f"{type(error).__name__}: {error}"
         ) from error

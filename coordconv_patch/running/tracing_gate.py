@@ -17,9 +17,11 @@ original. And while a thread is in :func:`tracing_alone`, the gate is closed:
 Two traces of *other* code still put back each other's replacements. torch.export itself changes
 more of the process for as long as it runs, whoever calls it: other threads' convolutions are
 computed without oneDNN (the last bits differ), and a model that torch.compile has compiled may
-raise a KeyError there. And in torch versions that keep the flag "is tracing" for the whole
-process, not for each thread (2.14 no longer does), a compiled model that another thread calls at
-that moment raises.
+raise a KeyError there.
+
+Before torch 2.14 the flag "is tracing" is one for the whole process: a compiled model that another
+thread calls at that moment raises, and after two traces that overlap it stays set for good. So the
+gate makes torch.fx ask for the thread there too.
 """
 
 from __future__ import annotations
@@ -131,6 +133,10 @@ class _Gate:
             self._new_patcher = getattr(_fx, "_new_patcher", None)
             if self._new_patcher is not None:  # else this torch leaves us the lock alone
                 _fx._new_patcher = self._pass
+            if hasattr(_fx, "_is_fx_tracing_flag"):  # may go with torch 2.13
+                # In place: what torch.compile has compiled holds the function itself.
+                _fx._is_tracing_here = _is_tracing_here
+                _fx.is_fx_tracing.__code__ = _is_fx_tracing.__code__
 
     def close(self) -> bool:
         """Close the gate for the running thread, unless other threads trace or wait to do so."""
@@ -180,6 +186,11 @@ def _is_tracing_here() -> bool:
     while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
         frame = frame.f_back  # type: ignore[assignment]  # the loop ends at None
     return frame is not None
+
+
+def _is_fx_tracing() -> bool:
+    """What ``torch.fx._symbolic_trace.is_fx_tracing`` becomes; the names are that module's."""
+    return _is_fx_tracing_flag and _is_tracing_here()  # type: ignore[name-defined] # noqa: F821
 
 
 def _kept_to_thread(patcher: Any, thread: int) -> Any:

@@ -14,14 +14,17 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 
-__all__ = ["LOOK", "copied", "evaluation", "in_mode", "state_restored"]
+__all__ = ["LOOK", "Model", "copied", "evaluation", "in_mode", "state_restored"]
+
+Model = TypeVar("Model", bound=nn.Module)
+"""The class of a model, which what is done to it or to its copy keeps."""
 
 LOOK = threading.RLock()
 """Held by the thread that looks at a model, copies one or changes one."""
@@ -165,10 +168,10 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 
 def copied(
-    model: nn.Module,
+    model: Model,
     error: type[CoordConvPatchError] = PatchError,
     advice: str = "use the in-place form, patch_ or unpatch_",
-) -> nn.Module:
+) -> Model:
     """A deep copy of a model; if it cannot be copied, an error that ends in the advice."""
     try:
         with LOOK:  # while another thread looks at it, its flags and hooks are not its own

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from coordconv_patch.display.progress import progress_over
 from coordconv_patch.errors import ArgumentError
 
 __all__ = ["Ratio", "alternate", "median", "ratio_of_medians"]
@@ -76,7 +76,7 @@ def alternate(
     shuffler = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rounds = range(-warm_up, repeats)
-    for number in tqdm(rounds, desc=description, disable=None, leave=False):
+    for number in progress_over(rounds, description, unit="rounds", alike=True):
         shuffler.shuffle(order)
         for name in order:
             start = time.perf_counter()

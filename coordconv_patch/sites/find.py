@@ -69,6 +69,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> SiteMap:
         regions=tuple(regions.by_name.values()),
         order_known=order is not None,
         untraced=regions.untraced,
+        model=model,
     )
 
 

@@ -1,15 +1,15 @@
-"""Choices of sites that have a name in ``where=``: the first, the stem, the neck, the heads."""
+"""Choices of sites that have a name in ``where=``: the first, the stem, those of detectors."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from coordconv_patch.arguments import check_callable, check_word
 from coordconv_patch.errors import ArgumentError, SelectionError, listing
+from coordconv_patch.sites.detector_parts import Part, branches, mask_features, necks
 from coordconv_patch.sites.site import Site, SiteMap
 
-__all__ = ["PRESETS", "first_site", "register_selector", "unusable"]
+__all__ = ["PRESETS", "Placement", "first_site", "register_selector", "unusable"]
 
 
 def first_site(site_map: SiteMap) -> list[Site]:
@@ -47,49 +47,108 @@ def unusable(selector: str, matched: Sequence[Site]) -> str:
     return f"where={selector} cannot be patched:\n" + "\n".join(lines)
 
 
+class Placement(list[Site]):
+    """Sites that a selector means, and what each of them is.
+
+    Attributes:
+        why: What a site is, by its name.
+    """
+
+    def __init__(self, why: Sequence[tuple[Site, str]]) -> None:
+        super().__init__({site.name: site for site, _ in why}.values())
+        self.why = {site.name: text for site, text in reversed(why)}
+
+
+def _stem(site_map: SiteMap) -> list[Site]:
+    """The convolution that runs first.
+
+    Where Liu et al. 2018 (https://arxiv.org/abs/1807.03247) put coordinates into ResNet-50 for
+    ImageNet, into Faster R-CNN, and into the policy for Atari, though there beside others.
+    """
+    return Placement([(site, "the first convolution that runs") for site in first_site(site_map)])
+
+
 def _neck(site_map: SiteMap) -> list[Site]:
-    return [
-        site
-        for site in site_map.sites
-        if _in_module_named(site.name, _NECK) and set(site.kernel_size) == {1}
-    ]
+    """Every 1x1 convolution of the neck, see :mod:`.detector_parts`: a half of ``"ppyolo"``."""
+    parts = necks(site_map.model, [site.name for site in site_map.sites])
+    return Placement(
+        [
+            (site, f"a 1x1 of {part.what}")
+            for site in site_map.sites
+            if set(site.kernel_size) == {1}
+            for part in parts
+            if part.holds(site.name)
+        ]
+    )
 
 
 def _head(site_map: SiteMap) -> list[Site]:
-    firsts: dict[str, Site] = {}
-    for site in site_map.sites:
-        tower = _in_module_named(site.name, _HEAD)
-        if tower:
-            firsts.setdefault(tower, site)
-    return list(firsts.values())
+    """The first convolution of each branch of each head: the other half of ``"ppyolo"``."""
+    return _firsts(site_map, branches(site_map.model, [site.name for site in site_map.sites]))
 
 
-_NECK = re.compile(r"(fpn|neck|pan|bifpn|\w+_(fpn|neck)|(fpn|neck)_\w+)", re.IGNORECASE)
-_HEAD = re.compile(r"(heads?|decode_head|detect|\w+_head|head_\w+)", re.IGNORECASE)
+def _ppyolo(site_map: SiteMap) -> list[Site]:
+    """The 1x1 convolutions of the neck, and the first convolution of each branch of the head.
+
+    Long et al. 2020, "PP-YOLO" (https://arxiv.org/abs/2007.12099), section 3.2, CoordConv.
+    """
+    return _both(_neck(site_map), _head(site_map))
 
 
-def _in_module_named(name: str, pattern: re.Pattern[str]) -> str:
-    """The name up to its innermost module that matches, ``""`` if none does."""
-    parts = name.split(".")[:-1]
-    for end in range(len(parts), 0, -1):
-        if pattern.fullmatch(parts[end - 1]):
-            return ".".join(parts[:end])
-    return ""
+def _solo(site_map: SiteMap) -> list[Site]:
+    """The first convolution of each branch of a head that says where things are, not what.
+
+    Wang et al. 2019, "SOLO" (https://arxiv.org/abs/1912.04488): the mask branch sees coordinates
+    at its beginning, the category branch sees none. In SOLOv2 (https://arxiv.org/abs/2003.10152)
+    it is the mask kernel branch. Detectors with boxes have branches for boxes in its place, and
+    those of mask coefficients, which are kernels, beside them.
+    """
+    parts = branches(site_map.model, [site.name for site in site_map.sites])
+    return _firsts(site_map, [part for part in parts if part.says_where])
+
+
+def _solov2(site_map: SiteMap) -> list[Site]:
+    """``"solo"``, and the first convolution of the mask features.
+
+    SOLOv2 (https://arxiv.org/abs/2003.10152) has coordinates in the mask kernel branch and, second,
+    in the mask feature branch, there at the coarsest level of the pyramid. What is found here as
+    mask features is ultralytics' ``Proto``, whose only level is that of its input.
+    """
+    return _both(_solo(site_map), _firsts(site_map, mask_features(site_map.model)))
+
+
+def _firsts(site_map: SiteMap, parts: Sequence[Part]) -> Placement:
+    """The first site of each part."""
+    firsts = []
+    for part in parts:
+        held = [site for site in site_map.sites if part.holds(site.name)]
+        firsts += [(site, f"the first of {part.what}") for site in held[:1]]
+    return Placement(firsts)
+
+
+def _both(first: list[Site], second: list[Site]) -> Placement:
+    """Two placements as one."""
+    named = [*first, *second]
+    texts = {**getattr(second, "why", {}), **getattr(first, "why", {})}
+    return Placement([(site, texts[site.name]) for site in named])
 
 
 PRESETS: dict[str, Callable[[SiteMap], list[Site]]] = {
-    "stem": first_site,
+    "stem": _stem,
     "neck": _neck,
     "head": _head,
+    "ppyolo": _ppyolo,
+    "solo": _solo,
+    "solov2": _solov2,
 }
-"""Named choices that the literature backs.
+"""Named choices that the literature backs; their docstrings name the sources.
 
-- ``"stem"``: the first executed convolution, where the paper puts coordinates for
-  ImageNet and detection.
-- ``"neck"``: every 1x1 convolution of a module called fpn, neck, pan, ... (PP-YOLO,
-  https://arxiv.org/abs/2007.12099).
-- ``"head"``: the first convolution of each detection or segmentation head (PP-YOLO;
-  SOLO, https://arxiv.org/abs/1912.04488).
+- ``"stem"``: the first executed convolution (the paper's ImageNet and reinforcement learning);
+- ``"neck"``: the 1x1 convolutions of the neck;
+- ``"head"``: the first convolution of each branch of each detection or segmentation head;
+- ``"ppyolo"``: these two;
+- ``"solo"``: as ``"head"``, without the branches that predict classes alone;
+- ``"solov2"``: that, and the first convolution of the mask features.
 """
 
 

@@ -7,14 +7,15 @@ GraphModule, is a region of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from tqdm.auto import tqdm
 
+from coordconv_patch.display.progress import Progress
 from coordconv_patch.errors import first_line
 from coordconv_patch.graphs.conv_tracer import trace
 from coordconv_patch.graphs.functional import join_names
@@ -22,6 +23,8 @@ from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.running.tracing_gate import TracingBusyError
 
 __all__ = ["Region", "Regions", "may_hold_sites", "names_by_module", "trace_regions"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,19 @@ def trace_regions(model: nn.Module) -> Regions:
     regions: dict[str, Region] = {}
     failures: dict[str, str] = {}
     waiting = [("", model)]
-    with tqdm(desc="tracing", unit=" modules", delay=1.0, disable=None, leave=False) as progress:
+    with Progress("tracing", unit="modules") as progress:
         while waiting:
             name, module = waiting.pop(0)
             if name in regions or name in failures or isinstance(module, _ConvNd):
                 continue
-            progress.update()
+            progress.step()
             try:
                 regions[name] = Region(name, module, trace(module))
             except TracingBusyError:
                 raise
             except Exception as error:
                 failures[name] = first_line(error)
+                _LOG.debug("%s cannot be traced: %s", name or "the model", failures[name])
                 inner = _children(name, module, names)
             else:
                 inner = _leaves(model, regions[name])

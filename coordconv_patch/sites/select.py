@@ -22,7 +22,7 @@ from coordconv_patch.arguments import given
 from coordconv_patch.errors import SelectionError, listing
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.sites.chosen_calls import choose_calls, split_indices
-from coordconv_patch.sites.presets import PRESETS, first_site, unusable
+from coordconv_patch.sites.presets import PRESETS, Placement, first_site, unusable
 from coordconv_patch.sites.site import ModuleSite, Site, SiteMap
 
 __all__ = ["Choice", "Where", "not_chosen", "select"]
@@ -63,8 +63,10 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
             - ``"first"``: the first executed convolution;
             - ``"all"``: every convolution;
             - an exact qualified name, or a glob (``"layer1.*.conv1"``; ``*`` crosses dots);
+            - the name of another module (``"layer1"``): every convolution in it;
             - ``"re:..."``: a regular expression that matches the whole name;
-            - ``"stem"``, ``"neck"``, ``"head"``: see :data:`coordconv_patch.sites.presets.PRESETS`;
+            - ``"stem"``, ``"neck"``, ``"head"``, ``"ppyolo"``, ``"solo"``, ``"solov2"``: placements
+              of the literature, see :data:`coordconv_patch.sites.presets.PRESETS`;
             - a module type, or a callable that takes a :class:`Site` and returns a bool;
             - a name, glob or regular expression and ``@`` and numbers, ``"head.conv@0,3"``:
               of its calls, counted from 0 in order of execution, those alone. Needs sites
@@ -97,12 +99,18 @@ def select(site_map: SiteMap, where: Where) -> tuple[Choice, ...]:
         for site in usable:
             calls = None if indices is None else choose_calls(site, indices, _show(selector))
             named = _names_sites(plain, matched)
-            choice = Choice(site, True, f"matches {_show(selector)}", calls, named=named)
+            choice = Choice(site, True, _reason(selector, matched, site), calls, named=named)
             choices[site.name] = _union(choices.get(site.name), choice)
     return tuple(
         choices.get(site.name) or not_chosen(site, skipped=site.name in skipped)
         for site in site_map.sites
     )
+
+
+def _reason(selector: object, matched: Sequence[Site], site: Site) -> str:
+    """Why a site was chosen, and what it is where the selector tells that."""
+    why = matched.why.get(site.name, "") if isinstance(matched, Placement) else ""
+    return f"matches {_show(selector)}: {why}" if why else f"matches {_show(selector)}"
 
 
 def _split_indices(site_map: SiteMap, selector: Any) -> tuple[Any, tuple[int, ...] | None]:
@@ -171,12 +179,21 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
     exact = [site for site in sites if selector in site.names]
     if exact:
         return exact
+    if selector in PRESETS and (meant := PRESETS[selector](site_map)):
+        return meant
+    inside = [site for site in sites if any(n.startswith(f"{selector}.") for n in site.names)]
+    if inside and selector:
+        return Placement([(site, f"in the module {selector}") for site in inside])
     if selector in PRESETS:
-        return PRESETS[selector](site_map) or _nothing(
-            selector, f"this model's sites are {listing(site.name for site in sites)}"
-        )
+        return _nothing(selector, f"this model's sites are {listing(s.name for s in sites)}")
     globbed = [site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in site.names)]
-    return globbed or _nothing(selector, _close_names(sites, selector))
+    return globbed or _nothing(selector, _several(selector) or _what_it_is(site_map, selector))
+
+
+def _several(selector: str) -> str:
+    """A hint where a string holds several selectors; empty if it holds one."""
+    parts = [part.strip() for part in selector.split(",") if part.strip()]
+    return f"for several selectors write where={parts}" if len(parts) > 1 else ""
 
 
 def _accepts(selector: Callable[[Site], Any], site: Site) -> bool:
@@ -205,10 +222,20 @@ def _nothing(selector: object, hint: str) -> list[Site]:
     raise SelectionError(f"where={_show(selector)} matches no convolution of this model; {hint}")
 
 
+def _what_it_is(site_map: SiteMap, name: str) -> str:
+    """What a name that matches nothing is: a module without convolutions, or a misspelling."""
+    modules = {} if site_map.model is None else dict(site_map.model.named_modules())
+    if name and name in modules:
+        return f"it is a {type(modules[name]).__name__}, in which there is none"
+    return _close_names(site_map.sites, name)
+
+
 def _close_names(sites: Sequence[Site], text: str) -> str:
     names = [name for site in sites for name in site.names]
     plain = text.replace("*", "").replace("?", "").strip(".")
-    close = difflib.get_close_matches(plain, [*names, *PRESETS, "first", "all"], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
+    words = [*PRESETS, "first", "all"]
+    close += difflib.get_close_matches(plain, words, n=1, cutoff=0.7)
     close += [name for name in names if plain and plain in name and name not in close]
     if close:
         return f"close names: {listing(close)}"

@@ -153,9 +153,11 @@ class SiteMap:
         regions: The traced regions.
         order_known: Whether the order of execution is known.
         untraced: Why the whole model could not be traced; empty if it could.
+        model: The model; ``None`` if only its sites are known.
     """
 
     sites: tuple[Site, ...]
     regions: tuple[Region, ...]
     order_known: bool
     untraced: str
+    model: nn.Module | None = field(default=None, repr=False, compare=False)

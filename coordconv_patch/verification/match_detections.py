@@ -32,6 +32,12 @@ _LARGEST_MOVE = 1e-2
 _SHOWN = 4
 """Differing detections that a message describes."""
 
+_TIES = (
+    "These detections have scores that others have too, to the last bit, and which of equals a "
+    "detector keeps is left to chance: this input cannot tell whether the file is right. Compare "
+    "on inputs, or with weights, that give each detection its own score"
+)
+
 
 @dataclass(frozen=True)
 class DetectionAgreement:
@@ -44,6 +50,8 @@ class DetectionAgreement:
         matched: Detections on both sides.
         unstable: Detections on one side only, or with a jump, that rounding accounts for.
         problems: What rounding does not account for, in words; empty if they agree.
+        undecided: Why the problems say nothing for or against the file, in words; empty if they
+            are its faults.
     """
 
     difference: float
@@ -51,6 +59,7 @@ class DetectionAgreement:
     matched: int
     unstable: int
     problems: tuple[str, ...]
+    undecided: str = ""
 
 
 def compare_detections(
@@ -79,6 +88,7 @@ def compare_detections(
         len(matching.pairs),
         matching.unstable,
         matching.problems,
+        matching.undecided,
     )
 
 
@@ -119,6 +129,29 @@ class _Match:
         """Detections that rounding makes appear, vanish or jump."""
         jumped = self.jumped.difference(self.wrong_extras)
         return len(self.wavering) + len(self.wavering_surplus) + len(jumped)
+
+    @property
+    def undecided(self) -> str:
+        """Why these detections cannot tell whether the file is right; empty if they can."""
+        if not self.problems or self.wrong_extras:
+            return ""
+        if self._few_are_shared():
+            return "Compare on a picture with clearer objects"
+        values, counts = np.unique(self.expected.scores, return_counts=True)
+        tied = values[counts > 1]
+        near = 2 * self.allowed * _scale(self.expected.scores)
+        missing = [row for row in self.missing if row not in self.wavering]
+        surplus = [row for row in self.surplus if row not in self.wavering_surplus]
+        scores = [*self.expected.scores[missing], *self.actual.scores[surplus]]
+        if not scores or not tied.size:
+            return ""
+        return _TIES if all(np.abs(tied - score).min() <= near for score in scores) else ""
+
+    def _few_are_shared(self) -> bool:
+        """Whether all is accounted for, but by rounding in more than half of the cases."""
+        accounted = len(self.wavering) == len(self.missing)
+        accounted = accounted and len(self.wavering_surplus) == len(self.surplus)
+        return accounted and 2 * len(self.pairs) < max(len(self.expected), len(self.actual))
 
     def _allowed(self, noise: float | None) -> float:
         return max(self.tolerance, min(3 * (noise or 0.0), _LARGEST_MOVE))
@@ -199,7 +232,7 @@ class _Match:
         if not told and 2 * len(self.pairs) < largest:
             told.append(
                 f"only {len(self.pairs)} of {largest} detections can be compared, rounding changes "
-                "the others in torch itself: check on a picture with clearer objects"
+                "the others in torch itself"
             )
         if not told and not self._in_order():
             told.append("the file's detections are not sorted by score, as torch's are")

@@ -8,6 +8,8 @@ as a set, see :mod:`coordconv_patch.verification.match_detections`.
 from __future__ import annotations
 
 import functools
+import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,18 +18,20 @@ import numpy as np
 from torch import Tensor, nn
 
 from coordconv_patch.arguments import check_example_inputs, check_names, check_number, check_path
-from coordconv_patch.errors import ExportError
+from coordconv_patch.errors import ExportError, listing
 from coordconv_patch.layers.place_of import theta_of
 from coordconv_patch.patching.placed_model import PlacedModel, with_places
 from coordconv_patch.running.inputs import check_is_module, in_signature_order, tensors_in
 from coordconv_patch.runtime.providers import make_session, working_providers
 from coordconv_patch.verification.bfloat16 import has_bfloat16, in_float32
 from coordconv_patch.verification.check import Check
-from coordconv_patch.verification.comparison import Comparison
+from coordconv_patch.verification.comparison import Comparison, Verdict
 from coordconv_patch.verification.differences import to_array
 from coordconv_patch.verification.torch_run import TorchRun, run_torch
 
 __all__ = ["Verifier", "run_session", "verify_onnx"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def verify_onnx(
@@ -132,24 +136,40 @@ class Verifier:
         run = expected or run_torch(self._model, example_inputs)
         comparison = Comparison(self._model, example_inputs, run, self._tolerance)
         feeds = tensors_in(in_signature_order(self._model, example_inputs))
-        check, problems = comparison.compare(run_session(self._session, feeds))
-        if check.agrees and not problems:
-            return check
+        verdict = comparison.compare(run_session(self._session, feeds))
+        _LOG.debug(
+            "%s on %s: differs from torch by %.2g of the largest output on %s",
+            self._path,
+            self._providers[0],
+            verdict.check.difference,
+            verdict.check.inputs,
+        )
+        if verdict.agrees:
+            return verdict.check
 
         def agrees(**options: Any) -> bool:
             session = self._make_session(**options)
-            other, other_problems = comparison.compare(run_session(session, feeds))
-            return other.agrees and not other_problems
+            return comparison.compare(run_session(session, feeds)).agrees
 
-        how = (
-            f"in what they detect: {'; '.join(problems)}"
-            if problems
-            else f"by {check.difference:.3g} of the largest output"
-        )
-        raise ExportError(
+        raise ExportError(self._difference(verdict, agrees))
+
+    def _difference(self, verdict: Verdict, agrees: Callable[..., bool]) -> str:
+        """What differs, by how much, and why, in words."""
+        check = verdict.check
+        if verdict.misfits:
+            return (
+                f"{os.fspath(self._path)} does not fit the model: {listing(verdict.misfits)} (on "
+                f"{check.inputs}). Is it the file of another model?"
+            )
+        how = f"by {check.difference:.3g} of the largest output"
+        if verdict.problems:
+            how = f"in what they detect: {'; '.join(verdict.problems)}"
+        elif math.isinf(check.difference):
+            how = "in which outputs are infinite or not a number"
+        return (
             f"ONNX Runtime ({self._providers[0]}) and torch differ on {check.inputs} {how}; "
             f"allowed are {check.tolerance:g}, float32 rounding accounts for "
-            f"{check.noise or 0.0:.2g}. {_cause(agrees, self._disabled)}"
+            f"{check.noise or 0.0:.2g}. {verdict.undecided or _cause(agrees, self._disabled)}"
         )
 
 
@@ -165,7 +185,10 @@ def _cause(agrees: Callable[..., bool], disabled: Sequence[str]) -> str:
             "Without graph optimisation ONNX Runtime agrees, so one of its optimizers is to "
             "blame, not the file: lower graph_optimization_level in its SessionOptions"
         )
-    return "The graph itself is different: try another lowering= or exporter="
+    return (
+        "The file computes something else, with every optimizer off too. Is it of this model, with "
+        "these weights? If it was just exported: try another lowering= or exporter="
+    )
 
 
 def run_session(session: Any, feeds: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:

@@ -30,7 +30,7 @@ from coordconv_patch.patching.apply import apply_plan_
 from coordconv_patch.patching.plan import Plan, plan_sites
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.rollback import unchanged_on_failure, values_restored_on_failure
-from coordconv_patch.running.untouched import LOOK, copied
+from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.running.wrappers import check_not_wrapped, clean_name, unwrapped
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.site import Site, SiteMap
@@ -102,9 +102,7 @@ def save_coords(
     return path
 
 
-def load_coords(
-    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
-) -> nn.Module:
+def load_coords(model: Model, path: str | os.PathLike[str], *, check_base: bool = True) -> Model:
     """A patched copy of a model, filled with saved coordinate weights.
 
     Args:
@@ -129,9 +127,7 @@ def load_coords(
         return _load(model, path, check_base, in_place=False)
 
 
-def load_coords_(
-    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
-) -> nn.Module:
+def load_coords_(model: Model, path: str | os.PathLike[str], *, check_base: bool = True) -> Model:
     """Patch a model in place and fill it; see :func:`load_coords`.
 
     Nothing is changed if the file is refused.
@@ -143,9 +139,7 @@ def load_coords_(
         return _load(model, path, check_base, in_place=True)
 
 
-def _load(
-    model: nn.Module, path: str | os.PathLike[str], check_base: bool, in_place: bool
-) -> nn.Module:
+def _load(model: Model, path: str | os.PathLike[str], check_base: bool, in_place: bool) -> Model:
     check_is_module(model)
     check_flag("check_base", check_base)
     bare = unwrapped(model)

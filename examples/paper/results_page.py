@@ -1,4 +1,4 @@
-"""Write README.md in this folder: what the paper says, and what the records say.
+"""Write docs/paper.md: what the paper says, and what the records say.
 
     python examples/paper/results_page.py
 
@@ -8,6 +8,7 @@ Every figure on the page is read from the records in ``results/``.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,23 +20,17 @@ from claims import CLAIMS, Claim, Comparison, Figure, Gain
 from training_times import times_sooner
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER / "README.md"
+PAGE = FOLDER.parents[1] / "docs" / "paper.md"
 
-_HEADER = """# The paper's experiments, by patching plain models
+_HEADER = """# The paper's experiments
 
-Each script builds a plain convolutional model, patches it with one call, and trains both alike.
-Nets of another kind that they are compared with (transposed convolutions, pooling) have training
-recipes of their own. The claims are those of Liu et al. 2018 and of the authors' post; what was
-measured is the mean over the seeds, ± their standard deviation, on small networks and short
-budgets that fit one CPU core. A negative result stands as it is.
-
-```bash
-pip install -e ".[paper]"
-python examples/paper/regression.py            # --seeds N, --budget F, --quick, --out DIR
-python examples/paper/results_page.py          # this page, from the records in results/
-```
-
-A record is kept run by run; a script that finds its record whole only draws the picture anew.
+Each script of [examples/paper/](../examples/paper/) builds a plain convolutional model, patches
+it with one call, and trains both alike. Nets of another kind that they are compared with
+(transposed convolutions, pooling) have training recipes of their own. The claims are those of
+[Liu et al. 2018](https://arxiv.org/abs/1807.03247) and of the authors' post. What was measured is
+the mean over the seeds, ± their standard deviation, on small networks and short budgets that fit
+one CPU core. Negative results stand as they are. `python examples/paper/results_page.py` writes
+this page from the records.
 """
 
 
@@ -49,21 +44,18 @@ class Runs:
         """Mean of a metric over the seeds."""
         return statistics.mean(run["metrics"][metric] for run in self.runs)
 
-    def cell(self, figure: Figure) -> str:
-        """Such as ``patched .996 ± .001 (3 seeds, 906 parameters, 90 steps, 20 CPU s)``."""
+    def cells(self, figure: Figure) -> tuple[str, ...]:
+        """Label, mean with spread, seeds, parameters, steps and CPU seconds of each."""
         values = [run["metrics"][figure.metric] for run in self.runs]
         spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else ""
-        seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+        mean = f"**{self.mean(figure.metric):{figure.form}}**{spread}"
+        shown = ", ".join(f"{value:{figure.form}}" for value in values)
         seconds = statistics.mean(run["cpu_seconds"] for run in self.runs)
-        cost = (
-            f"{seeds}, {self.runs[0]['parameters']:,} parameters, {self.runs[0]['steps']:,} steps, "
-            f"{seconds:.0f} CPU s"
+        return (
+            *(figure.label, shown if figure.by_seed else mean, str(len(values))),
+            *(f"{self.runs[0][cost]:,}" for cost in ("parameters", "steps")),
+            f"{seconds:.0f}",
         )
-        if figure.by_seed:
-            shown = ", ".join(f"{value:{figure.form}}" for value in values)
-            return f"{figure.label} **{shown}** ({cost})"
-        mean = f"{self.mean(figure.metric):{figure.form}}"
-        return f"{figure.label} **{mean}**{spread} ({cost})"
 
 
 @dataclass(frozen=True)
@@ -133,24 +125,49 @@ def runs_of(record: dict[str, Any], figure: Figure | Comparison | Gain) -> Runs:
     )
 
 
-def cell(record: dict[str, Any], figure: Figure | Comparison | Gain) -> str:
-    """What the page says of a figure, a comparison or a gain."""
+def note(record: dict[str, Any], figure: Comparison | Gain) -> str:
+    """What the page says of a comparison or a gain."""
     if isinstance(figure, Gain):
         shown = ", ".join(f"{value:{figure.form}}" for value in gains(record, figure))
         return f"{figure.label} **{shown}**"
-    runs = runs_of(record, figure)
-    if isinstance(figure, Figure):
-        return runs.cell(figure)
     patched = runs_of(record, replace(figure, variant=figure.patched))
-    return Costs(patched, runs).cell(figure)
+    return Costs(patched, runs_of(record, figure)).cell(figure)
 
 
-def _row(claim: Claim) -> str:
+def outcome(claim: Claim) -> str:
+    """The first words of a verdict."""
+    return re.split("[:;,(]", claim.verdict)[0]
+
+
+def _row(number: int, claim: Claim) -> str:
     record = load(claim.experiment)
-    measured = "<br>".join(cell(record, figure) for figure in claim.figures)
+    measured = []
+    for figure in [figure for figure in claim.figures if isinstance(figure, Figure)][:2]:
+        mean = f"{runs_of(record, figure).mean(figure.metric):{figure.form}}"
+        measured.append(f"{figure.label.removesuffix(', by seed')} **{mean}**")
+    shown = "; ".join(measured)
+    return f"| [{claim.claim}](#claim-{number}) | {shown} | {outcome(claim)} |"
+
+
+def _section(number: int, claim: Claim) -> str:
+    """One claim: what the paper says, what was measured, and the verdict."""
+    record = load(claim.experiment)
+    rows = [
+        f"| {' | '.join(runs_of(record, figure).cells(figure))} |"
+        for figure in claim.figures
+        if isinstance(figure, Figure)
+    ]
+    notes = [
+        f"- {note(record, figure)}\n" for figure in claim.figures if not isinstance(figure, Figure)
+    ]
     return (
-        f"| {claim.claim} | {claim.paper} | {measured} | {claim.verdict} | "
-        f"[`{claim.experiment}.py`]({claim.experiment}.py) |"
+        f"### Claim {number}\n\n**{claim.claim}**\n\n"
+        f"- The paper: {claim.paper or 'says nothing of it'}\n"
+        f"- Here: {claim.verdict}\n"
+        f"- Script: [`{claim.experiment}.py`](../examples/paper/{claim.experiment}.py)\n"
+        f"{''.join(notes)}\n"
+        "| network | measured | seeds | parameters | steps | CPU s |\n"
+        "|---|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n"
     )
 
 
@@ -160,7 +177,7 @@ def _pictures(experiments: Iterable[str]) -> str:
         command = load(name)["command"]
         title = name.upper() if name in ("vae", "gan") else name.replace("_", " ").capitalize()
         parts.append(f"### {title}\n\n`{command}`\n")
-        parts.append(f"![{name}](results/{name}.png)\n")
+        parts.append(f"![{name}](../examples/paper/results/{name}.png)\n")
     return "\n".join(parts)
 
 
@@ -180,15 +197,16 @@ def _machines(experiments: Iterable[str]) -> str:
 def render() -> str:
     """The page."""
     names = [claim.experiment for claim in CLAIMS]
-    rows = "\n".join(map(_row, CLAIMS))
+    rows = "\n".join(_row(*pair) for pair in enumerate(CLAIMS, 1))
+    sections = "\n".join(_section(*pair) for pair in enumerate(CLAIMS, 1))
     return (
         f"{_HEADER}\n## Claim by claim\n\n"
-        "| claim | the paper says | measured | reproduced? | script |\n|---|---|---|---|---|\n"
-        f"{rows}\n\n## Pictures\n\n{_pictures(names)}\n"
-        f"## Where it was measured\n\nTimes are CPU time of one thread, training alone.\n\n"
-        f"{_machines(names)}\n"
+        f"| claim | measured | shown? |\n|---|---|---|\n{rows}\n\n"
+        f"## Pictures\n\n{_pictures(names)}\n"
+        f"## What was measured\n\nTimes are CPU time of one thread, training alone.\n\n{sections}\n"
+        f"## Where it was measured\n\n{_machines(names)}\n"
     )
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render())
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,7 +1,8 @@
 """The variants of a net that are compared: plain, patched, and a control.
 
 The control, ``"scrambled"``, is patched with coordinate channels that say nothing about where a
-pixel is. What it gains is not owed to coordinates.
+pixel is. What it gains is not owed to coordinates. (In the runs that are recorded, torch.randperm
+permuted the places; :func:`coordconv_patch.scrambled`, which came later, permutes them otherwise.)
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 import torch
-from scrambled_coordinates import scramble_
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -23,8 +23,8 @@ def as_variant(model: Model, variant: str, where: str | list[str] = "all") -> Mo
     """The model itself if ``"plain"``, else a patched copy, its coordinates true or scrambled."""
     if variant == PLAIN:
         return model
-    patched = cast(Model, ccp.patch(model, where))
-    return scramble_(patched) if variant == SCRAMBLED else patched
+    coords = ccp.scrambled() if variant == SCRAMBLED else None
+    return cast(Model, ccp.patch(model, where, coords=coords))
 
 
 def coordinate_weights(model: nn.Module) -> list[Tensor]:

@@ -24,15 +24,16 @@ from coordconv_patch.bench import bench
 from coordconv_patch.bench.bench import bench_onnx
 from coordconv_patch.bench.machine import describe_machine
 from coordconv_patch.bench.naive import export_naive
-from coordconv_patch.bench.picture import check_picture, draw_bench
+from coordconv_patch.bench.picture import draw_bench
 from coordconv_patch.bench.report import (
     BenchGroup,
     BenchReport,
     BenchRow,
     markdown_table,
 )
-from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.errors import ArgumentError, ExportError, MissingPackageError, PatchError
 from coordconv_patch.export.auto_lowering import accepted_lowerings
+from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.runtime.binding import BoundRun, device_of
 from coordconv_patch.runtime.providers import CPU, make_session
@@ -534,7 +535,7 @@ def test_without_matplotlib_it_says_what_to_install_before_anything_is_timed(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    with pytest.raises(ArgumentError, match=r'pip install "coordconv-patch\[bench\]"'):
+    with pytest.raises(MissingPackageError, match=r'pip install "coordconv-patch\[picture\]"'):
         check_picture("b.png")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import numpy as np
@@ -26,9 +29,12 @@ from typer.testing import CliRunner
 
 import coordconv_patch as ccp
 from coordconv_patch.cli import commands as cli
-from coordconv_patch.cli import models
-from coordconv_patch.cli.commands import app, main
+from coordconv_patch.cli import models, options
+from coordconv_patch.cli.commands import app
+from coordconv_patch.cli.main import main
 from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.export import onnx as export
+from coordconv_patch.export.targets import TARGETS
 from coordconv_patch.layers.coord_layer import coord_layers
 
 CODE = """
@@ -145,11 +151,23 @@ def onnx_output(path: str, x: Tensor) -> np.ndarray:
 
 
 def test_plan_shows_every_site_and_marks_the_chosen(run: Callable[..., Ran]) -> None:
-    ran = run("plan", NET)
+    ran = run("plan", NET, "--sites")
     assert ran.code == 0
-    for part in ("entry", "body.2", "exit", "matches 'first'", "not selected", "8×12"):
-        assert part in ran.text
+    for part in ("+ entry", "  body.2", "  exit", "matches 'first'", "8×12"):
+        assert part in ran.out
     assert "1 of 3 sites chosen, 72 coordinate weights" in ran.text
+
+
+def test_plan_shows_a_row_for_each_stage(run: Callable[..., Ran]) -> None:
+    ran = run("plan", "timm:resnet18", "--input", "1,3,32,32")
+    assert "+ conv1" in ran.out
+    assert "  layer4.*" in ran.out
+    assert "layer4.0.conv1" not in ran.out
+
+
+def test_plan_writes_a_page(run: Callable[..., Ran], tmp_path: Path) -> None:
+    assert run("plan", NET, "--html", str(tmp_path / "plan.html")).code == 0
+    assert "body.2" in (tmp_path / "plan.html").read_text(encoding="utf-8")
 
 
 def test_plan_can_show_the_chosen_sites_alone(run: Callable[..., Ran]) -> None:
@@ -390,7 +408,7 @@ def test_an_impossible_operator_set_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(cli, "loaded_model", loads)
     ran = run("export", NET, "--out", "n.onnx", "--opset", opset)
     assert ran.code == 2
-    assert f"opset={opset}: write a whole number from 7 to" in ran.text
+    assert f"--opset {opset}: write a whole number from 7 to" in ran.text
 
 
 def test_a_detector_is_exported_with_a_fixed_number_of_images(run: Callable[..., Ran]) -> None:
@@ -405,7 +423,7 @@ def test_a_detector_is_exported_with_a_fixed_number_of_images(run: Callable[...,
 def test_random_weights_of_a_zoo_model_are_pointed_out(
     run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "export_onnx", lambda *args, **kwargs: _Report())
+    monkeypatch.setattr(export, "export_onnx", lambda *args, **kwargs: _Report())
     ran = run("export", "timm:resnet10t", "--out", "n.onnx", "--input", "1,3,32,32")
     assert ran.code == 0
     assert "the weights are random; pass --pretrained or --checkpoint" in ran.text
@@ -469,7 +487,7 @@ def test_bench_refuses_a_batch_that_a_program_does_not_take(run: Callable[..., R
 # --- a user's mistakes --------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "no such form": (("plan", "resnet50"), 2, "write timm:NAME, torchvision:NAME"),
+    "no such form": (("plan", "resnet50"), 2, r"path/to/file\.py:FUNCTION or model\.pt2"),
     "unknown model": (("plan", "timm:resnet55"), 2, "close names: .*resnet5"),
     "missing file": (("plan", "nothing.py:make"), 2, r"there is no file nothing\.py"),
     "missing function": (("plan", "zoo_of_test.py:mak"), 2, "no function 'mak'; close names: make"),
@@ -477,7 +495,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "function raises": (("plan", "zoo_of_test.py:raises"), 2, "KeyError: 'missing thing'"),
     "missing program": (("plan", "nothing.pt2"), 2, r"there is no file nothing\.pt2"),
     "no numbers": (("plan", NET, "--input", "3x"), 2, "write numbers like 1,3,224,224"),
-    "wrong shape": (("plan", NET, "--input", "1,5,8,8"), 1, r"failed on .*\(1, 5, 8, 8\)"),
+    "wrong shape": (("plan", NET, "--input", "1,5,8,8"), 2, r"failed on .*\(1, 5, 8, 8\).*--input"),
+    "no batch": (("plan", "timm:resnet10t", "--input", "3,64,64"), 2, "batch first, such as 1,3,"),
+    "several sites in one": (
+        ("plan", NET, "--where", "first,body.2"),
+        2,
+        "for several selectors write --where first --where body.2",
+    ),
     "no such site": (("plan", NET, "--where", "entri"), 2, "matches no .*close names: entry"),
     "no such preset": (("plan", NET, "--coords", "polar"), 2, "no coordinate preset 'polar'"),
     "wrong ending": (("patch", NET, "--out", "c.pth"), 2, r"ends in \.safetensors or \.pt2"),
@@ -492,7 +516,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "export ending": (("export", NET, "--out", "n.bin"), 2, r"ends in \.onnx"),
     "export folder": (("export", NET, "--out", "no/n.onnx"), 2, "the folder no does not exist"),
     "lowering": (("export", NET, "--out", "n.onnx", "--lowering", "fold"), 2, "write 'auto'"),
-    "exporter": (("export", NET, "--out", "n.onnx", "--exporter", "x"), 2, "write 'auto'"),
+    "exporter": (("export", NET, "--out", "n.onnx", "--exporter", "x"), 2, "exporter 'x': write"),
+    "opset": (("export", NET, "--out", "n.onnx", "--opset", "3"), 2, "--opset 3: write a whole"),
+    "size of a form": (
+        ("export", NET, "--out", "n.onnx", "--dynamic-size", "--lowering", "map"),
+        2,
+        "--lowering 'map' stores coordinates of one size, but --dynamic-size: write --lowering",
+    ),
     "provider": (("export", NET, "--out", "n.onnx", "--provider", "X"), 2, "has no X; it has"),
     "both": (
         ("export", NET, "--out", "n.onnx", "--where", "all", "--coord-weights", "c.safetensors"),
@@ -525,7 +555,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
             "--input",
             "1,5,8,8",
         ),
-        1,
+        2,
         r"\(\d, 5, 8, 8\)",
     ),
     "nothing to verify": (("verify", NET, "none.onnx"), 2, r"there is no file none\.onnx"),
@@ -545,6 +575,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
 }
 
 
+NAMES = {*inspect.signature(ccp.export_onnx).parameters, "where", "coords", "check"}
+PYTHONS = re.compile(rf"\b({'|'.join(NAMES)})=")
+"""Arguments as Python's functions have them."""
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_a_message_and_an_exit_code(mistake: str, run: Callable[..., Ran]) -> None:
     Path("garbage.onnx").write_bytes(b"not a graph" * 50)
@@ -559,6 +594,7 @@ def test_a_mistake_gets_a_message_and_an_exit_code(mistake: str, run: Callable[.
     assert re.search(message, ran.text), ran.text
     assert ran.code == code
     assert ran.err.strip()
+    assert not PYTHONS.search(ran.err), "an argument that only Python has"
     left = {path.name for path in Path().iterdir()} - {"__pycache__"}
     assert sorted(left) == before
 
@@ -585,13 +621,13 @@ OUTPUT = {"patch": "safetensors", "export": "onnx"}
 def test_markup_in_a_message_is_shown_as_it_is(run: Callable[..., Ran]) -> None:
     ran = run("plan", NET, "--where", "[bold]x[/bold]")
     assert ran.code == 2
-    assert "where='[bold]x[/bold]'" in ran.text
+    assert "--where '[bold]x[/bold]'" in ran.text
 
 
 # --- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["plan", "patch", "export", "verify", "bench", "demo"])
+@pytest.mark.parametrize("command", ["plan", "patch", "export", "verify", "bench", "env", "demo"])
 def test_the_help_of_each_command_has_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0
@@ -614,13 +650,82 @@ def test_the_examples_of_the_help_parse() -> None:
     """Every option in an example exists: the command line gets as far as its model."""
     for command, example in {
         "plan": "plan none: --where layer1.*.conv2",
-        "patch": "patch none: --out coords.safetensors",
-        "export": "export none: --out r50.onnx --where first",
+        "patch": "patch none: --pretrained --out coords.safetensors",
+        "export": "export none: --pretrained --out r50.onnx",
         "bench": "bench none: --where all --batch 1 --batch 4",
     }.items():
         result = CliRunner().invoke(app, example.split())
         assert isinstance(result.exception, CoordConvPatchError), (command, result.output)
         assert "write timm:NAME" in str(result.exception)
+
+
+def test_the_environment_tells_what_an_issue_needs(run: Callable[..., Ran]) -> None:
+    ran = run("env")
+    machine, providers, versions = ran.out.splitlines()
+    assert ran.code == 0
+    assert machine.startswith("- machine: ")
+    assert f"{platform.system()} {platform.machine()}" in machine
+    assert providers.endswith("CPUExecutionProvider")
+    assert f"torch {metadata.version('torch')}" in versions
+
+
+@pytest.mark.parametrize("command", ["", "plan", "patch", "export", "verify", "bench", "demo"])
+def test_help_has_a_short_form_and_nothing_of_it_is_eaten_as_markup(command: str) -> None:
+    arguments = [command] if command else []
+    short, long = (
+        CliRunner().invoke(app, [*arguments, flag], env={"COLUMNS": "200"}).output
+        for flag in ("-h", "--help")
+    )
+    assert short == long
+    if command == "bench":
+        assert "Default: 1." in short
+        assert "Default: all." in short
+
+
+def test_a_file_of_random_weights_is_noted_by_patch(run: Callable[..., Ran]) -> None:
+    arguments = ("patch", "timm:resnet10t", "--input", "1,3,32,32", "--out", "c.safetensors")
+    ran = run(*arguments)
+    assert ran.code == 0
+    assert "the weights are random, drawn anew by each command, so the file fits no" in ran.text
+    assert "note" not in run("patch", NET, "--out", "d.safetensors").text
+    quiet = run(*arguments, "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    assert "wrote" in run("patch", NET, "--out", "d.safetensors").out  # quiet no longer
+
+
+def test_quiet_tells_errors_and_what_was_asked_for(run: Callable[..., Ran]) -> None:
+    assert "no .*close names" not in run("plan", NET, "--where", "entri", "-q").err
+    assert "matches no convolution" in run("plan", NET, "--where", "entri", "-q").err
+    assert json.loads(run("plan", NET, "--json", "--quiet").out)["parameters"] == 72
+
+
+def test_verbose_tells_what_is_done(run: Callable[..., Ran]) -> None:
+    export = ("export", NET, "--out", "n.onnx")
+    assert "patched entry" in run(*export, "-v").err
+    assert run(*export).err == ""
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_warnings_are_notes_without_the_line_that_warns(run: Callable[..., Ran]) -> None:
+    with open("zoo_of_test.py", "a") as file:
+        file.write(SHARED)
+    ran = run("patch", "zoo_of_test.py:unused", "--where", "spare", "--out", "c.safetensors")
+    assert "note: chosen convolutions never run on the example inputs: spare" in ran.text
+    assert "warnings.warn" not in ran.err
+    assert ".py" not in ran.err
+
+
+SHARED = """
+
+class Unused(Net):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Conv2d(3, 3, 1)
+
+
+def unused():
+    return Unused(), torch.rand(2, 3, 8, 12)
+"""
 
 
 def test_the_version_is_the_packages(run: Callable[..., Ran]) -> None:
@@ -633,7 +738,7 @@ def test_the_version_is_the_packages(run: Callable[..., Ran]) -> None:
 
 def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "coordconv_patch.cli.commands", *arguments],
+        [sys.executable, "-m", "coordconv_patch.cli.main", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -667,3 +772,8 @@ def test_a_process_whose_outputs_differ_exits_with_1_and_no_traceback(tmp_path: 
     assert ran.returncode == 1
     assert "differ" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_export_s_help_names_every_target() -> None:
+    help_of_target = get_args(options.TargetName)[1].help
+    assert help_of_target.split(": ")[1].rstrip(".").split(", ") == list(TARGETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
@@ -22,8 +24,9 @@ import coordconv_patch as ccp
 from coordconv_patch.cli import model_sources
 from coordconv_patch.cli.checkpoint import load_checkpoint_
 from coordconv_patch.cli.loaded import LoadedModel
+from coordconv_patch.cli.model_names import name_and_arguments
 from coordconv_patch.cli.sources import load_model, parse_shape
-from coordconv_patch.errors import ArgumentError, ModelSourceError
+from coordconv_patch.errors import ArgumentError, MissingPackageError, ModelSourceError
 
 CODE = """
 import torch
@@ -119,6 +122,126 @@ def test_an_unknown_timm_model_names_close_ones() -> None:
         load_model("timm:qqqqqq")
 
 
+@pytest.mark.parametrize("zoo", ["timm", "torchvision"])
+def test_arguments_may_follow_a_name(zoo: str) -> None:
+    loaded = load_model(f"{zoo}:resnet18?num_classes=12")
+    assert loaded.model.fc.out_features == 12
+    assert loaded.trained is False
+
+
+def test_values_of_arguments_are_pythons_or_strings() -> None:
+    assert name_and_arguments("a?b=12&c=0.5&d=True&e=None&f=avg&g=[1, 2]") == (
+        "a",
+        {"b": 12, "c": 0.5, "d": True, "e": None, "f": "avg", "g": [1, 2]},
+    )
+    assert name_and_arguments("a") == name_and_arguments("a?") == ("a", {})
+
+
+@pytest.mark.parametrize("text", ["a?b", "a?=3", "a?b=1&b=2", "a?1b=2", "a?b=1&"])
+def test_what_is_no_argument_says_how_they_are_written(text: str) -> None:
+    with pytest.raises(
+        ModelSourceError, match=r"write arguments behind the name as a\?num_classes"
+    ):
+        name_and_arguments(text)
+
+
+def test_the_example_has_the_channels_that_the_model_takes() -> None:
+    loaded = load_model("timm:resnet10t?in_chans=1&num_classes=0")
+    assert loaded.model(loaded.example_inputs).shape == (1, 512)
+
+
+def test_an_argument_that_a_model_does_not_take_is_told() -> None:
+    with pytest.raises(ModelSourceError, match=r"resnet18 cannot be created: .*num_klasses"):
+        load_model("timm:resnet18?num_klasses=3")
+
+
+def test_a_pretrained_model_with_a_new_head_is_not_a_trained_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: make(name, **rest))
+    assert load_model("timm:resnet10t", pretrained=True).trained is True
+    assert load_model("timm:resnet10t?num_classes=3", pretrained=True).trained is False
+
+
+def test_a_timm_model_of_a_folder_or_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("resnet10t", num_classes=7)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = load_model(f"timm:local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(loaded.model.fc.weight, model.fc.weight)
+    asked: list[str] = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: asked.append(name) or model)
+    load_model("timm:hf-hub:timm/resnet10t.c3_in1k")
+    assert asked == ["hf-hub:timm/resnet10t.c3_in1k"]
+    with pytest.raises(ModelSourceError, match=r"of the Hugging Face Hub it is timm:hf-hub:timm/x"):
+        load_model("timm:timm/x")
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    config = transformers.ResNetConfig(
+        hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, num_labels=5, image_size=32
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_transformers_comes_from_a_folder(hub_folder: Path) -> None:
+    loaded = load_model(f"hf:{hub_folder}", pretrained=True)
+    again = load_model(f"hf:{hub_folder}", pretrained=True)
+    assert type(loaded.model) is transformers.ResNetForImageClassification
+    assert (loaded.trained, loaded.model.training) == (True, False)
+    (given,) = loaded.example_inputs
+    assert given["pixel_values"].shape == (1, 3, 32, 32)
+    pairs = zip(loaded.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert load_model(f"hf:{hub_folder}").trained is False
+    patched = ccp.patch(loaded.model, "first", example_inputs=loaded.example_inputs)
+    assert len(ccp.coord_parameters(patched)) == 1
+
+
+def test_a_model_of_transformers_takes_another_head(hub_folder: Path) -> None:
+    loaded = load_model(f"hf:{hub_folder}?num_labels=9", pretrained=True)
+    assert loaded.model(**loaded.example_inputs[0]).logits.shape == (1, 9)
+    assert loaded.trained is False
+
+
+def test_what_transformers_cannot_load_says_why(hub_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match=r"nothing cannot be had .*Is there a network\?"):
+        load_model(f"hf:{tmp_path}/nothing")
+    config = json.loads((hub_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Own"]}))
+    with pytest.raises(ModelSourceError, match=r"its configuration names \['Own'\]"):
+        load_model(f"hf:{tmp_path}")
+    text = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    transformers.BertModel(text).save_pretrained(tmp_path)
+    with pytest.raises(ModelSourceError, match="takes input_ids, not pictures"):
+        load_model(f"hf:{tmp_path}")
+
+
+def test_a_package_that_is_missing_for_hugging_face_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelSourceError, match="need the package transformers; install it with"):
+        load_model("hf:microsoft/resnet-18")
+
+
+def test_a_checkpoint_with_another_head_says_what_to_write(tmp_path: Path) -> None:
+    torch.save(load_model("timm:resnet10t?num_classes=12").model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ModelSourceError, match=r"such as timm:resnet18\?num_classes=12$"):
+        load_checkpoint_(load_model("timm:resnet10t").model, tmp_path / "w.pth")
+    load_checkpoint_(load_model("timm:resnet10t?num_classes=12").model, tmp_path / "w.pth")
+    with pytest.raises(ModelSourceError, match=r"does not fit") as caught:
+        load_checkpoint_(load_model("timm:resnet18?num_classes=12").model, tmp_path / "w.pth")
+    assert "has a head" not in str(caught.value)
+
+
 def test_an_unknown_torchvision_model_names_close_ones() -> None:
     with pytest.raises(
         ModelSourceError, match=r"torchvision has no model .*close names: .*resnet18"
@@ -173,7 +296,7 @@ def test_pretrained_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_zoo_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModelSourceError, match=r"need the package timm; .*pip install .*\[timm\]"):
+    with pytest.raises(MissingPackageError, match=r"needs timm, (.|\n)*pip install .*\[timm\]"):
         load_model("timm:resnet18")
 
 
@@ -497,7 +620,9 @@ def test_a_source_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
         model_sources.register_model_source(None, load)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="load='x'"):
         model_sources.register_model_source("other", "x")  # type: ignore[arg-type]
-    with pytest.raises(ModelSourceError, match=r"write timm:NAME, torchvision:NAME, mine:NAME, "):
+    with pytest.raises(
+        ModelSourceError, match=r"write timm:NAME, torchvision:NAME, hf:NAME, mine:NAME, "
+    ):
         load_model("other:7")
 
 

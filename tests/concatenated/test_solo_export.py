@@ -9,6 +9,7 @@ import coordconv_ports as ports
 import onnxruntime
 import pytest
 import torch
+from old_torch import IS_2_6
 
 import coordconv_patch as ccp
 
@@ -20,8 +21,10 @@ def test_the_sizes_are_frozen_before_and_dynamic_after(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ports.Solo().eval()
     x = torch.randn(2, 3, 32, 40)
+    # torch.fx of torch 2.6 cannot trace the coordinates that this model makes.
+    where = "head.ins_convs.0" if IS_2_6 else "first"
     with pytest.raises(ccp.ExportError, match="ONNX Runtime cannot run the graph on"):
-        ccp.export_onnx(ccp.patch(model, "first"), tmp_path / "before.onnx", x, **OPTIONS)
+        ccp.export_onnx(ccp.patch(model, where), tmp_path / "before.onnx", x, **OPTIONS)
     imported = ccp.import_coordconv(model, x).model
     report = ccp.export_onnx(imported, tmp_path / "after.onnx", x, **OPTIONS)
     assert report.lowerings == {"head.ins_convs.0": "computed"}

@@ -8,12 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import coordconv_patch.demo.requirements as requirements
 from coordconv_patch.demo.backbone import load_pretrained, to_input, top_classes
 from coordconv_patch.demo.finetune import Errors, Phase, Settings, distances, fine_tune, predict
-from coordconv_patch.demo.influence import shares, switched_off
 from coordconv_patch.demo.report import compare
-from coordconv_patch.demo.requirements import MissingPackageError
 from coordconv_patch.demo.run import FILES, WHERE, run_demo
 from coordconv_patch.demo.task import (
     CupTask,
@@ -25,7 +22,7 @@ from coordconv_patch.demo.task import (
     to_pixels,
     to_unit,
 )
-from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.errors import CoordConvPatchError, MissingPackageError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.runtime.providers import CPU, make_session
@@ -160,21 +157,6 @@ def test_models_get_the_same_batches_and_frozen_weights_stay():
     assert curves["control"].phase_errors[0].median == curves["control"].median_errors[-1]
 
 
-def test_shares_and_switching_off():
-    model = patch(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(inplace=True)))
-    images = torch.randn(5, 3, 6, 6)
-    assert shares(model, images) == {"0": 0.0}
-    torch.nn.init.normal_(model[0].coord_weight)
-    expected = model[0].coord_weight.detach()[:, :, 0, 0] @ model[0].coords.grid((6, 6)).flatten(1)
-    from_picture = torch.nn.functional.conv2d(images, model[0].weight, model[0].bias).detach()
-    ratio = (expected.var(dim=1).mean() / from_picture.var(dim=(0, 2, 3)).mean()).sqrt()
-    assert shares(model, images)["0"] == pytest.approx(float(ratio), rel=1e-4)
-    before = model[0].coord_weight.detach().clone()
-    with switched_off(model):
-        torch.testing.assert_close(model(images), from_picture.relu())
-    assert torch.equal(model[0].coord_weight, before)
-
-
 @pytest.mark.parametrize(
     ("control", "patched", "verdict"),
     [(10.0, 5.0, "2.0 times closer"), (5.0, 10.0, "control is better"), (5.0, 5.1, "no real")],
@@ -241,7 +223,7 @@ def test_saved_coordinates_load_onto_the_fine_tuned_base(quick_run):
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        requirements.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name == "skimage" else find_spec(name),
     )

@@ -1,186 +1,215 @@
-"""The order of the passes: a value that others can add to; and the same for graphs of any size."""
+"""What ``target=`` writes: forms, constants, passes; and what it refuses."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_graphs import (
-    CPU,
-    HandMadeGraph,
-    assert_close,
-    checked,
-    optimized_operators,
-    run,
-    serialized,
-)
+from onnx_graphs import CPU, HandMadeGraph, assert_close, run
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
-from coordconv_patch.export import model_file
-from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
-from coordconv_patch.export.targets import ANY_TARGET, REWRITES, passes_for, rewrite_
-from coordconv_patch.lowering.lower import Lowered
+from coordconv_patch.export.graph_passes.evaluate_constants import (
+    EvaluateConstants,
+    nodes_of_constants,
+)
+from coordconv_patch.export.graph_passes.expand_coordinates import ExpandCoordinates
+from coordconv_patch.export.targets import TARGETS, Target, target_named
 
-EMPTY = Lowered({}, (), ())
 
-
-class Everything(nn.Module):
-    """Something for every pass: ReLU6, a narrow linear activation, a layer scale, a residual."""
+class Network(nn.Module):
+    """Strides, a depthwise convolution, a 1x1 shortcut, a residual, and constants of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.first = nn.Conv2d(16, 16, 3, padding=1)
-        self.narrow = nn.Conv2d(16, 24, 1)
-        self.wide = nn.Conv2d(24, 32, 1)
-        self.back = nn.Conv2d(32, 16, 3, padding=1)
-        self.scale = nn.Parameter(torch.rand(1, 16, 1, 1) + 0.5)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, 2, padding=1, groups=8)
+        self.shortcut = nn.Conv2d(8, 8, 1, 2)
+        self.head = nn.Conv2d(8, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        start = self.stem(x).relu()
-        narrow = self.narrow(nn.functional.relu6(self.first(start)))
-        wide = self.wide(narrow).relu()
-        return (start + self.scale * self.back(wide)).relu().mean((2, 3))
+        x = self.stem(x).relu()
+        x = (self.depthwise(x) + self.shortcut(x)).relu()
+        steps = torch.arange(5, device=x.device).reshape(1, 5, 1, 1) * 0.5
+        return (self.head(x) * (steps + 1)).mean((2, 3))
 
 
-def everything() -> nn.Module:
+def network(std: float = 0.3) -> nn.Module:
     torch.manual_seed(0)
-    model = ccp.patch(Everything().eval(), "all")
-    with torch.no_grad():
-        for parameter in ccp.coord_parameters(model):
-            parameter.normal_(std=0.2)
+    model = ccp.patch(Network().eval(), "all")
+    for weight in ccp.coord_parameters(model):
+        nn.init.normal_(weight, std=std)
     return model
 
 
-X = torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(1))
+def images(batch: int, size: tuple[int, int] = (16, 12)) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+
+
+def export(model: nn.Module, path: Path, **options: Any) -> ccp.ExportReport:
+    return ccp.export_onnx(model, path, images(2), providers=CPU, **options)
+
+
+FORM = ("lowering", "whole_constants", "rewrites", "opset")
+
+
+def test_other_targets_of_stored_maps_write_what_portable_writes() -> None:
+    """So that one file of theirs need be looked at here; docs/runtimes.md runs each."""
+    portable = TARGETS["portable"]
+    for name in ("opencv", "ncnn", "mnn", "litert", "coreml"):
+        for field in FORM:
+            assert getattr(TARGETS[name], field) == getattr(portable, field), name
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-def test_a_graph_with_its_weights_beside_it_gets_the_passes_that_others_get(
-    exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_portable_file_computes_nothing_from_constants_alone(
+    exporter: Any, tmp_path: Path
 ) -> None:
-    model = everything()
-    options: dict[str, Any] = {"exporter": exporter, "providers": CPU}
-    small = ccp.export_onnx(model, tmp_path / "small.onnx", X, **options)
-    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
-    large = ccp.export_onnx(model, tmp_path / "large.onnx", X, **options)
-    stored = onnx.load(large.path, load_external_data=False).graph.initializer
-    assert any(tensor.external_data for tensor in stored)
-    assert large.nodes == small.nodes
-    if exporter == "dynamo":  # the other one's graphs read shapes of what should be fused
-        assert large.nodes["Add"] == 5  # five branches and a residual; the wide one has none
-        assert large.nodes["HardSigmoid"] == 1
-    assert large.refusals == small.refusals
-    assert large.coord_constant_bytes == small.coord_constant_bytes
-    assert optimized_operators(large.path) == optimized_operators(small.path)
-    actual, expected = (run(report.path, {"x": X.numpy()}) for report in (large, small))
-    np.testing.assert_array_equal(actual, expected)
-    assert_close(actual, [model.double()(X.double()).detach().numpy()], 3e-6)
+    model = network()
+    report = export(model, tmp_path / "m.onnx", target="portable", exporter=exporter)
+    assert report.target == "portable"
+    assert re.search(r"^target +portable$", str(report), re.MULTILINE)
+    graph = ir.load(report.path).graph
+    assert not nodes_of_constants(graph)
+    stored = set(graph.initializers.values())
+    for node in graph:
+        if node.op_type == "Conv":
+            assert node.inputs[0] not in stored
+    maps = [n for n in graph if n.op_type == "Add" and any(v in stored for v in n.inputs)]
+    assert len(maps) == 4
+    assert set(report.lowerings.values()) == {"map"}
+    # (8 * 16 * 12 + 2 * 8 * 8 * 6 + 5 * 8 * 6) numbers of four bytes
+    assert report.growth == report.coord_constant_bytes == 4 * (8 * 192 + 16 * 48 + 5 * 48)
+    for batch in (1, 2, 3):
+        x = images(batch)
+        assert_close(run(report.path, {"x": x.numpy()}), [model(x).detach().numpy()], 3e-6)
 
 
-def test_weights_that_lie_in_files_are_rewritten_like_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_default_is_what_it_was(tmp_path: Path) -> None:
+    model = network()
+    options: dict[str, Any] = {"exporter": "torchscript"}
+    default = export(model, tmp_path / "default.onnx", **options)
+    named = export(model, tmp_path / "named.onnx", target="onnxruntime", **options)
+    assert default.path.read_bytes() == named.path.read_bytes()
+    assert default.target == "onnxruntime"
+    assert nodes_of_constants(ir.load(default.path).graph)
+    assert 0 < default.coord_constant_bytes < default.growth < default.file_size
+
+
+def test_computed_coordinates_are_expanded_before_their_convolution(tmp_path: Path) -> None:
+    model = network()
+    options: dict[str, Any] = {"exporter": "torchscript", "dynamic_size": True}
+    report = export(model, tmp_path / "m.onnx", target="openvino", **options)
+    assert set(report.lowerings.values()) == {"computed"}
+    graph = ir.load(report.path).graph
+    expanded = [n for n in graph if n.op_type == "Conv" and n.name in report.coordinate_nodes]
+    assert len(expanded) == 4
+    for node in expanded:
+        producer = node.inputs[0].producer()
+        assert producer is not None
+        assert producer.op_type == "Expand"
+    x = images(3, (20, 14))
+    assert_close(run(report.path, {"x": x.numpy()}), [model(x).detach().numpy()], 3e-6)
+
+
+def test_a_fixed_batch_is_advised_where_it_is_faster(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target": "openvino", "exporter": "torchscript"}
+    report = export(network(), tmp_path / "m.onnx", **options)
+    assert any("pass dynamic_batch=False" in note for note in report.notes)
+    fixed = export(network(), tmp_path / "f.onnx", dynamic_batch=False, **options)
+    assert not fixed.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "onnx"}, r"target='onnx': write 'onnxruntime', 'openvino'"),
+        ({"target": None}, r"target=None: write"),
+        ({"target": "portable", "lowering": "branch"}, "leave lowering out"),
+        ({"target": "openvino", "lowering": "autotune"}, "leave lowering out"),
+        ({"target": "portable", "dynamic_size": True}, "dynamic_size=True with target='portable'"),
+        ({"target": "ncnn", "dynamic_size": True}, "ncnn, by pnnx takes stored ones"),
+        (
+            {"target": "litert", "places": True, "dynamic_batch": False},
+            "places=True with target='litert'",
+        ),
+        ({"target": "litert"}, "dynamic_batch=True with target='litert'.* dynamic_batch=False"),
+    ],
+)
+def test_what_a_target_cannot_have_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """As onnx-ir loads a large graph: its weights stay in their file until they are read."""
-    path = tmp_path / "m.onnx"
-    model = everything()
-    options: dict[str, Any] = {"lowering": "branch", "providers": CPU}
-    ccp.export_onnx(model, path, X, **options)
-    in_memory = ir.load(path)
-    monkeypatch.setattr(model_file, "MAX_BYTES_IN_GRAPH", 0)
-    ccp.export_onnx(model, path, X, **options)
-    in_files = ir.load(path)
-    held = [value.const_value for value in in_files.graph.initializers.values()]
-    assert any(isinstance(tensor, ir.ExternalTensor) for tensor in held)
-    for graph in (in_memory, in_files):
-        rewrite_(graph, passes_for(CPU[0], EMPTY, 2))
-    assert [node.op_type for node in in_files.graph] == [n.op_type for n in in_memory.graph]
-    assert sum(node.op_type == "HardSigmoid" for node in in_files.graph) == 1
-    loaded = ir.external_data.load_to_model(in_files)
-    np.testing.assert_array_equal(*(run(g, {"x": X.numpy()}) for g in (loaded, in_memory)))
+    with pytest.raises(ccp.ArgumentError, match=message):
+        export(network(), tmp_path / "m.onnx", **options)
+    assert not list(tmp_path.iterdir())
 
 
-def test_tensors_that_torchscript_puts_into_files_of_their_own_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With more than 2 GB it does: weights, and what Constant nodes hold."""
-    model = everything()
-    options: dict[str, Any] = {"exporter": "torchscript", "providers": CPU}
-    expected = ccp.export_onnx(model, tmp_path / "expected.onnx", X, **options)
-    export = torch.onnx.export
-
-    def export_into_many_files(exported: nn.Module, args: Any, path: str, **kwargs: Any) -> None:
-        export(exported, args, path, **kwargs)
-        onnx.save(
-            *(onnx.load(path), path),
-            save_as_external_data=True,
-            all_tensors_to_one_file=False,
-            size_threshold=0,
-            convert_attribute=True,
-        )
-        assert len(list(Path(path).parent.iterdir())) > 50
-
-    monkeypatch.setattr(torch.onnx, "export", export_into_many_files)
-    report = ccp.export_onnx(model, tmp_path / "m.onnx", X, **options)
-    assert report.nodes == expected.nodes
-    assert report.coord_constant_bytes == expected.coord_constant_bytes
-    np.testing.assert_array_equal(*(run(r.path, {"x": X.numpy()}) for r in (report, expected)))
+def test_a_target_from_outside(tmp_path: Path) -> None:
+    theirs = dataclasses.replace(TARGETS["portable"], name="theirs", opset=19)
+    try:
+        ccp.register_target(theirs)
+        assert target_named("theirs") is theirs
+        options: dict[str, Any] = {"target": "theirs", "exporter": "torchscript"}
+        assert export(network(), tmp_path / "m.onnx", **options).opset == 19
+        newer = dataclasses.replace(theirs, opset=None)
+        ccp.register_target(newer)
+        assert target_named("theirs") is newer
+    finally:
+        TARGETS.pop("theirs", None)
+    with pytest.raises(ccp.ArgumentError, match="write an identifier other than"):
+        ccp.register_target(dataclasses.replace(theirs, name="openvino"))
+    with pytest.raises(ccp.ArgumentError, match="write a Target"):
+        ccp.register_target("theirs")  # type: ignore[arg-type]
 
 
-class NoteAuthor(ir.passes.InPlacePass):
-    """Somebody else's pass."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        model.graph.doc_string = "by somebody else"
-        return ir.passes.PassResult(model, modified=True)
-
-
-def test_a_pass_from_outside_runs_for_its_target_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(REWRITES, CPU[0], [*REWRITES[CPU[0]], NoteAuthor])
-    model = everything()
-    report = ccp.export_onnx(model, tmp_path / "m.onnx", X, providers=CPU)
-    assert onnx.load(report.path).graph.doc_string == "by somebody else"
-    for other in (None, "CUDAExecutionProvider"):
-        assert not any(isinstance(each, NoteAuthor) for each in passes_for(other, EMPTY, 2))
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_targets_are_named_as_they_are_registered(name: str) -> None:
+    target = TARGETS[name]
+    assert isinstance(target, Target)
+    assert target.name == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        target.opset = 3  # type: ignore[misc]
 
 
-def test_a_target_from_outside_has_passes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REWRITES, "TheirProvider", [NoteAuthor])
-    theirs = [type(each) for each in passes_for("TheirProvider", EMPTY, 2)]
-    assert NoteAuthor in theirs
-    assert OrderAdditions not in theirs
-    others = [type(each) for each in passes_for("AnotherProvider", EMPTY, 2)]
-    assert [kind for kind in others if kind in ANY_TARGET] == ANY_TARGET
+# --- passes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lowering", ["auto", "separable"])
-def test_a_second_run_of_every_pass_changes_nothing(lowering: Any, tmp_path: Path) -> None:
-    report = ccp.export_onnx(everything(), tmp_path / "m.onnx", X, lowering=lowering, providers=CPU)
-    model = ir.load(report.path)
-    passes = passes_for(CPU[0] if lowering == "auto" else None, EMPTY, 2)
-    for each in passes:
-        before = serialized(model)
-        assert not each(model).modified, each
-        assert serialized(model) == before
-    checked(model)
-
-
-@pytest.mark.parametrize("name", ["", "conv"])
-def test_nodes_get_names_of_their_own(name: str) -> None:
-    """Quantizers are told by name which nodes to leave out."""
+def test_one_picture_of_coordinates_is_expanded_and_a_batch_is_left() -> None:
     graph = HandMadeGraph()
-    model = graph.model(graph.node("Relu", graph.site(graph.x, (8, 16))))
+    graph.coords = graph.stored(graph.random(1, 2, *graph.size))
+    one = graph.site(graph.x, (8, 4))
+    graph.coords = graph.new_coords()
+    model = graph.model(one, graph.site(graph.x, (8, 4)))
+    before = run(model)
+    result = ExpandCoordinates()(model)
+    assert result.count == 1
+    assert_close(run(model), before)
+    assert not ExpandCoordinates()(model).modified
+
+
+def test_what_cannot_be_evaluated_stays_and_is_named() -> None:
+    graph = HandMadeGraph()
+    doubled = graph.node("Add", *[graph.stored(graph.random(8, 5, 7))] * 2)
+    output = graph.node("Mul", graph.x, graph.node("Sin", doubled))
+    model = graph.model(output)
     for node in model.graph:
-        node.name = name
-    rewrite_(model, passes_for(None, EMPTY, 2))
-    names = [node.name for node in model.graph]
-    assert all(names)
-    assert len(set(names)) == len(names)
+        if node.op_type == "Sin":
+            node.domain, node.op_type = "somebody.else", "Wave"
+    result = EvaluateConstants()(model)
+    (refusal,) = result.refusals
+    assert "cannot evaluate Wave" in refusal.reason
+    assert [node.op_type for node in model.graph] == ["Wave", "Mul"]
+
+
+def test_random_numbers_are_not_constants() -> None:
+    graph = HandMadeGraph()
+    noise = graph.node("RandomNormal", shape=[8, 5, 7], dtype=1)
+    model = graph.model(graph.node("Add", graph.x, noise))
+    assert not nodes_of_constants(model.graph)
+    assert not EvaluateConstants()(model).modified
+    assert "RandomNormal" in [node.op_type for node in model.graph]

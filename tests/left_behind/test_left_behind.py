@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from old_torch import IS_2_6, STRICT
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -310,7 +311,7 @@ class TestErrors:
             use[1](model)
         assert not Path("never.onnx").exists()
 
-    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("strict", STRICT)
     def test_compiling_warns(self, strict: bool) -> None:
         """An error cannot come out of dynamo as it is."""
         model = trained(Net())
@@ -330,14 +331,15 @@ class TestErrors:
             ccp.save_coords(model, tmp_path / "coords.safetensors")
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("copies", [0, 2])
+    # Copies of GraphModules have no hooks in torch 2.6, so only the original is watched there.
+    @pytest.mark.parametrize("copies", [0] if IS_2_6 else [0, 2])
     def test_graph_modules(self, copies: int) -> None:
         model = trained(fx.symbolic_trace(Net().eval()))
         for _ in range(copies):
             model = copy.deepcopy(model)
         model.body.get_submodule("0").conv = plain_twin(model.body.get_submodule("0").conv)
         with pytest.raises(PatchError, match=r"body\.0\.conv"):
-            copy.deepcopy(model)(IMAGES)
+            (model if IS_2_6 else copy.deepcopy(model))(IMAGES)
 
     def test_a_folded_model_is_watched_too(self) -> None:
         model = ccp.fold(trained(Net()))
@@ -622,9 +624,10 @@ class TestNoAlarm:
         assert nodes[0] == nodes[1]
         traced = torch.jit.trace(copy.deepcopy(model), IMAGES)
         assert "sample" not in str(traced.graph)
-        exported = torch.export.export(copy.deepcopy(model), (IMAGES,), strict=True)
-        again = torch.export.export(ccp.patch(Net().eval(), "all"), (IMAGES,), strict=True)
-        assert len(exported.graph.nodes) == len(again.graph.nodes)
+        for strict in STRICT[1:]:
+            exported = torch.export.export(copy.deepcopy(model), (IMAGES,), strict=strict)
+            again = torch.export.export(ccp.patch(Net().eval(), "all"), (IMAGES,), strict=strict)
+            assert len(exported.graph.nodes) == len(again.graph.nodes)
 
 
 def test_unpatch_leaves_no_trace() -> None:

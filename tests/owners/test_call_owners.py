@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
+from old_torch import STRICT
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -221,7 +222,7 @@ def test_compiled_in_one_graph(name: str, x: Tensor) -> None:
     torch.testing.assert_close(compiled(x), patched(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", STRICT)
 @pytest.mark.parametrize("name", CASES)
 def test_programs_of_torch_export(name: str, strict: bool, x: Tensor) -> None:
     _, patched, _ = patched_case(name, x)

@@ -29,8 +29,8 @@ def test_the_page_is_what_the_records_give(page: Any) -> None:
 def test_every_record_has_a_row_and_a_picture(page: Any) -> None:
     text = page.PAGE.read_text()
     for record in (PAPER / "results").glob("*.json"):
-        assert f"[`{record.stem}.py`]({record.stem}.py)" in text
-        assert f"![{record.stem}](results/{record.stem}." in text
+        assert f"[`{record.stem}.py`](../examples/paper/{record.stem}.py)" in text
+        assert f"![{record.stem}](../examples/paper/results/{record.stem}." in text
 
 
 def test_a_figure_is_the_mean_over_the_seeds(page: Any) -> None:
@@ -41,7 +41,7 @@ def test_a_figure_is_the_mean_over_the_seeds(page: Any) -> None:
         if run["setting"] == "wide view, unpadded" and run["variant"] == "patched: all"
     ]
     assert len(values) == 3
-    expected = f"all patched **{sum(values) / 3:.3f}** ± {statistics.stdev(values):.3f} (3 seeds, "
+    expected = f"| all patched | **{sum(values) / 3:.3f}** ± {statistics.stdev(values):.3f} | 3 | "
     assert expected in page.render()
 
 
@@ -199,7 +199,7 @@ def test_a_comparison_tells_time_and_parameters_from_the_record(page: Any) -> No
         run("patched", 0, [0.1, 0.9, 1.0], 100),
         run("patched", 1, [0.1, 0.2, 0.2], 100),
     ]
-    assert page.cell({"experiment": "e", "runs": runs}, comparison) == (
+    assert page.note({"experiment": "e", "runs": runs}, comparison) == (
         "best test score of the deconvs: reached **3, never** times sooner, by seed; "
         "**3.0** times fewer parameters"
     )
@@ -213,5 +213,5 @@ def test_a_plain_net_that_scored_nothing_has_no_best_to_be_reached(page: Any) ->
         "curves": {"CPU seconds": [1.0], "test": [0.0]},
     }
     runs = [run | {"variant": "patched"}, run | {"variant": "deconv a"}]
-    text = page.cell({"experiment": "e", "runs": runs}, comparison)
+    text = page.note({"experiment": "e", "runs": runs}, comparison)
     assert "none, as the plain net's test score stayed 0" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -29,7 +28,7 @@ import not_so_clevr_nets as nets  # noqa: E402
 import not_so_clevr_packing as packing  # noqa: E402
 import not_so_clevr_training as training  # noqa: E402
 import training_times  # noqa: E402
-from scrambled_coordinates import scramble_, scrambled  # noqa: E402
+import variants  # noqa: E402
 
 SPLITS = {name: make() for name, make in data.SPLITS.items()}
 SOME = torch.tensor([[4, 59], [33, 32], [59, 4], [20, 41]])
@@ -183,27 +182,16 @@ def test_the_pixel_softmax_has_mean_one_and_keeps_the_order() -> None:
     assert torch.equal(shares.flatten(1).argsort(1), logits.flatten(1).argsort(1))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (12, 12), (6, 9)])
-def test_scrambled_coordinates_are_the_same_pairs_at_other_pixels(size: tuple[int, int]) -> None:
-    ordered = ccp.Coordinates().grid(size)
-    mixed = scrambled(ordered).flatten(1)
-    assert torch.equal(mixed, scrambled(ordered).flatten(1))
-    ordered = ordered.flatten(1)
-    assert sorted(map(tuple, ordered.T.tolist())) == sorted(map(tuple, mixed.T.tolist()))
-    assert (ordered == mixed).all(0).float().mean() < 0.01
-    assert torch.corrcoef(torch.stack([ordered[0], mixed[0]]))[0, 1].abs() < 0.3
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_patched_net_can_see_scrambled_coordinates(copied: bool) -> None:
-    patched = scramble_(ccp.patch(nn.Conv2d(1, 2, 1, bias=False), "first"))
-    if copied:
-        first, patched = patched, copy.deepcopy(patched)
-        assert patched.compute_branch.args[0] is patched is not first
-    with torch.no_grad():
-        ccp.coord_parameters(patched)[0].copy_(torch.eye(2)[:, :, None, None])
-    grid = scrambled(ccp.Coordinates().grid((64, 64)))
-    torch.testing.assert_close(patched(torch.zeros(1, 1, 64, 64))[0], grid)
+def test_the_variants_of_a_net_are_itself_and_one_with_each_kind_of_coordinates() -> None:
+    plain = nn.Conv2d(1, 2, 1, bias=False)
+    assert variants.as_variant(plain, "plain") is plain
+    conventions = {"patched": ccp.Coordinates(), "scrambled": ccp.scrambled()}
+    for variant, coords in conventions.items():
+        layer: Any = variants.as_variant(plain, variant)
+        with torch.no_grad():
+            layer.coord_weight.copy_(torch.eye(2)[:, :, None, None])
+        seen = layer(torch.zeros(1, 1, 64, 64))[0]
+        torch.testing.assert_close(seen, coords.grid((64, 64)))
 
 
 # --- the options -----------------------------------------------------------------------------

@@ -199,7 +199,8 @@ def test_chosen_calls_are_exported_to_onnx(x: Tensor, tmp_path: Any) -> None:
     patched = patched_at("head.conv@0,2", x)
     report = ccp.export_onnx(patched, tmp_path / "p.onnx", x)
     assert list(report.lowerings) == ["head.conv"]
-    assert report.nodes["Conv"] == 1 + 3 + 3 + 2
+    # The exporter's optimizer may compute one of the two maps itself.
+    assert report.nodes["Conv"] in (1 + 3 + 3 + 2, 1 + 3 + 3 + 1)
     assert report.checks[0].difference < 1e-5
 
 
@@ -208,7 +209,8 @@ def test_plan_shows_the_chosen_calls_and_counts_them_alone(x: Tensor) -> None:
     rows = {row.site.name: row for row in plan.rows}
     assert rows["head.conv"].multiply_adds == 2 * 4 * 9 * 6 * 8
     assert rows["head.conv"].choice.chosen_calls.caller == "head"
-    assert "matches 'head.*@1'; call 1 of 3" in str(plan)
+    assert "matches 'head.*@1': head.conv" in str(plan)
+    assert "call 1 of 3: head.conv" in str(plan)
     chosen = {site["name"]: site["chosen_calls"] for site in plan.to_dict()["sites"]}
     assert chosen == {"stem": None, "head.conv": [1], "head.out": [1]}
 

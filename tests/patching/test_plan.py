@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,7 +102,8 @@ def test_sizes_and_costs_are_unknown_without_example_inputs() -> None:
     plan = ccp.plan(Net(), "all")
     assert plan.multiply_adds is None
     assert plan.parameters == 1024
-    assert "?" in str(plan)
+    assert "sizes are unknown, so the bars compare weights" in str(plan)
+    assert "MAdds" not in str(plan)
     assert "multiply-adds" not in plan.summary()
 
 
@@ -109,39 +115,99 @@ def test_sites_that_are_not_chosen_cost_nothing(x: Tensor) -> None:
     assert plan.multiply_adds == 17280
 
 
-def test_table_shows_name_class_geometry_sizes_calls_costs_and_reason(x: Tensor) -> None:
-    lines = str(ccp.plan(Net(), ["stem", "shared"], example_inputs=x)).splitlines()
-    row = {
-        cells[1]: cells
-        for cells in ([c.strip() for c in ln.split("\u2502")[1:-1]] for ln in lines)
-        if len(cells) > 1
-    }
-    assert row["stem"] == [
-        "+",
-        "stem",
-        "Conv2d",
-        "3\u21928 7\u00d77 s2 p3",
-        "16\u00d724",
-        "8\u00d712",
-        "1",
-        "784",
-        "75.3 k",
-        "matches 'stem'",
-    ]
-    assert row["shared"][3:7] == [
-        "8\u21928 3\u00d73 p1 depthwise",
-        "8\u00d712, 4\u00d76",
-        "8\u00d712, 4\u00d76",
-        "2",
-    ]
-    assert row["up"][0] == ""
-    assert row["up"][2:4] == ["ConvTranspose2d", "8\u21924 3\u00d73 s2 transposed"]
-    assert row["up"][-1] == "not selected"
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Cells by the name before them; cells are two spaces or more apart."""
+    lines = [re.split(r" {2,}", line[2:]) for line in text.splitlines() if "  " in line[2:]]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_sites_are_shown_with_class_geometry_sizes_calls_and_costs(x: Tensor) -> None:
+    plan = ccp.plan(Net(), ["stem", "shared"], example_inputs=x)
+    lines = str(plan.by_site()).splitlines()
+    rows = rows_of("\n".join(lines))
+    stem = ["Conv2d", "3\u21928 7\u00d77 s2 p3", "16\u00d724", "8\u00d712", "1", "784", "75.3 k"]
+    assert rows["stem"] == [*stem, "\u2588" * 12]
+    sizes = "8\u00d712, 4\u00d76"
+    assert rows["shared"][1:5] == ["8\u21928 3\u00d73 p1 depthwise", sizes, sizes, "2"]
+    assert rows["up"][:2] == ["ConvTranspose2d", "8\u21924 3\u00d73 s2 transposed"]
+    marks = {line[2:].split()[0]: line[0] for line in lines if line[2:].split()}
+    assert (marks["stem"], marks["shared"], marks["up"]) == ("+", "+", " ")
     assert lines[0] == "coordinates (x, y)"
-    assert lines[-1] == (
+    assert (
         "2 of 5 sites chosen, 928 coordinate weights, 92.5 k multiply-adds a forward pass "
         "(traced whole)"
+    ) in lines
+
+
+def test_a_bar_is_as_long_as_a_site_is_costly(x: Tensor) -> None:
+    text = str(ccp.plan(Net(), ["stem", "shared"], example_inputs=x).by_site())
+    bars = {name: cells[-1] for name, cells in rows_of(text).items() if "\u2588" in cells[-1]}
+    eighths = round(17280 / 75264 * 12 * 8)
+    assert bars["stem"] == "\u2588" * 12
+    assert bars["shared"] == "\u2588" * (eighths // 8) + chr(0x2590 - eighths % 8)
+
+
+def test_a_plan_has_a_row_for_each_stage() -> None:
+    plan = ccp.plan(timm.create_model("resnet50"), ["first", "layer4.*.conv2"])
+    rows = rows_of(str(plan))
+    assert list(rows)[:6] == ["stage", "conv1", "layer1.*", "layer2.*", "layer3.*", "layer4.*"]
+    assert rows["layer3.*"] == ["19"]
+    assert rows["layer4.*"][:3] == ["10", "3", "27,648"]
+    assert "+ matches 'layer4.*.conv2': layer4.0.conv2, layer4.1.conv2, layer4.2.conv2" in str(plan)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_plan_fits_the_terminal_with_whole_names(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = torchvision.models.get_model(
+        "retinanet_resnet50_fpn", weights=None, weights_backbone=None
+    ).eval()
+    plan = ccp.plan(model, "all")
+    for shown in (plan, plan.by_site()):
+        assert max(map(len, str(shown).splitlines())) <= width
+        console = Console(width=width, file=io.StringIO(), force_terminal=False)
+        console.print(shown)
+        assert console.file.getvalue().rstrip() == str(shown)  # type: ignore[attr-defined]
+    text = str(plan.by_site())
+    assert [row.site.name for row in plan.rows if f"+ {row.site.name}" not in text] == []
+    if width >= 80:
+        assert "\u2588" * 12 in text
+
+
+def test_no_column_says_the_same_in_every_row(x: Tensor) -> None:
+    text = str(ccp.plan(timm.create_model("resnet18"), "all").by_site())
+    assert text.count("Conv2d") == 1
+    assert "every row: class Conv2d" in text
+
+
+def test_its_repr_is_short() -> None:
+    plan = ccp.plan(timm.create_model("resnet50"), "all")
+    assert repr(plan) == (
+        "<Plan: 53 of 53 sites chosen, 119,680 coordinate weights (traced whole)>"
     )
+
+
+def test_a_notebook_gets_the_stages_and_a_page_every_site(tmp_path: Path) -> None:
+    plan = ccp.plan(timm.create_model("resnet50"), "first", example_inputs=torch.rand(1, 3, 64, 64))
+    cell = plan._repr_html_()
+    assert "layer4.*" in cell
+    assert "layer4.2.conv3" not in cell
+    assert len(cell) < 6000
+    plan.to_html(tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    places = [page.index(f">{row.site.name}</td>") for row in plan.rows if "." in row.site.name]
+    assert places == sorted(places)
+    assert 'title="conv1, 32\u00d732"' in page
+    assert '<tr class="strong"><td>conv1</td>' in page
+    assert "<script" not in page
+    assert re.findall(r'(?:src|href)="|url\(', page) == []
+
+
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ccp.ArgumentError, match=r"cannot write .*nowhere"):
+        ccp.plan(Net()).to_html(tmp_path / "nowhere" / "plan.html")
 
 
 def test_notes_tell_of_one_pixel_inputs_and_convolutions_never_called(x: Tensor) -> None:
@@ -160,7 +226,7 @@ def test_every_site_name_stands_whole_in_the_table() -> None:
     nested = nn.Sequential()
     nested.add_module("backbone_of_the_feature_pyramid_network", model)
     plan = ccp.plan(nested, "all", example_inputs=torch.rand(1, 3, 32, 32))
-    text = str(plan)
+    text = str(plan.by_site())
     assert [row.site.name for row in plan.rows if row.site.name not in text] == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,25 @@ def test_a_model_that_never_gives_the_same_is_patched_all_the_same(x: Tensor) ->
         with pytest.warns(UserWarning, match="the model gives other outputs each time"):
             patched = patch(Drifting(), "all", example_inputs=x)
         assert list(coord_layers(patched)) == ["a", "b", "c"]
+
+
+def test_a_copy_whose_last_bits_differ_by_themselves_is_patched(x: Tensor) -> None:
+    """As those of weights that a file is mapped to, which lie unaligned in memory."""
+
+    class Unaligned(Net):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Unaligned:
+            copied = Unaligned(self.counts_in)
+            with torch.no_grad():
+                copied.c.weight.mul_(1 + 1e-6)
+            return copied
+
+    model = Unaligned()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched = ccp.patch(model, "all", example_inputs=x)
+    assert list(coord_layers(patched)) == ["a", "b", "c"]
+    with pytest.raises(PatchError, match="is not the same bit for bit"):
+        ccp.patch(Unaligned("evaluation"), "all", example_inputs=x)
 
 
 def test_values_that_are_not_numbers_are_the_same(x: Tensor) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_torch import IS_2_6
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -49,7 +50,10 @@ def eager_switches() -> Iterator[None]:
     assert nn.Module.__getattr__ is MODULE_GETATTR
     assert (sys.stdout, sys.stderr) == streams
     assert [os.path.samestat(a, os.fstat(b)) for a, b in zip(descriptors, (1, 2), strict=True)]
-    assert list(warnings.filters) == filters
+    after = list(warnings.filters)
+    # What torch.compile of torch 2.6 imports adds filters of its own.
+    assert (after[-len(filters) :] if IS_2_6 else after) == filters
+    assert not any(map(_is_ours, after))
     assert logging.root.manager.disable == 0
     assert torch.get_default_dtype() is torch.float32
 
@@ -185,7 +189,7 @@ def test_other_threads_compile_while_models_are_patched(backend: str) -> None:
 
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch({"cache_size_limit" if IS_2_6 else "recompile_limit": 64}):
             assert_right(run(compile_and_run, 32))
     finally:
         torch._dynamo.reset()

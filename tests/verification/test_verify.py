@@ -16,13 +16,15 @@ from torch.utils._pytree import register_pytree_node
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError, ExportError
 from coordconv_patch.running.inputs import tensors_in
+from coordconv_patch.verification import comparison as comparison_module
 from coordconv_patch.verification import verify as verify_module
 from coordconv_patch.verification.check import Check
+from coordconv_patch.verification.comparison import Verdict
 from coordconv_patch.verification.detections import Detections, find_fields
 from coordconv_patch.verification.differences import compare
 from coordconv_patch.verification.match_detections import DetectionAgreement, compare_detections
-from coordconv_patch.verification.rounding import rounding_noise
-from coordconv_patch.verification.torch_run import torch_outputs
+from coordconv_patch.verification.rounding import other_roundings, rounding_noise
+from coordconv_patch.verification.torch_run import run_torch, torch_outputs
 from coordconv_patch.verification.verify import Verifier, run_session, verify_onnx
 
 CPU = ["CPUExecutionProvider"]
@@ -245,9 +247,10 @@ def test_rounding_that_moves_boxes_far_excuses_no_large_move() -> None:
 
 
 def test_a_file_that_shares_less_than_half_with_torch_is_not_accepted() -> None:
-    (problem,) = judged(ROWS[:2], ROWS[:1], ROWS[:2]).problems
+    agreement = judged(ROWS[:2], ROWS[:1], ROWS[:2])
+    (problem,) = agreement.problems
     assert "only 2 of 5 detections can be compared" in problem
-    assert "check on a picture" in problem
+    assert agreement.undecided == "Compare on a picture with clearer objects"
 
 
 def test_roundings_are_drawn_only_as_long_as_something_is_unexplained() -> None:
@@ -440,12 +443,82 @@ def file(tmp_path: Path) -> Path:
     return exported(tmp_path / "net.onnx", made())
 
 
+def noises(model: nn.Module) -> list[float]:
+    own = torch_outputs(model, X)
+    return [rounding_noise(own, rounded) for rounded in other_roundings(model, X)]
+
+
 def test_the_rounding_noise_of_a_plain_model_is_small() -> None:
-    assert 0 < rounding_noise(made(), X) < 1e-5
+    measured = noises(made())
+    assert len(measured) == 9
+    assert all(0 < noise < 2e-6 for noise in measured)
 
 
 def test_the_rounding_noise_of_cancellation_is_large() -> None:
-    assert rounding_noise(made(Cancels), X) > 1e-3
+    measured = noises(made(Cancels))
+    assert measured[0] > 1e-3
+    assert max(measured) > 1e-3
+
+
+class Sum(nn.Module):
+    """Passes on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def test_each_pixel_of_a_layer_is_rounded_on_its_own() -> None:
+    """Weights are shared by all pixels, so that they alone could not part two equal ones."""
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = 8
+    rounded = [outputs[0] for outputs in other_roundings(Sum(), x)]
+    for output in rounded[1:]:
+        apart = (output - x).flatten()
+        eps = torch.finfo(torch.float32).eps
+        assert apart.unique().numel() > 8
+        assert 0 < apart[1:].abs().max() <= 2 * eps * 0.5001  # the mean is 8 / 16
+        assert apart[0].abs() <= 7 * eps * 8
+    assert torch.equal(rounded[0].float(), x)
+    assert noises_repeat(x)
+
+
+def noises_repeat(x: Tensor) -> bool:
+    pairs = zip(other_roundings(Sum(), x), other_roundings(Sum(), x), strict=True)
+    return all(torch.equal(a[0], b[0]) for a, b in pairs)
+
+
+def test_the_worst_of_several_roundings_counts_and_no_more_are_drawn_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, drawn = made(), []
+    run = run_torch(model, X)
+    (y,) = run.tensors
+    largest = float(y.abs().max())
+
+    def roundings(*_: Any) -> Any:
+        for share in (1e-4, 4e-4, 2e-4, 9.0):
+            drawn.append(share)
+            yield [y + share * largest]
+
+    monkeypatch.setattr(comparison_module, "other_roundings", roundings)
+
+    def verdict(share: float) -> Verdict:
+        drawn.clear()
+        moved = (y + share * largest).detach().numpy()
+        return comparison_module.Comparison(model, X, run, 1e-5).compare([moved])
+
+    assert verdict(1e-3).agrees
+    assert drawn == [1e-4, 4e-4]
+    assert verdict(1e-3).check.noise == pytest.approx(4e-4, rel=0.01)
+    assert verdict(2.5e-4).agrees
+    assert drawn == [1e-4]
+    assert verdict(9e-6).check.noise is None
+    assert drawn == []
 
 
 def test_a_model_that_knows_no_double_has_no_measured_noise() -> None:
@@ -455,12 +528,12 @@ def test_a_model_that_knows_no_double_has_no_measured_noise() -> None:
                 raise TypeError("float32 only")
             return self.conv(x)
 
-    assert rounding_noise(made(Single), X) == 0
+    assert len(noises(made(Single))) == 8
 
 
 def test_a_difference_within_the_noise_agrees_and_says_so(tmp_path: Path) -> None:
     model = made(Cancels)
-    noise = rounding_noise(model, X)
+    noise = max(noises(model))
     path = exported(tmp_path / "noisy.onnx", model)
     check = Check("x", 2 * noise, 1e-9, noise)
     assert check.agrees
@@ -506,7 +579,7 @@ def test_another_models_file_is_an_error_with_figures(file: Path) -> None:
     assert "CPUExecutionProvider" in message
     assert "(2, 3, 6, 9)" in message
     assert "allowed are 0.0001" in message
-    assert "The graph itself is different" in message
+    assert "Is it of this model, with these weights?" in message
     shown = float(message.split(" by ")[1].split()[0])
     expected = (other(X) - made()(X)).abs().max() / other(X).abs().max()
     assert shown == pytest.approx(expected.item(), rel=0.01)
@@ -588,6 +661,135 @@ def test_one_session_does_for_all_inputs_of_a_file(
     with pytest.raises(ExportError, match="cannot run the graph"):
         verifier.check(torch.zeros(2, 3, 7, 9))
     assert len(made_sessions) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda y: y[..., :4],
+            r"output 0 of the file has the shape \(2, 2, 6, 9\), that of torch ",
+        ),
+        (lambda y: (y, y), "the file gives 1 outputs, torch 2"),
+    ],
+)
+def test_a_file_of_another_model_is_told_by_its_shapes(
+    change: Any, said: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(Net):
+        def forward(self, x: Tensor) -> Any:
+            return change(self.conv(x))
+
+    made_sessions: list[Any] = []
+    make = verify_module.make_session
+    monkeypatch.setattr(
+        verify_module, "make_session", lambda *a, **k: made_sessions.append(a) or make(*a, **k)
+    )
+    with pytest.raises(ExportError, match=said) as caught:
+        verify_onnx(made(Other), file, X, providers=CPU)
+    assert str(file) in str(caught.value)
+    assert str(caught.value).endswith("Is it the file of another model?")
+    assert len(made_sessions) == 1  # no optimizer is suspected
+
+
+class Finds(nn.Module):
+    """Detections whose key point is where a heat map is largest; of equals, the first."""
+
+    last = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        heat = self.conv(x).flatten(1)
+        numbers = torch.arange(heat.shape[1])
+        at = heat >= heat.max(1, keepdim=True).values
+        point = torch.where(at, numbers, -1).max(1) if self.last else at.float().max(1)
+        boxes = torch.stack((heat[:, 0], heat[:, 1], heat[:, 2], heat[:, 3]), 1)
+        return {"boxes": boxes, "scores": heat[:, 0], "keypoints": point.indices.float()[:, None]}
+
+
+class FindsLast(Finds):
+    last = True
+
+
+def heat_maps(gap: float) -> Tensor:
+    """Two pictures: one clear maximum; and one with two, the first larger by a gap."""
+    x = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 2, 2] = 2.0
+    x[1, 0, 4, 1] = 1.5
+    x[1, 0, 1, 1] = 1.5 + gap
+    x[1, 0, 0] = x[0, 0, 0] / 2
+    return x
+
+
+def exported_on(path: Path, model: nn.Module, x: Tensor) -> Path:
+    torch.onnx.export(model.eval(), (x,), str(path), dynamo=False, opset_version=17)
+    return path
+
+
+def test_an_argmax_of_two_equals_is_a_tie_and_no_fault(tmp_path: Path) -> None:
+    x = heat_maps(0.0)
+    path = exported_on(tmp_path / "last.onnx", FindsLast(), x)
+    check = verify_onnx(Finds().eval(), path, x, providers=CPU)
+    assert (check.detections, check.unstable) == (2, 1)
+
+
+def test_an_argmax_of_what_is_not_equal_is_a_fault(tmp_path: Path) -> None:
+    x = heat_maps(1e-4)
+    path = exported_on(tmp_path / "lower.onnx", Finds(), heat_maps(0.0))
+    assert verify_onnx(Finds().eval(), path, x, providers=CPU).unstable == 0
+
+    class Lower(Finds):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            found = super().forward(x)
+            return found | {"keypoints": torch.tensor([[14.0], [25.0]])}
+
+    path = exported_on(tmp_path / "lower.onnx", Lower(), x)
+    with pytest.raises(ExportError, match="the keypoints of box"):
+        verify_onnx(Finds().eval(), path, x, providers=CPU)
+
+
+class Tied(nn.Module):
+    """Detects the first three places; every score is the same, as of a head not trained yet."""
+
+    order = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.constant_(self.conv.bias, -4.6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.conv(x).flatten().sigmoid()
+        at = torch.arange(scores.shape[0], dtype=torch.float32)
+        if self.order < 0:
+            scores, at = scores.flip(0), at.flip(0)
+        kept = scores.topk(3).indices
+        boxes = torch.stack((at, at, at + 2, at + 3), 1)
+        return {"boxes": boxes[kept], "scores": scores[kept]}
+
+
+class TiedFromTheEnd(Tied):
+    order = -1
+
+
+def test_ties_of_scores_are_told_as_such_and_nothing_is_blamed(tmp_path: Path) -> None:
+    path = exported_on(tmp_path / "ties.onnx", TiedFromTheEnd(), X)
+    with pytest.raises(ExportError, match="scores that others have too") as caught:
+        verify_onnx(Tied().eval(), path, X, providers=CPU)
+    assert "the file finds box" in str(caught.value)
+    assert "lowering" not in str(caught.value)
+    rows = [(*ROWS[0][:4], 0.5, 1), (*ROWS[1][:4], 0.5, 1), ROWS[2]]
+    rows = [ROWS[2], *rows[:2]]
+    tied = judged([rows[0], (*ROWS[3][:4], 0.5, 1), rows[1]], expected=rows)
+    assert tied.problems
+    assert "to the last bit" in tied.undecided
+    assert judged([rows[0], (*ROWS[3][:4], 0.6, 1), rows[1]], expected=rows).undecided == ""
+    assert judged(rows[1:], expected=rows).undecided == ""
 
 
 def test_an_output_beside_the_detections_is_still_compared(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ _HEADER = """# The sweep over every model
 Every model is built with random weights and patched everywhere, `patch(model, "all")`. The
 commands that made this page:
 
+<!-- skip: next "hours, and downloads of packages" -->
 ```bash
 pip install -e ".[zoo]"
 pytest -m zoo                   # or, with a progress bar and resumable: python tests/zoo/sweep.py

@@ -46,15 +46,21 @@ class CompactConstants(ir.passes.InPlacePass):
     of coordinates is marked, see :mod:`coordconv_patch.export.graph_passes.vocabulary`.
 
     The constants, and the kernels of strips, are those that the lowering stored; with a fixed
-    batch, that of the example, exporters expand them.
+    batch, that of the example, exporters expand them. ``whole`` ones are marked, and stay.
     """
 
     def __init__(
-        self, constants: Sequence[CoordConstant], kernels: Sequence[CoordKernel], batch: int
+        self,
+        constants: Sequence[CoordConstant],
+        kernels: Sequence[CoordKernel],
+        batch: int,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.constants = constants
         self.batch = batch
+        self.whole = whole
         of_maps = [constant.map_of[1] for constant in constants if constant.map_of is not None]
         self.products = _cheap_products([*kernels, *of_maps])
 
@@ -63,6 +69,8 @@ class CompactConstants(ir.passes.InPlacePass):
         compactor = _Compactor(Recipes(graph), self.products)
         for value, constant in tuple(_stored_in(graph, self.constants, self.batch)):
             mark_as_coordinates_(value)
+            if self.whole:
+                continue
             if value.uses() and _compact_bytes(constant) < stored_numbers(value).nbytes:
                 with tally.attempt(value):
                     _check_replaceable(value, constant)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 __all__ = [
     "coordinate_bytes",
+    "coordinate_growth",
     "coordinate_nodes",
     "coordinate_sum",
     "is_addition",
@@ -37,6 +38,18 @@ def coordinate_bytes(graph: ir.Graph) -> int:
         for value in graph.initializers.values()
         if _COORDINATES in value.meta and value.const_value is not None
     )
+
+
+def coordinate_growth(graph: ir.Graph) -> int:
+    """Bytes of the initializers that are there for coordinates: constants, and their own weights.
+
+    A weight that a convolution has for its input and for coordinates (the lowering ``"channels"``,
+    coordinates that an activation takes along) is not counted.
+    """
+    marked = {value for value in graph.initializers.values() if _COORDINATES in value.meta}
+    read = {value for node in coordinate_nodes(graph) for value in node.inputs if value is not None}
+    stored = (value.const_value for value in marked | {v for v in read if v.is_initializer()})
+    return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
 
 def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:

@@ -7,7 +7,9 @@ compared is the plain model on the same one.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,13 @@ import coordconv_patch as ccp
 
 COSTLY = ("BatchNormalization", "ReorderInput", "ReorderOutput", "Add", "Relu", "Clip")
 
-MODELS = ("resnet10t", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto")
+PAIRS = (
+    *(("resnet10t", "first"), ("resnet10t", "k>1"), ("resnet10t", "all")),
+    *(("mobilenetv3_small_050", "first"), ("mobilenetv3_small_050", "all")),
+    *(("efficientnet_lite0", "k>1"), ("efficientnet_lite0", "all")),
+    ("convnext_atto", "all"),
+)
+"""Models and which of their convolutions are patched: each kind of both, not every pair."""
 SIZE = 64
 
 
@@ -50,27 +58,34 @@ def exported(model: nn.Module, path: Path) -> ccp.ExportReport:
     return ccp.export_onnx(model, path, torch.randn(1, 3, SIZE, SIZE), providers=CPU)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def plain(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module, Any]:
-    model = made(request.param)
-    path = tmp_path_factory.mktemp(request.param) / "plain.onnx"
-    exported(model, path)
-    return request.param, model, optimized_operators(path)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[nn.Module, Any]]:
+    @functools.cache
+    def of(name: str) -> tuple[nn.Module, Any]:
+        model = made(name)
+        path = tmp_path_factory.mktemp(name) / "plain.onnx"
+        exported(model, path)
+        return model, optimized_operators(path)
+
+    return of
 
 
-@pytest.fixture(scope="module", params=SELECTIONS)
+@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
 def pair(
-    request: Any, plain: Any, tmp_path_factory: pytest.TempPathFactory
+    request: Any,
+    plain: Callable[[str], tuple[nn.Module, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Counter[str], Counter[str], ccp.ExportReport, nn.Module]:
-    name, model, operators = plain
-    patched = ccp.patch(model, SELECTIONS[request.param])
+    name, selection = request.param
+    model, operators = plain(name)
+    patched = ccp.patch(model, SELECTIONS[selection])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in ccp.coord_parameters(patched):
             parameter.normal_(std=0.05, generator=generator)
-    path = tmp_path_factory.mktemp(f"{name}-{request.param[0]}") / "patched.onnx"
+    path = tmp_path_factory.mktemp(f"{name}-{selection[0]}") / "patched.onnx"
     report = exported(patched, path)
-    return f"{name} {request.param}", operators, optimized_operators(path), report, patched
+    return f"{name} {selection}", operators, optimized_operators(path), report, patched
 
 
 def last_clip(name: str) -> dict[str, int]:

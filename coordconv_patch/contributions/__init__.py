@@ -1,0 +1,1 @@
+"""What the coordinates of a patched model contribute now, site by site: figures and pictures."""

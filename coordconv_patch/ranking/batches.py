@@ -1,0 +1,51 @@
+"""The user's batches: some to train on, some held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from coordconv_patch.arguments import given
+from coordconv_patch.errors import ArgumentError
+
+__all__ = ["Batches", "split"]
+
+_FEWEST = 8
+_MOST = 64
+"""All of them are kept in memory, and each measurement runs every held-out one."""
+_ONE_HELD_OUT_OF = 4
+
+
+class Batches(NamedTuple):
+    """Batches, as they came.
+
+    Attributes:
+        training: To train on.
+        held_out: To measure on; every fourth of all.
+    """
+
+    training: Sequence[Any]
+    held_out: Sequence[Any]
+
+
+def split(batches: Iterable[Any]) -> Batches:
+    """Take the first 64 batches, and hold every fourth out.
+
+    Raises:
+        ArgumentError: If they cannot be iterated over, or are fewer than 8.
+    """
+    try:
+        taken = list(islice(batches, _MOST))
+    except TypeError as error:
+        raise ArgumentError(
+            f"{given('batches', batches)}: pass a list of batches, or a DataLoader"
+        ) from error
+    if len(taken) < _FEWEST:
+        raise ArgumentError(
+            f"batches: {len(taken)} of them are too few, because a quarter is held out: pass "
+            f"{_FEWEST} or more (24 are better, {_MOST} are the most that are used)"
+        )
+    held_out = taken[_ONE_HELD_OUT_OF - 1 :: _ONE_HELD_OUT_OF]
+    training = [one for index, one in enumerate(taken) if (index + 1) % _ONE_HELD_OUT_OF]
+    return Batches(training, held_out)

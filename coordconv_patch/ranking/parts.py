@@ -1,0 +1,116 @@
+"""What is ranked: the sites of a patched copy, or stages of them, in order of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from coordconv_patch.errors import ArgumentError, PatchError
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coord_layer import CoordLayer
+from coordconv_patch.ranking.probe import Loss
+from coordconv_patch.sites.stages import stages_of
+
+__all__ = ["By", "Part", "Reached", "parts_of", "reached_sites"]
+
+By = Literal["site", "stage"]
+
+_MOST = 16
+"""Sites are ranked alone if they are so many at most, and stages are no more."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site or a stage.
+
+    Attributes:
+        name: Of the site, or what the sites' names begin with.
+        sites: Names of its sites, in order of execution.
+        input_size: Spatial size of what its first site saw first, such as ``(H, W)``.
+        parameters: Coordinate weights that patching it adds.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    input_size: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A site that runs while the loss is computed.
+
+    Attributes:
+        input_size: Spatial size of what it sees first, such as ``(H, W)``.
+        scale: Standard deviation of what the convolution gives then; of what it is given, where a
+            function and not a module gives it.
+    """
+
+    input_size: tuple[int, ...]
+    scale: float
+
+
+def reached_sites(
+    patched: nn.Module, layers: dict[str, CoordLayer], loss: Loss, batch: Any
+) -> dict[str, Reached]:
+    """Which layers run while the loss of a batch is computed, in order.
+
+    Raises:
+        PatchError: If none does.
+        ArgumentError: If the loss is not a scalar tensor.
+    """
+    reached: dict[str, Reached] = {}
+
+    def note(name: str, layer: CoordLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+        size = tuple(inputs[0].shape[-len(layer.coord_geometry.kernel_size) :])
+        seen = inputs[0] if isinstance(layer, CoordBranch) else output
+        reached.setdefault(name, Reached(size, float(seen.float().std())))
+
+    handles = [
+        layer.register_forward_hook(
+            lambda module, inputs, output, name=name: note(name, module, inputs, output)
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            value = loss(patched, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ArgumentError("loss_fn(model, batch) must return a tensor of one number, the loss")
+    if not reached:
+        raise PatchError(
+            "loss_fn(model, batch) ran none of the convolutions that are ranked: it must call the "
+            "model that it is given, which is a patched copy, and not one that it knows otherwise"
+        )
+    return reached
+
+
+def parts_of(
+    layers: dict[str, CoordLayer], reached: dict[str, Reached], by: By | None
+) -> tuple[Part, ...]:
+    """The sites that were reached, alone or by stage; ``None``: by stage if they are many."""
+    names: Sequence[str] = list(reached)
+    if by is None:
+        by = "site" if len(names) <= _MOST else "stage"
+    stages = stages_of(names, str, most=_MOST)
+    groups = (
+        {stage.name.removesuffix(".*"): stage.members for stage in stages}
+        if by == "stage"
+        else {name: (name,) for name in names}
+    )
+    return tuple(
+        Part(
+            name or "the model",
+            sites,
+            reached[sites[0]].input_size,
+            sum(layers[site].coord_weight.numel() for site in sites),
+        )
+        for name, sites in groups.items()
+    )

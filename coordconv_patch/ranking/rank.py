@@ -1,0 +1,116 @@
+"""Rank the sites of a model, or stages of them, by what coordinates there would gain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from coordconv_patch.arguments import check_callable, check_number, given
+from coordconv_patch.errors import ArgumentError
+from coordconv_patch.layers.coord_layer import coord_layers
+from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.patching.patch import patch
+from coordconv_patch.ranking.batches import split
+from coordconv_patch.ranking.parts import By, parts_of, reached_sites
+from coordconv_patch.ranking.probe import Loss, Recipe, coordinate_rate
+from coordconv_patch.ranking.random_state import random_states_kept
+from coordconv_patch.ranking.ranking import Ranking
+from coordconv_patch.ranking.trial import Trial, steps_within
+from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.sites.select import Where
+
+__all__ = ["rank"]
+
+_BUDGET = 100
+"""Plain training steps that a ranking may cost for each of its rows."""
+
+
+def rank(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Loss,
+    where: Where = "all",
+    *,
+    by: By | None = None,
+    coords: Coordinates | str | None = None,
+    example_inputs: Any = None,
+    lr: float = 1e-3,
+    steps: int | None = None,
+    seeds: int = 2,
+) -> Ranking:
+    """Rank convolutions, or stages of them, by what coordinates there take off the loss.
+
+    Each is tried out: trained for a few dozen steps with coordinates there alone, on a copy, beside
+    a copy that is trained alike without any; then the two are compared on batches that neither was
+    trained on. Train the plain model first; a ranking of an untrained one tells how it begins.
+
+    Nothing of the model changes: not its weights, buffers, flags or hooks, nor the states of random
+    generators. The copies are in the model's mode, but batch norms keep their statistics; and what
+    does not require a gradient is not trained.
+
+    Args:
+        model: Any module that :func:`coordconv_patch.patch` takes; plain, or with coordinates
+            elsewhere.
+        batches: A list of batches or a DataLoader, of which the first 64 are used; 8 at least.
+            Every fourth is held out. They are kept in memory.
+        loss_fn: Called as ``loss_fn(model, batch)`` with a copy of the model; gives a tensor of
+            one number.
+        where: Which convolutions, see :func:`coordconv_patch.patch`.
+        by: Rank each ``"site"``, or each ``"stage"`` (``layer1``, ...); ``None``: stages where
+            there are more than 16 sites.
+        coords: The convention of the coordinate channels; ``None``: the paper's.
+        example_inputs: See :func:`coordconv_patch.patch`.
+        lr: Learning rate of Adam, for the model's own weights, as for fine-tuning. Coordinate
+            weights have one of their own at each site, by the scale of its output.
+        steps: Training steps of each run; ``None``: as many as make the whole ranking, its control
+            and all measurements cost 100 training steps of the plain model for each row.
+        seeds: Runs of each, with the training batches in different orders; 2 or more.
+
+    Returns:
+        The rows with their gains and intervals. ``ranking.worthwhile()`` and ``ranking.top(n)`` are
+        names of sites, for ``patch(model, where=...)``.
+
+    Raises:
+        ArgumentError: If an argument makes no sense.
+        SelectionError: As :func:`coordconv_patch.patch`.
+        PatchError: Likewise; also if the loss does not run the model that it is given, or is not
+            finite after training.
+
+    Example:
+        >>> ranking = ccp.rank(model, batches, loss_fn)                  # doctest: +SKIP
+        >>> model = ccp.patch(model, where=ranking.worthwhile())         # doctest: +SKIP
+    """
+    check_is_module(model)
+    check_callable("loss_fn", loss_fn)
+    _check(by, lr, steps, seeds)
+    taken, convention = split(batches), Coordinates.of(coords)
+    with random_states_kept():
+        patched = patch(model, where, coords=convention, example_inputs=example_inputs, check=False)
+        known = set(coord_layers(model))
+        layers = {name: one for name, one in coord_layers(patched).items() if name not in known}
+        reached = reached_sites(patched, layers, loss_fn, taken.training[0])
+        parts = parts_of(layers, reached, by)
+        budget = _BUDGET * len(parts)
+        length = steps or steps_within(budget, len(parts), seeds, len(taken.held_out))
+        rates = {
+            name: coordinate_rate(site.scale, layers[name].coord_geometry.kernel_size)
+            for name, site in reached.items()
+        }
+        recipe = Recipe(length, lr, rates)
+        trial = Trial(
+            model, patched, parts, convention, loss_fn, taken, recipe, seeds, example_inputs
+        )
+        return trial.ranking([name for name in layers if name not in reached])
+
+
+def _check(by: Any, lr: Any, steps: Any, seeds: Any) -> None:
+    if by not in (None, "site", "stage"):
+        raise ArgumentError(f"{given('by', by)}: write 'site' or 'stage', or None")
+    check_number("lr", lr)
+    for name, value, least in (("steps", steps, 1), ("seeds", seeds, 2)):
+        if name == "steps" and value is None:
+            continue
+        if type(value) is not int or value < least:
+            raise ArgumentError(f"{given(name, value)}: write a whole number, {least} or more")

@@ -1,0 +1,166 @@
+"""Where torch's versions differ, and from which oldest version on each stand-in may go.
+
+The oldest torch that the package runs on is :data:`OLDEST`. What a version cannot do is refused by
+its name where it is asked for; what it calls otherwise, or lacks, is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import traceback
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = [
+    "OLDEST",
+    "annotate_nodes",
+    "annotations_are_kept",
+    "as_captured_for_onnx",
+    "at_least_float32",
+    "default_device",
+    "dynamic_axes",
+    "is_exporting",
+    "name_axes_",
+    "onnx_exporter_hint",
+    "strict_export_hint",
+]
+
+OLDEST = "2.6"
+
+# Decided here and not in the functions, since torch.compile traces those.
+_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+_HAS_ANNOTATE = hasattr(traceback, "annotate")
+_IS_2_6 = torch.__version__ < "2.7"
+
+if _TELLS_EXPORTS:
+    is_exporting = torch.compiler.is_exporting
+else:  # may go with torch 2.6
+
+    def is_exporting() -> bool:
+        """Whether torch.export is tracing; its strict way is not told from torch.compile."""
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+if _HAS_ANNOTATE:
+    annotations_are_kept = is_exporting
+else:  # may go with torch 2.8
+
+    def annotations_are_kept() -> bool:
+        """Whether torch.export is tracing, and in the way that keeps annotations of nodes.
+
+        Before torch 2.9 its strict way, which is dynamo's, does not.
+        """
+        return is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def default_device() -> torch.device:
+    """``torch.get_default_device()``, which before torch 2.7 knows nothing of ``with device:``."""
+    if _IS_2_6:
+        for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            if isinstance(mode, DeviceContext):
+                return torch.device(mode.device)
+    return torch.get_default_device()
+
+
+def dynamic_axes(axes: Sequence[Mapping[int, Any]]) -> Sequence[Mapping[int, Any]]:
+    """Dynamic axes, by name, as ``torch.onnx.export`` takes them: before torch 2.7 without names.
+
+    What is not a name stays. :func:`name_axes_` gives a graph the names.
+    """
+    if not _IS_2_6:
+        return axes
+    return [
+        {index: Dim.DYNAMIC if isinstance(name, str) else name for index, name in names.items()}
+        for names in axes
+    ]
+
+
+def name_axes_(model: onnx_ir.Model, axes: Sequence[Mapping[int, Any]]) -> None:
+    """Give the dynamic axes of a graph their names, in place, where the exporter has not."""
+    if not _IS_2_6:
+        return
+    names: dict[str | None, Any] = {}
+    for value, wanted in zip(model.graph.inputs, axes, strict=False):
+        for index, name in wanted.items():
+            dim = None if value.shape is None else value.shape[index]
+            if dim is not None and not isinstance(dim, int):
+                names.setdefault(dim.value, name)
+    values = [output for node in model.graph.all_nodes() for output in node.outputs]
+    for value in (*model.graph.inputs, *values):
+        for index, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value in names:
+                assert value.shape is not None
+                value.shape[index] = names[dim.value]
+
+
+def as_captured_for_onnx(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> nn.Module | ExportedProgram:
+    """The model, before torch 2.7 its program: what ``torch.onnx.export`` is to be given.
+
+    That of 2.6 traces what torch.export cannot capture, which fixes axes, and says nothing.
+    """
+    if not _IS_2_6:
+        return model
+    return torch.export.export(
+        model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+    )
+
+
+def onnx_exporter_hint() -> str:
+    """What to say where torch.export's ONNX exporter fails; empty from torch 2.7 on."""
+    if not _IS_2_6:
+        return ""
+    return f". The exporter of torch {torch.__version__} knows fewer operators than that of 2.7"
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """A floating dtype, or float32 where that is wider.
+
+    ``torch.promote_types`` says the same, and may take its place with torch 2.7: the torch.export
+    of 2.6 writes calls of it into programs, which then cannot be loaded.
+    """
+    return dtype if dtype is torch.float64 else torch.float32
+
+
+def strict_export_hint() -> str:
+    """What to say where annotations of a program are missing; empty from torch 2.9 on."""
+    if _HAS_ANNOTATE:
+        return ""
+    return f"; the strict export of torch {torch.__version__} loses it, pass strict=False"
+
+
+@contextmanager
+def annotate_nodes(annotation: dict[str, Any]) -> Iterator[None]:
+    """While entered, nodes that torch.export records hold these values in ``meta["custom"]``."""
+    # Strict export lets dynamo see to it that annotations reach the graph; otherwise they
+    # are taken over only where that is asked for.
+    with traceback.preserve_node_meta(), _annotate(annotation):
+        yield
+
+
+if _HAS_ANNOTATE:
+    _annotate = traceback.annotate
+else:  # may go with torch 2.8
+
+    @contextmanager
+    def _annotate(annotation_dict: dict[str, Any]) -> Iterator[None]:
+        meta = traceback.current_meta
+        before = meta.get("custom")
+        meta["custom"] = {**(before or {}), **annotation_dict}
+        try:
+            yield
+        finally:
+            if before is None:
+                del meta["custom"]
+            else:
+                meta["custom"] = before

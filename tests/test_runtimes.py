@@ -1,0 +1,100 @@
+"""Files of their targets, run in the runtimes that the [test] extra has, at batch 1 and 2."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx_graphs import CPU
+from torch import Tensor, nn
+
+import coordconv_patch as ccp
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in list(sys.modules):
+        if name == "runtimes" or name.split(".")[0] == "shared":
+            del sys.modules[name]
+
+
+class Network(nn.Module):
+    """A strided, a depthwise, a 1x1 convolution behind a stride, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.shortcut = nn.Conv2d(8, 8, 1, 2)
+        self.head = nn.Conv2d(8, 5, 3, 2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.depthwise(x) + x).relu()
+        return self.shortcut(x).mean((2, 3))[:, :5] + self.head(x).mean((2, 3))
+
+
+def images(batch: int, size: tuple[int, int]) -> Tensor:
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.parametrize("std", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("target", "runners", "size"),
+    [
+        ("openvino", ("openvino", "openvino_dynamic"), None),
+        ("openvino", ("openvino", "openvino_dynamic"), (20, 28)),
+        ("portable", ("onnxruntime", "openvino_dynamic", "opencv", "opencv_classic"), None),
+        ("opencv", ("opencv", "opencv_classic"), None),
+    ],
+)
+def test_a_targets_file_computes_what_torch_does(
+    target: str, runners: tuple[str, ...], size: tuple[int, int] | None, std: float, tmp_path: Path
+) -> None:
+    run_in = importlib.import_module("shared.runners").RUNNERS
+    torch.manual_seed(0)
+    model = ccp.patch(Network().eval(), "all")
+    plain = Network().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for weight in ccp.coord_parameters(model):
+        nn.init.normal_(weight, std=std)
+    options: dict[str, Any] = {"exporter": "torchscript", "dynamic_size": size is not None}
+    path = tmp_path / "m.onnx"
+    ccp.export_onnx(model, path, images(2, (16, 12)), target=target, providers=CPU, **options)
+    for batch in (1, 2):
+        x = images(batch, size or (16, 12))
+        expected, without = model(x).detach().numpy(), plain(x).detach().numpy()
+        assert (np.abs(expected - without).max() > 0.01) == (std > 0)
+        for name in runners:
+            actual = run_in[name](path, x.numpy())()
+            assert actual.shape == expected.shape, name
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-6, err_msg=name)
+
+
+def test_a_runtime_that_is_missing_is_named_with_its_commands(tmp_path: Path) -> None:
+    script = importlib.import_module("runtimes")
+    with pytest.raises(script.MissingRuntimeError, match=r"MNN is not installed .* install numpy"):
+        script.python_of("mnn", tmp_path)
+    with pytest.raises(SystemExit, match="--environments FOLDER --install"):
+        script.main(["--runtimes", "ncnn", "--environments", str(tmp_path)])
+    assert script.python_of("openvino", None) == sys.executable
+
+
+def test_the_page_says_what_the_record_says() -> None:
+    script = importlib.import_module("runtimes")
+    record = json.loads((ROOT / "benchmarks" / "results" / "runtimes.json").read_text())
+    page = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    assert f"<!-- matrix -->\n{script.page_table(record['results'])}\n<!-- end -->" in page
+    cells = [cell for cells in record["results"].values() for cell in cells.values()]
+    assert not [cell for cell in cells if cell.get("difference", 0) > script.TOLERANCE]
