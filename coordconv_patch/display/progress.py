@@ -74,7 +74,7 @@ class Progress:
     def describe(self, description: str) -> None:
         """What is being done now."""
         self._description = description
-        self._bar.set_description(description)
+        self._bar.set_description_str(description)  # the other adds a colon of its own
         self._tell()
 
     def note(self, text: str) -> None:

@@ -78,9 +78,12 @@ def test_a_terminal_gets_a_bar_with_an_estimate_where_steps_are_alike(
     with Progress("work", 4, unit="files", alike=alike, delay=0) as progress:
         progress.step(2)
         progress.note("2.5 px")
+        progress.describe("rest")
         progress.step()
     shown = terminal.getvalue()
     assert "work:" in shown
+    assert "rest:" in shown
+    assert ": :" not in shown
     assert ("<" in shown) is alike  # tqdm writes [elapsed<remaining, rate]
     assert messages(caplog) == []
 

@@ -42,5 +42,6 @@ def test_links_lead_to_files(name: str) -> None:
 
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    pages = {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
-    assert set(re.findall(r"[\w/]+\.md", menu)) == pages
+    kinds = ("docs/**/*.md", "docs/**/*.ipynb")
+    pages = {str(path.relative_to(ROOT / "docs")) for kind in kinds for path in ROOT.glob(kind)}
+    assert set(re.findall(r"[\w/]+\.(?:md|ipynb)", menu)) == pages
