@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,10 @@ class MapCache:
             kept = contents.kept = _Kept(kept.weight, dict(maps))
         contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, coord_map)
         return coord_map
+
+    def kept_maps(self) -> Mapping[Any, Tensor]:
+        """The maps, by input size, output size, number of the output's dimensions and its dtype."""
+        return self._contents.kept.maps
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""
