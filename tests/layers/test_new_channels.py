@@ -111,3 +111,26 @@ def test_zero_coordinates_fit_any_number_of_output_channels() -> None:
     x = inputs_of(layer)
     expected = nn.functional.conv2d(x, layer.weight, stride=2, padding=1)
     assert torch.equal(layer(x), expected)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.conv(x.relu())
+
+
+@pytest.mark.parametrize("where", ["conv", "conv@0"])
+def test_what_the_layer_is_not_told_of_is_refused_when_it_runs(where: str) -> None:
+    x = torch.rand(1, 4, 6, 5)
+    model: Any = ccp.patch(Twice().eval(), where, example_inputs=x)
+    for weight in ccp.coord_parameters(model):
+        nn.init.normal_(weight)
+    with torch.no_grad():
+        model(x)
+        model.conv.weight.data = model.conv.weight.data[:3]
+        model.conv.bias.data = model.conv.bias.data[:3]
+        with pytest.raises(PatchError, match=r"conv.* gives 3 channels, .* is for 4"):
+            model(x)
