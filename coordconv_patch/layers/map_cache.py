@@ -115,7 +115,8 @@ class MapCache:
                 copied = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 kept = _Kept(copied, {})
         ndim = weight.dim() - 2
-        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
+        # The output's channels too: they may no longer be those of the weight.
+        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim - 1 :]))
         key = (*sizes, output.dim(), output.dtype)
         coord_map = kept.maps.get(key)
         if coord_map is None:
