@@ -116,6 +116,8 @@ def _reason(title: str, error: Exception, request: ExportRequest) -> str:
         hint += ". If the model's code depends on the batch or image size, pass " + (
             "dynamic_size=False" if request.dynamic_size else "dynamic_batch=False"
         )
+    if request.opset is not None:
+        hint += f". If operator set {request.opset} is the reason, pass another opset=, or None"
     return f"{title} cannot export the model: {text[:1500]}{hint}"
 
 

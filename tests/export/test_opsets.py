@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from old_torch import IS_2_6
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -18,6 +19,9 @@ from coordconv_patch.runtime import newest_opset as newest_module
 from coordconv_patch.runtime.newest_opset import newest_opset
 
 CPU = ["CPUExecutionProvider"]
+
+NEWEST = min(newest_opset(), 25) if IS_2_6 else newest_opset()
+"""What the exporter of torch 2.6 writes ends at 25, whatever ONNX Runtime reads."""
 
 
 def images(batch: int) -> Tensor:
@@ -62,8 +66,8 @@ def written(path: Path) -> int:
 @pytest.mark.parametrize(
     ("opset", "dynamic_size"),
     [
-        *((opset, False) for opset in (9, 11, 13, 16, 17, 18, 20, newest_opset())),
-        *((opset, True) for opset in (9, 17, newest_opset())),
+        *((opset, False) for opset in (9, 11, 13, 16, 17, 18, 20, NEWEST)),
+        *((opset, True) for opset in (9, 17, NEWEST)),
     ],
 )
 def test_the_operator_set_asked_for_is_in_the_file(
@@ -92,7 +96,7 @@ def test_the_report_says_when_the_other_exporter_wrote_it(opset: int, tmp_path: 
 def test_what_no_exporter_writes_is_refused_with_what_can_be_written(tmp_path: Path) -> None:
     for opset, exporter, message in (
         (11, "dynamo", r"operator set 18 .*: pass opset=18 or None, or exporter='torchscript'"),
-        (7, "auto", r"pass opset=18 or None\n(.|\n)*the TorchScript exporter cannot"),
+        (7, "auto", r"pass opset=18 or None\nthe TorchScript exporter (.|\n)*pass another opset="),
     ):
         with pytest.raises(ExportError, match=message):
             ccp.export_onnx(
