@@ -14,7 +14,7 @@ from torch import nn
 from coordconv_patch.errors import ArgumentError, ExportError, first_line
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.dynamo import export_dynamo
-from coordconv_patch.export.opset import require_opset
+from coordconv_patch.export.opset import can_ask_for, require_opset
 from coordconv_patch.export.torchscript import export_torchscript
 from coordconv_patch.left_behind.watch import release_watches_
 from coordconv_patch.running.silence import output_silenced, warnings_ignored
@@ -72,20 +72,22 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 def export_graph(model: nn.Module, request: ExportRequest, exporter: str) -> Exported:
     """The graph of a model in evaluation mode, which holds the model's weights, not copies of them.
 
-    ``exporter`` is a name of :data:`EXPORTERS`, or ``"auto"``: the first that can.
+    ``exporter`` is a name of :data:`EXPORTERS`, or ``"auto"``: the first that can, in the operator
+    set asked for.
 
     Raises:
         ExportError: If the exporters cannot make the graph, or not in the operator set asked for.
         OSError: If an exporter cannot write its files.
     """
     failures: list[tuple[str, Exception]] = []
-    for name in EXPORTERS if exporter == "auto" else (exporter,):
+    able = [name for name in EXPORTERS if can_ask_for(request.opset, name)]
+    for name in able if exporter == "auto" else [exporter]:
         title = EXPORTERS[name].title
         try:
             # The report says what matters of the exporters' output.
             with tracing_alone(), output_silenced(), warnings_ignored():
                 graph = EXPORTERS[name].export(model, request)
-            require_opset(graph, request.opset)
+            require_opset(graph, request.opset, exporter)
         except OSError:  # a file cannot be written, so another exporter could not either
             raise
         except Exception as error:
@@ -114,6 +116,8 @@ def _reason(title: str, error: Exception, request: ExportRequest) -> str:
         hint += ". If the model's code depends on the batch or image size, pass " + (
             "dynamic_size=False" if request.dynamic_size else "dynamic_batch=False"
         )
+    if request.opset is not None:
+        hint += f". If operator set {request.opset} is the reason, pass another opset=, or None"
     return f"{title} cannot export the model: {text[:1500]}{hint}"
 
 

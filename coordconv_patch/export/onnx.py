@@ -90,8 +90,9 @@ def export_onnx(
             the axes, see :mod:`coordconv_patch.export.auto_lowering`; ``"autotune"`` times the
             candidates for each group of sites on the provider, with the example's batch
             size, and takes the fastest.
-        opset: ONNX operator set, from 7 on; ``None``: the exporter's choice. Below 18, torch's
-            newer exporter cannot write every model; ``exporter="auto"`` then takes the other.
+        opset: ONNX operator set, from 7 to the newest that ONNX Runtime reads; ``None``: the
+            target's, or the exporter's choice. Below 18, torch's newer exporter cannot write every
+            model; ``exporter="auto"`` then takes the other, up to 23, and the report says so.
         input_names: Names of the graph's inputs; ``None``: the forward's argument names.
         output_names: Names of the graph's outputs.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"``, or ``"auto"``: the

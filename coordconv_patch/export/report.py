@@ -36,7 +36,7 @@ class ExportReport(Shown):
         checks: The comparisons with torch.
         notes: What else happened; a fallback to the other exporter, say.
         coordinate_nodes: Names of the nodes that compute with coordinates alone: what a
-            quantizer has to leave out (``nodes_to_exclude``), see docs/deployment.md.
+            quantizer has to leave out (``nodes_to_exclude``), see docs/compression.md.
         trials: What ``lowering="autotune"`` timed, in order.
         windows: The windows whose coordinates are in the file, each with its site names: such a
             file is for that part of an image alone. Empty where inputs are whole images.

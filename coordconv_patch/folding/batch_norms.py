@@ -15,6 +15,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.folding.baked_maps import bake_maps_
 from coordconv_patch.folding.other_libraries import release_folding_
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.graphs.norms import is_batch_norm, norm_affine
@@ -46,7 +48,7 @@ class Folding:
     obstacle: str = ""
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """A copy of a model for inference: batch norms folded, coordinate maps constant.
 
     Each batch norm right after a convolution goes into it; where that cannot be done the
@@ -54,15 +56,25 @@ def fold(model: nn.Module) -> nn.Module:
     layers keep their maps without looking at their weights again, on every device, so do
     not change weights afterwards: fold the trained model anew.
 
+    With example inputs the copy is for their image size alone, at any batch size: each coordinate
+    map is a buffer ``coord_map`` in the place of ``coord_weight``, and nothing of this package is
+    left in the model. So its pickles load where coordconv_patch is not installed, and
+    torch.jit.script takes it if it takes the plain model.
+
     Args:
         model: Any model, patched or not; it is not changed.
+        example_inputs: Inputs of the image size to fold for: a tensor such as ``(N, C, H, W)``, or
+            a tuple of arguments with keyword arguments as a dict at its end. ``None``: the copy
+            takes any size, and is of this package's classes.
 
     Returns:
         The copy, in evaluation mode, with gradients off.
 
     Raises:
         PatchError: If the model is not a module, or cannot be deep-copied, or if other code has
-            left coordinates behind.
+            left coordinates behind; with example inputs, if a layer runs at several sizes or not
+            at all, or if coordinates are added by the code of a module that calls functions.
+        ExampleInputsError: If the model fails on the example inputs.
     """
     check_is_module(model)
     check_left_behind(model)
@@ -73,8 +85,11 @@ def fold(model: nn.Module) -> nn.Module:
     release_folding_(folded)
     for layer in coord_layers(folded).values():
         layer.keep_maps_constant_()
+    folded.requires_grad_(False)
+    if example_inputs is not None:
+        return bake_maps_(folded, example_inputs)
     watch_(folded)
-    return folded.requires_grad_(False)
+    return folded
 
 
 def fold_batch_norms_(model: nn.Module) -> tuple[Folding, ...]:

@@ -148,6 +148,7 @@ class _AddBranch(_CountHook):
         branch = cast(CoordBranch, getattr(conv, BRANCH_NAME))
         if branch.__dict__.get(_FOLLOWED) != _padding_marks(conv):
             _follow_padding(count.name, cast(_ConvNd, conv), branch)
+        branch.check_channels(output, branch.coord_weight)
         source = args[0] if args else kwargs["input"]
         return output + branch(source).to(output.dtype)
 

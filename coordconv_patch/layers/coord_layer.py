@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.compiled_map import map_by_lines, suits_lines
@@ -125,6 +126,23 @@ class CoordLayer(nn.Module):
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
             branch = self.compute_branch(input_size, output_padding, weight)
         return branch if output.dim() == ndim + 2 else branch.squeeze(0)
+
+    def check_channels(self, output: Tensor, weight: Tensor) -> None:
+        """Refuse an output of other channels than the coordinate weight is for.
+
+        Raises:
+            PatchError: If the convolution's weight lost channels, and the layer was not asked.
+        """
+        channels = weight.shape[1 if self._convolution.transposed else 0]
+        outputs = output.shape[1 - weight.dim()]  # a weight has as many dimensions as a batch
+        if outputs != channels:
+            raise PatchError(
+                f"{self._site_name} gives {outputs} channels, and its coordinate weight is for "
+                f"{channels}: its weight was changed where the coordinates cannot follow. They "
+                "follow a new Parameter, conv.weight = nn.Parameter(...), in a layer whose every "
+                "call has coordinates; otherwise save_coords(...) and unpatch(model, "
+                "discard=True), change the plain model, patch it anew and fine-tune"
+            )
 
     def compute_branch(
         self,

@@ -15,7 +15,7 @@ from coordconv_patch.layers.concatenated_weight import taken_apart
 from coordconv_patch.layers.coord_layer import new_coord_weight
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import DECLARED, output_padding_between
-from coordconv_patch.layers.new_weights import why_refused
+from coordconv_patch.layers.new_weights import coords_with, groups_of, rows_of_each, why_refused
 from coordconv_patch.layers.padding_follower import PaddingFollower
 from coordconv_patch.layers.replaced_forward import ReplacedForward
 from coordconv_patch.layers.weight_marks import WeightMark, is_plain
@@ -114,7 +114,12 @@ class CoordConvNd(PaddingFollower):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and type(value) is nn.Parameter:
-            self._check_new_weight(value)
+            coords = self._coords_beside(value)
+            super().__setattr__(name, value)
+            if coords is not None:
+                self.coord_weight = coords
+                self._mark_weight()
+            return
         if name == "forward" and "_map_cache" in self.__dict__ and callable(value):
             value = ReplacedForward(self, value)
         super().__setattr__(name, value)
@@ -132,31 +137,44 @@ class CoordConvNd(PaddingFollower):
         weight, coords = self._parameters.get("weight"), self._parameters.get("coord_weight")
         self.weight_mark = None
         if is_plain(weight) and is_plain(coords):
+            filters, coord_filters = cast(Tensor, weight), cast(Tensor, coords)
             self.weight_mark = WeightMark.of(
-                cast(Tensor, weight),
-                cast(Tensor, coords),
+                filters,
+                coord_filters,
                 transposed=self.transposed,
-                groups=self.groups,
+                groups=groups_of(filters, filters, coord_filters, transposed=self.transposed),
                 has_bias=self._parameters.get("bias") is not None,
             )
 
-    def _check_new_weight(self, new: nn.Parameter) -> None:
-        """Refuse another weight Parameter where it would leave trained coordinates behind.
+    def _coords_beside(self, new: nn.Parameter) -> nn.Parameter | None:
+        """The coordinate weight that fits another weight Parameter; ``None``: as it is.
 
         Code that folds batch norms, prunes channels or attributes relevance puts a new
-        Parameter in the weight's place, and knows nothing of the coordinate weight.
+        Parameter in the weight's place, and knows nothing of the coordinate weight. Output
+        channels that go take their coordinates along.
+
+        Raises:
+            PatchError: If trained coordinates would be left behind.
         """
         old, coord_weight = self._parameters.get("weight"), self._parameters.get("coord_weight")
         if type(old) is not nn.Parameter or coord_weight is None or self._is_loading:
-            return
-        if any(tensor.is_meta for tensor in (old, new, coord_weight)) or not coord_weight.any():
-            return
-        reason = why_refused(old, new, transposed=self.transposed, groups=self.groups)
+            return None
+        if any(tensor.is_meta for tensor in (old, new, coord_weight)):
+            return None
+        is_trained = bool(coord_weight.any())
+        if not is_trained and (old.shape == new.shape or old.dim() != new.dim()):
+            return None
+        before, after = rows_of_each(old, new, coord_weight, transposed=self.transposed)
+        coords = coords_with(before, after, coord_weight, transposed=self.transposed)
+        if coords is not None:
+            return coords
+        reason = why_refused(before, after) if is_trained else ""
         if reason:
             raise PatchError(
                 f"the weight of {self._site_name} is about to be "
                 f"replaced, while its coordinate weight is not zero. {reason}"
             )
+        return None
 
     def output_padding_of(
         self, input_size: Sequence[int], output_size: Sequence[int]

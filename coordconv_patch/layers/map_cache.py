@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class MapCache:
                 copied = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 kept = _Kept(copied, {})
         ndim = weight.dim() - 2
-        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim:]))
+        # The output's channels too: they may no longer be those of the weight.
+        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim - 1 :]))
         key = (*sizes, output.dim(), output.dtype)
         coord_map = kept.maps.get(key)
         if coord_map is None:
@@ -129,6 +130,10 @@ class MapCache:
             kept = contents.kept = _Kept(kept.weight, dict(maps))
         contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, coord_map)
         return coord_map
+
+    def kept_maps(self) -> Mapping[Any, Tensor]:
+        """The maps, by input size, output size, number of the output's dimensions and its dtype."""
+        return self._contents.kept.maps
 
     def clear(self) -> None:
         """Forget every map, and the memory that they take."""

@@ -3,44 +3,130 @@
 Several kinds of tools do that, and none knows the coordinate weight: code that folds batch
 norms scales each output channel; pruning tools drop channels or set weights to zero; rules for
 layer-wise relevance propagation put a changed weight in place for the time of one pass. The
-numbers tell which it was, and so what to write instead.
+numbers tell which it was: where output channels were dropped, the coordinate weight drops the
+same ones; otherwise what to write instead is told.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coordconv_patch.layers.weight_marks import rows_of
 
-__all__ = ["why_refused"]
+__all__ = ["coords_with", "groups_of", "rows_of_each", "why_refused"]
 
 
-@torch.no_grad()
-def why_refused(old: Tensor, new: Tensor, *, transposed: bool, groups: int) -> str:
-    """Why a new weight would leave trained coordinates behind, and what to write instead.
+def groups_of(weight: Tensor, old: Tensor, coord_weight: Tensor, *, transposed: bool) -> int:
+    """The groups of a convolution with a weight, whatever its ``groups`` says at the moment.
+
+    A tool that prunes a depthwise convolution changes its weight and its groups one by one.
+
+    Args:
+        weight: The weight.
+        old: The weight that belongs to the coordinate weight: the same, or that before a pruning.
+        coord_weight: The coordinate weight, of all output channels of ``old``.
+        transposed: Whether the convolution is a transposed one. How the weight of another stands
+            by output channel does not depend on its groups, and 1 is returned.
+    """
+    if not transposed:
+        return 1
+    groups = coord_weight.shape[1] // old.shape[1]
+    return weight.shape[0] if groups == old.shape[0] else groups
+
+
+def rows_of_each(
+    old: Tensor, new: Tensor, coord_weight: Tensor, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight that a layer has, and the one that it is about to get, by output channel.
 
     Args:
         old: The weight that the layer has.
         new: The one that it is about to get.
+        coord_weight: The coordinate weight, as of :class:`coordconv_patch.CoordConv2d`.
         transposed: Whether the convolution is a transposed one.
-        groups: Its groups.
+
+    Returns:
+        Each of shape ``(C_out, C_in / groups, *kernel_size)``, on one device.
+    """
+    before, after = (
+        rows_of(
+            weight,
+            transposed=transposed,
+            groups=groups_of(weight, old, coord_weight, transposed=transposed),
+        )
+        for weight in (old, new)
+    )
+    return before, after.to(before.device)
+
+
+@torch.no_grad()
+def coords_with(
+    before: Tensor, after: Tensor, coord_weight: nn.Parameter, *, transposed: bool
+) -> nn.Parameter | None:
+    """The coordinate weight, and its gradient, for a weight of other output channels.
+
+    Args:
+        before: The weight that the layer has, by output channel.
+        after: The one that it is about to get, likewise.
+        coord_weight: The coordinate weight, as of :class:`coordconv_patch.CoordConv2d`.
+        transposed: Whether the convolution is a transposed one.
+
+    Returns:
+        Of the channels that the weight keeps, those of the coordinate weight; zeros where it was
+        zero. ``None`` if their number is the same, or if it cannot be told which are kept: they
+        are not some of those before, or several have equal weights and different coordinates.
+    """
+    dim = 1 if transposed else 0
+    if coord_weight.shape[dim] != len(before) or len(after) == len(before):
+        return None
+    kept = _places(after, before)
+    # Channels of equal weights can be told apart by their order only, if at all.
+    turned = _places(after.flip(0), before.flip(0))
+    if kept is None or turned is None:
+        return None if coord_weight.any() else _zeros(coord_weight, dim, len(after))
+    latest = [len(before) - 1 - place for place in reversed(turned)]
+    index, other = (torch.tensor(at, device=coord_weight.device) for at in (kept, latest))
+    values = coord_weight.index_select(dim, index)
+    if not torch.equal(values, coord_weight.index_select(dim, other)):
+        return None
+    pruned = nn.Parameter(values, coord_weight.requires_grad)
+    if coord_weight.grad is not None:
+        pruned.grad = coord_weight.grad.index_select(dim, index)
+    return pruned
+
+
+def _zeros(coord_weight: nn.Parameter, dim: int, count: int) -> nn.Parameter:
+    shape = list(coord_weight.shape)
+    shape[dim] = count
+    return nn.Parameter(coord_weight.new_zeros(shape), coord_weight.requires_grad)
+
+
+@torch.no_grad()
+def why_refused(before: Tensor, after: Tensor) -> str:
+    """Why a new weight would leave trained coordinates behind, and what to write instead.
+
+    Args:
+        before: The weight that the layer has, by output channel, see
+            :func:`coordconv_patch.layers.weight_marks.rows_of`.
+        after: The one that it is about to get, likewise.
 
     Returns:
         Sentences for a message; empty if the coordinates go on to fit: the same values, some
         of them set to zero, or fewer input channels.
     """
-    before = rows_of(old, transposed=transposed, groups=groups)
-    after = rows_of(new, transposed=transposed, groups=groups).to(before.device)
     if before.shape == after.shape:
         before = before.to(after.dtype)
         if bool(((after == before) | (after == 0)).all()):
             return ""
         return _SCALED if _is_scaled(before, after) else _OTHER
-    if before.shape[2:] == after.shape[2:] and len(before) == len(after) and groups == 1:
+    if before.shape[2:] == after.shape[2:] and len(before) == len(after):
         # Coordinates are input channels of their own: they stay when others go.
-        return "" if _are_some_of(after.transpose(0, 1), before.transpose(0, 1)) else _OTHER
-    return _CHANNELS.format(before=tuple(old.shape), after=tuple(new.shape))
+        places = _places(after.transpose(0, 1), before.transpose(0, 1))
+        return _OTHER if places is None else ""
+    if _places(after, before) is None:
+        return _CHANNELS.format(before=len(before), after=len(after))
+    return _ALIKE.format(before=len(before), after=len(after))
 
 
 _SCALED = (
@@ -49,9 +135,14 @@ _SCALED = (
     "model, function) call that code"
 )
 _CHANNELS = (
-    "Its shape goes from {before} to {after}, as by a tool that prunes channels; the coordinate "
-    "weight would keep the output channels that it has: save_coords(...) and unpatch(model, "
-    "discard=True), prune the plain model, patch it anew and fine-tune"
+    "It would have {after} output channels instead of {before}, and they are not some of those "
+    "that it has, in their order, so the coordinate weight cannot follow: save_coords(...) and "
+    "unpatch(model, discard=True), change the plain model, patch it anew and fine-tune"
+)
+_ALIKE = (
+    "It would have {after} output channels instead of {before}, and several of those have equal "
+    "weights and different coordinates, so which of them stay cannot be told. Make them differ "
+    "before: with torch.no_grad(): layer.weight.add_(1e-6 * torch.randn_like(layer.weight))"
 )
 _OTHER = (
     "Its values are others, as by a tool that works with changed weights (an LRP rule) or that "
@@ -72,7 +163,15 @@ def _is_scaled(before: Tensor, after: Tensor) -> bool:
     return bool((rest <= 1e-2 * after.norm(dim=1)).all())
 
 
-def _are_some_of(chosen: Tensor, channels: Tensor) -> bool:
-    """Whether these channels are some of those, in the same order."""
-    remaining = iter(channels)
-    return all(any(torch.equal(each, other) for other in remaining) for each in chosen)
+def _places(chosen: Tensor, channels: Tensor) -> list[int] | None:
+    """Where these channels stand among those, in the same order, each as early as can be."""
+    if chosen.shape[1:] != channels.shape[1:]:
+        return None
+    places: list[int] = []
+    remaining = iter(range(len(channels)))
+    for each in chosen:
+        place = next((i for i in remaining if torch.equal(each, channels[i])), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places

@@ -61,6 +61,7 @@ class PaddingFollower(CoordLayer, _ConvNd):
             else self.__dict__.get("_conv_forward") is not self._followed
         ):
             self._follow_padding()
+        self.check_channels(output, weight)
         return super().compute_map(input, output, weight).to(output.dtype)
 
     def _attach(self, coords: Coordinates, padding: Padding, coord_weight: nn.Parameter) -> None:

@@ -10,9 +10,11 @@ from documentation.code_blocks import FENCE, PAGES, SKIP, PageRun
 
 SLOW = {
     "docs/command_line.md": "exports and benchmarks a model",
+    "docs/compression.md": "quantizes a model in three ways",
     "docs/deployment.md": "autotune exports a model several times",
     "docs/detectors.md": "exports a detector by two exporters",
     "docs/export.md": "exports a model five times",
+    "docs/outside_onnx.md": "compiles a model by AOTInductor",
     "docs/places.md": "imports MONAI and diffusers",
     "docs/training_tools.md": "trains with transformers, PEFT and stable-baselines3",
     "docs/ultralytics.md": "trains a YOLO",
@@ -22,6 +24,8 @@ SLOW = {
 NOT_RUN = {
     ("CONTRIBUTING.md", "installs packages; .ci/run does it"),
     ("README.md", "installs packages; .ci/run does it"),
+    ("docs/outside_onnx.md", "needs ExecuTorch"),
+    ("docs/compression.md", "installs four tools"),
     ("docs/runtimes.md", "installs ten runtimes"),
     ("docs/versions.md", "installs torch; .ci/run does it with 2.6"),
     ("docs/zoo.md", "hours, and downloads of packages"),

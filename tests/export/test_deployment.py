@@ -1,4 +1,4 @@
-"""Half precision and int8: what docs/deployment.md promises."""
+"""Half precision and int8: what docs/deployment.md and docs/compression.md promise."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Pictures(CalibrationDataReader):
 
 
 def quantized(report: ExportReport, exclude: bool) -> Path:
-    """The file in int8, by the command that docs/deployment.md shows."""
+    """The file in int8, by the command that docs/compression.md shows."""
     path = report.path.with_suffix(".int8.onnx")
     quantize_static(
         str(report.path),

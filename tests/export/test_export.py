@@ -472,27 +472,6 @@ def test_an_old_operator_set(opset: int, lowering: Any, tmp_path: Path) -> None:
     assert_same(run(path, images(3))[0], model(images(3)))
 
 
-@pytest.mark.parametrize("opset", [9, 11, 17, 18, 21])
-def test_an_operator_set_is_obeyed_by_whichever_exporter_can(opset: int, tmp_path: Path) -> None:
-    model, path = net(), tmp_path / "asked.onnx"
-    report = ccp.export_onnx(model, path, images(2), opset=opset, providers=CPU)
-    assert report.opset == opset == onnx.load(path).opset_import[0].version
-    assert (report.exporter == "torchscript") == bool(report.notes)
-    if report.notes:
-        assert f"could not write operator set {opset} for this model" in report.notes[0]
-    assert_same(run(path, images(3))[0], model(images(3)))
-
-
-def test_an_operator_set_that_the_exporter_does_not_write_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"could only write operator set 18 .*'torchscript'"):
-        ccp.export_onnx(
-            *(net(), tmp_path / "old.onnx", images(2)), opset=11, exporter="dynamo", providers=CPU
-        )
-    with pytest.raises(ExportError, match=r"operator set 18(.|\n)*the TorchScript exporter cannot"):
-        ccp.export_onnx(net(), tmp_path / "old.onnx", images(2), opset=7, providers=CPU)
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_impossible_operator_set_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,10 +488,11 @@ class TestNewWeights:
         ("change", "says"),
         {
             "folding": (lambda w: w * torch.rand(4, 1, 1, 1), r"fold_with"),
-            "pruning channels": (lambda w: w[:2], r"from \(4, 3, 3, 3\) to \(2, .* prunes"),
+            "channels in another order": (lambda w: w[[2, 1]], r"2 output channels instead of 4"),
+            "more channels": (lambda w: w.repeat(2, 1, 1, 1), r"8 output channels instead of 4"),
             "an LRP rule": (lambda w: w + 0.25 * w.clamp(min=0), r"concatenated_weight\(\)"),
         }.values(),
-        ids=["folding", "channels", "relevance"],
+        ids=["folding", "order", "more channels", "relevance"],
     )
     def test_each_its_own(self, change: Callable[[Tensor], Tensor], says: str) -> None:
         layer = self.layer()
