@@ -16,6 +16,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)\s]+)\)")
 _PICTURES = (".png", ".jpg")
+_HTML_LINK = re.compile(r'href="([\w./]+\.md)(#[^"]*)?"')
 
 
 def on_config(config: Any) -> Any:
@@ -52,6 +53,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{mark}[{text}]({config.repo_url}/blob/main/{path})"
 
     return _LINK.sub(replaced, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Let links of a notebook, which is rendered before mkdocs sees them, lead to pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def replaced(match: re.Match[str]) -> str:
+        folder = posixpath.dirname(page.file.src_uri)
+        target = files.get_file_from_path(posixpath.normpath(posixpath.join(folder, match[1])))
+        if target is None:
+            raise SystemExit(f"{page.file.src_uri}: {match[1]} is not a page")
+        return f'href="{target.url_relative_to(page.file)}{match[2] or ""}"'
+
+    return _HTML_LINK.sub(replaced, html)
 
 
 def _in_repository(page: str, target: str) -> str:
