@@ -183,7 +183,7 @@ def _timed_inference(
 def _in_onnx_runtime(
     model: BenchModel, provider: str, batch: int, options: argparse.Namespace, key: str
 ) -> dict[str, Any]:
-    """Every lowering's file beside the plain and the concatenating one."""
+    """Every lowering's file beside the plain and the concatenating one; in TensorRT two's."""
     require_packages("a file", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
     # Imported here: without these packages all other parts run.
     from coordconv_patch.bench.bench import bench_onnx
@@ -193,7 +193,8 @@ def _in_onnx_runtime(
     example = Setting(torch.device("cpu")).images(batch, model.size)
     made = patched(seeded(model.make), "all", example)
     # TensorRT builds an engine for each file, which takes long.
-    lowerings = ("map", "branch") if provider == TENSORRT else ("auto", *LOWERINGS)
+    few = options.quick or provider == TENSORRT
+    lowerings = ("map", "branch") if few else ("auto", *LOWERINGS)
     repeats = 2 if options.quick else 40
     report = bench_onnx(made, example, lowerings=lowerings, providers=[provider], repeats=repeats)
     (group,) = report.groups

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import coordconv_patch as ccp
 
@@ -34,6 +35,24 @@ def test_on_the_device(device: str, check: Callable[[torch.device], None]) -> No
     check(torch.device(device))
 
 
-def forward_with_an_error(layer: ccp.CoordConv2d, x: Tensor) -> Tensor:
-    """The convolution and a constant: wrong at zero and at non-zero weights."""
-    return nn.Conv2d.forward(layer, x) + 1e-3
+def test_the_checks_see_weights_that_patching_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ccp.patch
+
+    def wrong(*args: Any, **kwargs: Any) -> nn.Module:
+        model = right(*args, **kwargs)
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):
+                bias.data.add_(1e-2)
+        return model
+
+    monkeypatch.setattr(ccp, "patch", wrong)
+    for name in ("zero weights", "autocast", "channels last", "places"):
+        with pytest.raises(AssertionError, match="not equal"):
+            CHECKS[name](torch.device("cpu"))
+
+
+def test_the_checks_see_coordinates_that_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ccp.CoordConv2d, "forward", nn.Conv2d.forward)
+    for name in ("concatenation", "autocast", "places", "moves", "lowerings"):
+        with pytest.raises(AssertionError):
+            CHECKS[name](torch.device("cpu"))

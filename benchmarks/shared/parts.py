@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from coordconv_patch.errors import first_line
 from shared.record import Record
 
 __all__ = ["Part", "TimeLeft", "measure_parts", "reason_not_run"]
+
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _attempt(part: Part, left: TimeLeft) -> dict[str, Any]:
     except TimeIsUp:
         return {"not_run": f"it was not done in the {seconds:.0f} s that were left"}
     except Exception as error:
-        return {"not_run": first_line(error)}
+        said = " ".join(str(error).split())[:_LONGEST_REASON]
+        return {"not_run": f"{type(error).__name__}: {said}"}
     finally:
         gc.collect()
         if torch.cuda.is_available():
