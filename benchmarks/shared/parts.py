@@ -99,6 +99,6 @@ def _attempt(part: Part, left: TimeLeft) -> dict[str, Any]:
         said = " ".join(str(error).split())[:_LONGEST_REASON]
         return {"not_run": f"{type(error).__name__}: {said}"}
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # the next part needs the memory
+            gc.collect()
             torch.cuda.empty_cache()
