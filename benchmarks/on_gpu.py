@@ -147,8 +147,8 @@ def _compiled(
     # Inductor's C++ takes a minute to compile: too long for a try.
     backend = "aot_eager" if options.quick else "inductor"
     kinds = (PLAIN, "all") if options.quick else (PLAIN, "first", "all", PORT)
+    torch.compiler.reset()  # once: later it would throw away what the variants before got
     for kind, made in _variants(model, kinds, setting).items():
-        torch.compiler.reset()
         compiled[kind] = torch.compile(made, backend=backend)
         inference_run(compiled[kind], setting, shown)()
     return _timed_inference(compiled, model, setting, batch, options, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,4 +56,28 @@ def test_the_checks_see_coordinates_that_are_left_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ccp.CoordConv2d, "forward", nn.Conv2d.forward)
     for name in ("concatenation", "autocast", "places", "moves", "lowerings"):
         with pytest.raises(AssertionError):
+            CHECKS[name](torch.device("cpu"))
+
+
+def test_the_checks_see_files_folded_and_compiled_models_of_other_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = torch.compile
+
+    def without(model: nn.Module, *args: Any) -> nn.Module:
+        model = copy.deepcopy(model)
+        model = model if args == () else ccp.patch(model, "all")
+        for weight in ccp.coord_parameters(model):
+            weight.data.zero_()
+        return model
+
+    def of_a_copy(model: nn.Module, **options: Any) -> Any:
+        return compiled(copy.deepcopy(model), **options)
+
+    monkeypatch.setattr(ccp, "fold", without)
+    monkeypatch.setattr(ccp, "load_coords", without)
+    monkeypatch.setattr(torch, "compile", of_a_copy)
+    said = {"fold": "outputs", "files": "of a file", "compile": "after the weights changed"}
+    for name, message in said.items():
+        with pytest.raises(AssertionError, match=message):
             CHECKS[name](torch.device("cpu"))
