@@ -30,8 +30,7 @@ Every figure on this page is read from the records in
 [benchmarks/results/](../benchmarks/results/), which `python benchmarks/benchmarks_page.py` does.
 They are ratios of medians to the plain model in the same run, with the variants taking turns in
 random order; below 1 means faster than plain. "Concatenated" is the usual CoordConv layer with
-its coordinates in buffers. With a GPU, please run `coordconv-patch bench timm:resnet50 --where
-all` and paste what it prints into an issue.
+its coordinates in buffers.
 """
 
 _ONNX = """## Exported files in ONNX Runtime, on the CPU
@@ -76,6 +75,20 @@ _SCALING = """## How the cost grows
 ResNet-50 in ONNX Runtime, by the number of patched convolutions, the image size, and the batch.
 
 ![The cost by convolutions, resolution and batch](../benchmarks/results/scaling.png)
+"""
+
+_GPU = """## On a GPU
+
+What `python benchmarks/on_gpu.py` measures. float32 is as torch computes it by default there, with
+convolutions in TF32; "AMP" is autocast to bfloat16. "Lowerings" are the forms that an exported
+graph can have, as torch runs them; provider names mean ONNX Runtime.
+"""
+
+_NO_GPU = """## On a GPU
+
+Nothing on this page was run on a GPU: there is no record of one. If you have one, please run
+`python benchmarks/on_gpu.py`; it takes under 8 minutes, and
+[CONTRIBUTING.md](../CONTRIBUTING.md) says how to send what it writes.
 """
 
 
@@ -172,14 +185,39 @@ def _scaling(results: Mapping[str, Any]) -> str:
     return f"{_SCALING}\n{table(('', 'patched', 'concatenated'), rows)}"
 
 
+def on_gpu(results: Mapping[str, Any] | None) -> str:
+    """The section about GPUs; ``None``: there is no record."""
+    if results is None:
+        return _NO_GPU
+    checks = {key: r["passed"] for key, r in results.items() if "passed" in r}
+    failed = [key.removeprefix("check, ") for key, passed in checks.items() if not passed]
+    said = f"{len(checks) - len(failed)} of {len(checks)} checks passed"
+    lines = [said + (f"; **failed**: {', '.join(failed)}." if failed else ".")]
+    timed = {key: result for key, result in results.items() if "variants" in result}
+    forms = {key: result for key, result in timed.items() if "map" in result["variants"]}
+    names = ("first", "all", "all, floor", "all, folded", "all, port, buffer")
+    rows = [[key, *ratios(result, names)] for key, result in timed.items() if key not in forms]
+    headings = ("", "first conv", "every", "floor", "every, folded", "concatenated")
+    of_forms = ("auto", "channels", "map", "branch", "separable", "computed")
+    form_rows = []
+    for key, result in forms.items():
+        port = "naive concat" if "naive concat" in result["variants"] else "all, port, buffer"
+        form_rows.append([key, *ratios(result, (*of_forms, port))])
+    tables = [table(headings, rows), table(("every conv.", *of_forms, "concat."), form_rows)]
+    missing = [f"- not run: {key}: {r['not_run']}" for key, r in results.items() if "not_run" in r]
+    parts = [_GPU, *lines, "", *tables, *missing]
+    return "\n".join(parts) + ("\n" if missing else "")
+
+
 def _machines(names: Iterable[str]) -> str:
     lines = []
     for name in names:
         machine = record(name)["machine"]
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+        gpus = "".join(f", {gpu}" for gpu in machine["gpus"])
         lines.append(
-            f"- {name}: {machine['processor']}, {machine['cores']} cores, {machine['system']}; "
-            f"{versions}\n"
+            f"- {name}: {machine['processor']}, {machine['cores']} cores{gpus}, "
+            f"{machine['system']}; {versions}\n"
             + "".join(f"    - `{command}`\n" for command in record(name)["commands"])
         )
     return "## Where and how it was measured\n\n" + "".join(lines)
@@ -188,6 +226,8 @@ def _machines(names: Iterable[str]) -> str:
 def render() -> str:
     """The page."""
     onnx = record("onnx_runtime")["results"]
+    measured = ["onnx_runtime", "training_and_eager", "export_cost", "scaling"]
+    has_gpu = (RESULTS / "on_gpu.json").is_file()
     return "\n".join(
         (
             _HEADER,
@@ -197,7 +237,8 @@ def render() -> str:
             _in_torch(record("training_and_eager")["results"]),
             _export_cost(record("export_cost")["results"]),
             _scaling(record("scaling")["results"]),
-            _machines(("onnx_runtime", "training_and_eager", "export_cost", "scaling")),
+            on_gpu(record("on_gpu")["results"] if has_gpu else None),
+            _machines([*measured, "on_gpu"] if has_gpu else measured),
         )
     )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     yield
     torch.set_num_threads(threads)
     for name in list(sys.modules):
-        if name in SCRIPTS or name.split(".")[0] == "shared":
+        if name in (*SCRIPTS, "on_gpu", "benchmarks_page") or name.split(".")[0] == "shared":
             del sys.modules[name]
 
 
@@ -200,3 +203,142 @@ def test_an_engine_runs_the_file(engine: str, tmp_path: Path) -> None:
     found = run()
     output = run.outputs()[0] if engine == "onnxruntime" else found[0]
     np.testing.assert_allclose(output, plain(example(3)).detach().numpy(), atol=1e-5)
+
+
+PORT = "all, port, buffer"
+ON_GPU = {
+    "training step, batch 2, float32": {"plain", "first", "all", PORT},
+    "eager, batch 2, AMP bfloat16, channels_last": {
+        *("plain", "first", "all", "all, floor", "all, folded", PORT),
+    },
+    "compiled, batch 2, float32": {"plain", "all"},
+    "lowerings, batch 2, float16": {
+        *("plain", PORT, "channels", "map", "branch", "separable", "computed"),
+    },
+    "CPUExecutionProvider, batch 2": {"plain", "plain again", "map", "naive concat"},
+}
+"""Some of the parts of benchmarks/on_gpu.py, and their variants."""
+
+
+def test_the_parts_for_a_gpu_run_on_the_cpu_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    out = tmp_path / "on_gpu.json"
+    record = run("on_gpu", out, "--device", "cpu")
+    results = record["results"]
+    checks = {key: result for key, result in results.items() if key.startswith("check, ")}
+    assert len(checks) == len(load("shared.device_checks").CHECKS)
+    assert list(results)[: len(checks)] == list(checks), "the checks come first"
+    assert all(result["passed"] is True for result in checks.values()), checks
+    for what, variants in ON_GPU.items():
+        assert set(results[f"tiny, {what}"]["variants"]) == variants
+    (missing,) = (key for key, result in results.items() if "not_run" in result)
+    assert missing == "tiny, TensorrtExecutionProvider, batch 2"
+    assert "none of providers=['TensorrtExecutionProvider']" in results[missing]["not_run"] or (
+        "has no TensorrtExecutionProvider" in results[missing]["not_run"]
+    )
+    printed = capsys.readouterr().out
+    assert "check, zero weights: passed" in printed
+    assert f"{missing}: not run: " in printed
+    section = load("benchmarks_page").on_gpu(results)
+    assert f"{len(checks)} of {len(checks)} checks passed.\n" in section
+    ratio = results["tiny, training step, batch 2, float32"]["variants"]["first"]["ratio"]
+    assert f"| tiny, training step, batch 2, float32 | {ratio:.2f} |" in section
+    assert f"- not run: {missing}: " in section
+
+
+def test_the_page_says_that_nothing_was_run_on_a_gpu_or_what_failed() -> None:
+    page = load("benchmarks_page")
+    assert "Nothing on this page was run on a GPU" in page.on_gpu(None)
+    results = {"check, fold": {"passed": False, "reason": "x"}, "check, a": {"passed": True}}
+    assert "1 of 2 checks passed; **failed**: fold." in page.on_gpu(results)
+
+
+FEW_PACKAGES = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class Some(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {hidden}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Some if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path.insert(0, "benchmarks")
+sys.argv = ["benchmarks/on_gpu.py"]
+runpy.run_path("benchmarks/on_gpu.py", run_name="__main__")
+"""
+
+
+def test_without_a_gpu_it_says_so_and_needs_few_packages() -> None:
+    """As on a machine with few packages: the package itself comes from the working directory."""
+    hidden = {"pytest", "matplotlib", "onnx_ir", "onnxscript", "ultralytics", "openvino"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    ended = subprocess.run(
+        [sys.executable, "-c", FEW_PACKAGES.format(hidden=hidden)],
+        **{"cwd": BENCHMARKS.parent, "env": environment},
+        **{"capture_output": True, "text": True, "check": False},
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "There is no GPU here" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (BENCHMARKS / "results" / "on_gpu.partial").exists()
+
+
+def test_the_cpu_is_for_trying_the_script_out_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("on_gpu").main(["--device", "cpu"])
+    assert "add --quick" in capsys.readouterr().err
+
+
+def test_a_failed_check_is_recorded_and_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(device: torch.device) -> None:
+        raise AssertionError(f"wrong on {device}")
+
+    script = load("on_gpu")
+    monkeypatch.setattr(script, "CHECKS", {"a": fails, "b": lambda device: None})
+    monkeypatch.setattr(script, "_parts_of", lambda *_: [])
+    with pytest.raises(SystemExit) as ended:
+        run("on_gpu", tmp_path / "r.json", "--device", "cpu")
+    assert ended.value.code == 1
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert results["check, a"] == {"passed": False, "reason": "AssertionError: wrong on cpu"}
+    assert results["check, b"]["passed"] is True
+
+
+def test_parts_that_fail_or_no_longer_fit_are_recorded_and_measured_by_the_next_run(
+    tmp_path: Path,
+) -> None:
+    parts, records = load("shared.parts"), load("shared.record")
+
+    def fail() -> dict[str, Any]:
+        raise ValueError("too\n  large")
+
+    def wait() -> dict[str, Any]:
+        time.sleep(30)
+        return {}
+
+    asked = [
+        parts.Part("fails", 0, fail),
+        parts.Part("long", 1e6, fail),
+        parts.Part("good", 0, lambda: {"variants": {}}),
+        parts.Part("too slow", 0, wait),
+        parts.Part("late", 0.1, wait),
+    ]
+    record = records.Record(tmp_path / "r.json", "a")
+    parts.measure_parts(record, asked, parts.TimeLeft(1.0))
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert results["fails"] == {"not_run": "ValueError: too large"}
+    assert results["long"] == {"not_run": "1 s were left, and it takes about 1000000 s"}
+    assert results["good"] == {"variants": {}}
+    assert results["too slow"]["not_run"].startswith("it was not done in the ")
+    assert results["late"]["not_run"].startswith("0 s were left")
+    again = records.Record(tmp_path / "r.json", "a")
+    better = [parts.Part(part.key, 0, lambda: {"variants": {"new": {}}}) for part in asked]
+    parts.measure_parts(again, better, parts.TimeLeft(60))
+    assert again.results.pop("good") == {"variants": {}}
+    assert all(result == {"variants": {"new": {}}} for result in again.results.values())
