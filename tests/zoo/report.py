@@ -50,7 +50,8 @@ python tests/zoo/report.py      # docs/zoo_results.json and this page
 _LEGEND = """## Every model
 
 *convs*: convolutions (called more than once; never called). *traced*: convolutions that lie in a
-traced region. *bits*: outputs `torch.equal` to the plain model's at zero, in evaluation and in
+traced region of at least two modules; code that torch.fx cannot trace calls the others, which are
+patched like them. *bits*: outputs `torch.equal` to the plain model's at zero, in evaluation and in
 training, with the gradients of its own parameters and its buffers. *gradient*: every coordinate
 weight that a pass reaches has one. *kept*: class, `state_dict` names, deepcopy, pickle, and the
 plain bits after `unpatch`. *reference*: difference in float64 from concatenating coordinates, at
@@ -133,6 +134,12 @@ def _summary(rows: Rows) -> str:
         lines.append(
             f"\nOf the exports, {without} were compared without ONNX Runtime's optimizer "
             "Pad_Fusion, with which the plain model is wrong."
+        )
+    unstable = [name for name, row in rows.items() if "unstable" in row.get("onnx", {})]
+    if unstable:
+        lines.append(
+            f"\nMatched by `ccp.verify_onnx`, as a detection or key point jumps where torch itself "
+            f"is rounded otherwise: {', '.join(unstable)}."
         )
     fixed = sum("fixed_batch" in row for row in exported)
     weaker = sum("strength" in row for row in exported)
