@@ -115,7 +115,7 @@ def _only_map(name: str, layer: CoordLayer) -> tuple[tuple[int, ...], tuple[int,
         sizes = " and ".join(sorted({" x ".join(map(str, key[0])) for key in maps}))
         raise PatchError(f"{name} runs at several sizes or in several dtypes ({sizes}){_INSTEAD}")
     ((key, coord_map),) = maps.items()
-    return key[0], key[1], coord_map.detach().clone()
+    return key[0], key[1][1:], coord_map.detach().clone()  # without the output's channels
 
 
 def _check_size(graph: fx.Graph, image: fx.Node, size: tuple[int, ...], name: str) -> None:

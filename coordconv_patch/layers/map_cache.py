@@ -132,7 +132,7 @@ class MapCache:
         return coord_map
 
     def kept_maps(self) -> Mapping[Any, Tensor]:
-        """The maps, by input size, output size, number of the output's dimensions and its dtype."""
+        """The maps, by input size, output channels and size, number of dimensions, and dtype."""
         return self._contents.kept.maps
 
     def clear(self) -> None:
