@@ -184,7 +184,9 @@ def test_what_cannot_be_baked_is_refused_by_name() -> None:
         PatchError, match=r"head runs at several sizes .*7 x 7 and 9 x 9.*fold with"
     ):
         ccp.fold(ccp.patch(Twice(), ["head"]), images)
-    with pytest.raises(PatchError, match="only some calls of head have coordinates: call fold with"):
+    with pytest.raises(
+        PatchError, match="only some calls of head have coordinates: call fold with"
+    ):
         ccp.fold(ccp.patch(Twice(), ["head@0"], example_inputs=images), images)
     with pytest.raises(PatchError, match="0 did not run on the example inputs"):
         ccp.fold(ccp.patch(Unused(nn.Conv2d(3, 3, 3)), ["0"]), images)
