@@ -24,6 +24,10 @@ __all__ = ["CPU", "make_session", "working_providers"]
 
 CPU = "CPUExecutionProvider"
 
+_COMPUTES_NOTHING = frozenset({"AzureExecutionProvider"})
+"""It only calls models on servers; the nodes of a graph run on the CPU beside it. onnxruntime's
+wheels list it before the CPU, and a session on it says that it is what it runs on."""
+
 
 def working_providers(requested: Sequence[str] | None = None) -> tuple[str, ...]:
     """The execution providers that load here, best first; the CPU's is always last.
@@ -98,6 +102,8 @@ def make_session(
 @functools.cache
 def _works(provider: str) -> bool:
     """Whether a session on this provider alone really runs on it."""
+    if provider in _COMPUTES_NOTHING:
+        return False
     if torch.cuda.is_available() and hasattr(ort, "preload_dlls"):
         # torch's own CUDA and cuDNN libraries, so that the user need not install them twice.
         with contextlib.suppress(Exception), descriptors_silenced():

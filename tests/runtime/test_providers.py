@@ -96,6 +96,21 @@ def test_the_cpu_comes_last_wherever_the_runtime_lists_it(built_in: Any) -> None
     assert working_providers() == ("CUDA", CPU)
 
 
+def test_what_only_calls_servers_is_not_taken_for_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    azure = "AzureExecutionProvider"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [azure, CPU])
+    session = type(
+        "Session", (), {"__init__": lambda *_, **__: None, "get_providers": [azure].copy}
+    )
+    monkeypatch.setattr(ort, "InferenceSession", session)  # it says that it runs on it
+    assert working_providers() == (CPU,)
+    assert working_providers([azure, CPU]) == (CPU,)
+    with pytest.raises(ExportError, match="none of providers"):
+        working_providers([azure])
+
+
 def test_requested_providers_keep_their_order_and_lose_those_that_do_not_work(
     built_in: Any,
 ) -> None:
