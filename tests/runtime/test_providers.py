@@ -55,7 +55,8 @@ def test_a_provider_that_does_not_load_is_left_out() -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         loads = ort.InferenceSession(identity(), options, providers=[name]).get_providers()
-        assert (name in working_providers()) == (loads[0] == name)
+        computes = name != "AzureExecutionProvider"  # it calls servers, see below
+        assert (name in working_providers()) == (loads[0] == name and computes)
 
 
 def test_finding_out_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
