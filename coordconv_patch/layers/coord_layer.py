@@ -133,8 +133,8 @@ class CoordLayer(nn.Module):
         Raises:
             PatchError: If the convolution's weight lost channels, and the layer was not asked.
         """
-        if torch._C._is_tracing():  # sizes are tensors then, and comparing them is warned of
-            return
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            return  # by torch.jit.trace: sizes are tensors then, and comparing them is warned of
         channels = weight.shape[1 if self._convolution.transposed else 0]
         outputs = output.shape[1 - weight.dim()]  # a weight has as many dimensions as a batch
         if outputs != channels:

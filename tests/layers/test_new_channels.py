@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -134,3 +135,11 @@ def test_what_the_layer_is_not_told_of_is_refused_when_it_runs(where: str) -> No
         model.conv.bias.data = model.conv.bias.data[:3]
         with pytest.raises(PatchError, match=r"conv.* gives 3 channels, .* is for 4"):
             model(x)
+
+
+def test_a_trace_is_not_warned_of_the_check() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 3))
+    model = ccp.patch(plain.eval(), "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.trace(model, torch.rand(2, 3, 8, 8))  # type: ignore[no-untyped-call]
