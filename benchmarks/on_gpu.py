@@ -199,19 +199,12 @@ def _in_onnx_runtime(
         lowerings = ("map",)
     repeats = 2 if options.quick else 40
     report = bench_onnx(made, example, lowerings=lowerings, providers=[provider], repeats=repeats)
-    (group,) = report.groups
+    measured = report.to_dict()
+    (group,) = measured["groups"]
     return {
-        "rounds": report.repeats,
-        "notes": list(report.notes),
-        "variants": {
-            row.name: {
-                "seconds": row.seconds,
-                "ratio": row.ratio.value,
-                "ratio_95": [row.ratio.low, row.ratio.high],
-                "file_size": row.file_size,
-            }
-            for row in group.rows
-        },
+        "rounds": measured["repeats"],
+        "notes": measured["notes"],
+        "variants": group["variants"],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import onnx
 import pytest
 import timm
 import torch
+from scripts import load_script
 
 import coordconv_patch as ccp
 
@@ -20,13 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example as a module; the folder is not a package."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    path = EXAMPLES / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "quickstart.py")
 
 
 @pytest.mark.usefixtures("one_thread")

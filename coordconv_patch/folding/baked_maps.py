@@ -75,16 +75,16 @@ def _baked(name: str, layer: CoordLayer) -> nn.Module:
     image = graph.placeholder("input", type_expr=Tensor)
     holder = nn.Module()
     holder.register_buffer("coord_map", coord_map)
-    if isinstance(layer, CoordConvNd):
-        if layer.transposed:  # which is called with an output size, perhaps: the one of the example
-            graph.placeholder("output_size", type_expr=_SIZE, default_value=None)
-        _check_size(graph, image, input_size, name)
-        output_padding = layer.output_padding_of(input_size, output_size)
-        output = _convolution(graph, image, layer, holder, output_padding)
-        result = graph.call_function(torch.add, (output, graph.get_attr("coord_map")))
-    else:
-        _check_size(graph, image, input_size, name)
-        result = graph.get_attr("coord_map")
+    convolution = layer if isinstance(layer, CoordConvNd) else None
+    if convolution is not None and convolution.transposed:
+        # It is called with an output size, perhaps: the one of the example.
+        graph.placeholder("output_size", type_expr=_SIZE, default_value=None)
+    _check_size(graph, image, input_size, name)
+    result = graph.get_attr("coord_map")
+    if convolution is not None:
+        output_padding = convolution.output_padding_of(input_size, output_size)
+        output = _convolution(graph, image, convolution, holder, output_padding)
+        result = graph.call_function(torch.add, (output, result))
     graph.output(result, type_expr=Tensor)
     baked = fx.GraphModule(holder, graph, class_name=type(layer).__name__)
     for constant in _ATTRIBUTES & vars(layer).keys():  # which the code around may read
@@ -105,17 +105,17 @@ def _only_map(name: str, layer: CoordLayer) -> tuple[tuple[int, ...], tuple[int,
         raise PatchError(f"only some calls of {name} have coordinates{_INSTEAD}")
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise PatchError(f"{name} has hooks, which cannot go with it: remove them before")
-    maps: dict[Any, Tensor] = dict(layer._map_cache.kept_maps())
+    maps = layer._map_cache.kept_maps()
     if not maps:
         raise PatchError(
             f"{name} did not run on the example inputs (or not as a module), so that the size of "
             f"its coordinates is not known{_INSTEAD}"
         )
     if len(maps) > 1:
-        sizes = " and ".join(sorted({" x ".join(map(str, key[0])) for key in maps}))
+        sizes = " and ".join(sorted({" x ".join(map(str, key.input_size)) for key in maps}))
         raise PatchError(f"{name} runs at several sizes or in several dtypes ({sizes}){_INSTEAD}")
     ((key, coord_map),) = maps.items()
-    return key[0], key[1][1:], coord_map.detach().clone()  # without the output's channels
+    return key.input_size, key.output_size, coord_map.detach().clone()
 
 
 def _check_size(graph: fx.Graph, image: fx.Node, size: tuple[int, ...], name: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MapCache"]
+__all__ = ["MapCache", "MapKey"]
 
 
 class _Last(NamedTuple):
@@ -22,14 +22,27 @@ class _Last(NamedTuple):
     coord_map: Tensor | None
 
 
+class MapKey(NamedTuple):
+    """What a map was made for.
+
+    ``channels`` are the output's: they may no longer be those of the weight.
+    """
+
+    input_size: tuple[int, ...]
+    channels: int
+    output_size: tuple[int, ...]
+    output_dim: int
+    output_dtype: torch.dtype
+
+
 class _Kept(NamedTuple):
-    """Maps by size and dtype, and the weight that all of them were made from.
+    """Maps by what they were made for, and the weight that all of them were made from.
 
     Never changed, only replaced: a thread that reads one need not look out for others.
     """
 
     weight: Tensor | None
-    maps: Mapping[Hashable, Tensor]
+    maps: Mapping[MapKey, Tensor]
 
 
 class _Contents:
@@ -115,9 +128,9 @@ class MapCache:
                 copied = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 kept = _Kept(copied, {})
         ndim = weight.dim() - 2
-        # The output's channels too: they may no longer be those of the weight.
-        sizes = (tuple(input.shape[-ndim:]), tuple(output.shape[-ndim - 1 :]))
-        key = (*sizes, output.dim(), output.dtype)
+        channels, *output_size = output.shape[-ndim - 1 :]
+        input_size = tuple(input.shape[-ndim:])
+        key = MapKey(input_size, channels, tuple(output_size), output.dim(), output.dtype)
         coord_map = kept.maps.get(key)
         if coord_map is None:
             # From the copy: another thread may be training the weight at this moment.
@@ -131,8 +144,8 @@ class MapCache:
         contents.last = _Last(kept.weight, input.shape, output.shape, output.dtype, coord_map)
         return coord_map
 
-    def kept_maps(self) -> Mapping[Any, Tensor]:
-        """The maps, by input size, output channels and size, number of dimensions, and dtype."""
+    def kept_maps(self) -> Mapping[MapKey, Tensor]:
+        """The maps, by what they were made for."""
         return self._contents.kept.maps
 
     def clear(self) -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import functools
 
 import onnx
-import onnxruntime as ort
-from onnx import TensorProto, helper
 
-from coordconv_patch.runtime.providers import CPU
+from coordconv_patch.errors import ExportError
+from coordconv_patch.runtime.providers import CPU, make_session, probe_model
 
 __all__ = ["newest_opset"]
-
-_IR_VERSION = 8
-"""Older than any operator set asked about, so that only the operator set decides."""
 
 
 @functools.cache
@@ -27,14 +23,8 @@ def newest_opset() -> int:
 
 
 def _reads(opset: int) -> bool:
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
-    imports = [helper.make_opsetid("", opset)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     try:
-        ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
-    except Exception:
+        make_session(probe_model(opset), [CPU])
+    except ExportError:
         return False
     return True

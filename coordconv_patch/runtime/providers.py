@@ -20,7 +20,7 @@ from coordconv_patch.arguments import check_names
 from coordconv_patch.errors import ArgumentError, ExportError, listing
 from coordconv_patch.running.silence import descriptors_silenced
 
-__all__ = ["CPU", "make_session", "working_providers"]
+__all__ = ["CPU", "make_session", "probe_model", "working_providers"]
 
 CPU = "CPUExecutionProvider"
 
@@ -112,14 +112,15 @@ def _works(provider: str) -> bool:
     options.log_severity_level = 4
     with descriptors_silenced():
         try:
-            session = ort.InferenceSession(_identity_model(), options, providers=[provider])
+            session = ort.InferenceSession(probe_model(), options, providers=[provider])
         except Exception:
             return False
     return bool(session.get_providers()[0] == provider)
 
 
-def _identity_model() -> bytes:
-    header = '<ir_version: 8, opset_import: ["" : 17]>'
+def probe_model(opset: int = 17) -> bytes:
+    """A file of one node, in an IR version that every operator set goes with."""
+    header = f'<ir_version: 8, opset_import: ["" : {opset}]>'
     model = onnx.parser.parse_model(
         f"{header} probe (float[1] x) => (float[1] y) {{ y = Relu(x) }}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,26 +9,17 @@ from typing import Any
 
 import nbformat
 import pytest
+from scripts import load_script
 
-from documentation.code_blocks import ROOT
+from documentation.code_blocks import ROOT, without_numbers
 
-NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
-_NUMBER = re.compile(r"[\d.,]*\d(e[-+]?\d+)?")
-
-
-def _runner() -> Any:
-    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs/_site/notebooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+notebooks = load_script(ROOT / "docs/_site/notebooks.py")
 
 
 def _printed(cell: Any) -> list[str]:
     """What a cell prints, but for numbers and warnings."""
     streams = [out.text for out in cell.get("outputs", []) if out.get("name") == "stdout"]
-    return [" ".join(_NUMBER.sub("#", text).split()) for text in streams]
+    return [without_numbers(text) for text in streams]
 
 
 def _shown(cell: Any) -> Counter[str]:
@@ -38,18 +28,18 @@ def _shown(cell: Any) -> Counter[str]:
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_what_is_stored(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     stored = nbformat.read(path, as_version=4)
-    now = _runner().run(path, tmp_path)
+    now = notebooks.run(path, tmp_path)
     assert [_printed(cell) for cell in now.cells] == [_printed(cell) for cell in stored.cells]
     assert [_shown(cell) for cell in now.cells] == [_shown(cell) for cell in stored.cells]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_stored_notebook_has_its_pictures_and_nothing_of_a_machine(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     shown = sum((_shown(cell) for cell in notebook.cells), Counter())

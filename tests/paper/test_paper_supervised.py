@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 from torch import nn
 
 import coordconv_patch as ccp
@@ -32,16 +32,6 @@ import variants  # noqa: E402
 
 SPLITS = {name: make() for name, make in data.SPLITS.items()}
 SOME = torch.tensor([[4, 59], [33, 32], [59, 4], [20, 41]])
-
-
-def load(name: str) -> Any:
-    """A script as a module; the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, PAPER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pairs(centers: torch.Tensor) -> set[tuple[int, int]]:
@@ -326,7 +316,7 @@ def test_all_nets_are_run_with_every_seed_and_the_controls_with_one(tmp_path: Pa
 
 
 def test_training_takes_the_steps_that_were_asked_for(tmp_path: Path) -> None:
-    module = load("regression")
+    module = load_script(PAPER / "regression.py")
     options = experiment.Options((0,), 0.5, False, tmp_path)
     recipe = training.Recipe(epochs=2, rate=0.01, batch=5, points=4)
     split = data.Split(SPLITS["uniform"].train[:23], SPLITS["uniform"].test[:7])
@@ -351,7 +341,7 @@ def test_training_takes_the_steps_that_were_asked_for(tmp_path: Path) -> None:
 
 def quick(name: str, out: Path, patcher: pytest.MonkeyPatch) -> experiment.Record:
     """A quick run, after which a second one only draws."""
-    module = load(name)
+    module = load_script(PAPER / f"{name}.py")
     arguments = ["--quick", "--out", str(out)]
     record = module.main(arguments)
     stored = json.loads((out / f"{name}.json").read_text())

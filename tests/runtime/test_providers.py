@@ -39,7 +39,7 @@ def built_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], list[str]]
 
 
 def identity() -> bytes:
-    return providers_module._identity_model()
+    return providers_module.probe_model()
 
 
 def test_the_cpu_always_works_and_comes_last() -> None:
