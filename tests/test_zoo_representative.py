@@ -316,6 +316,7 @@ def test_a_wrong_export_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         patch = staticmethod(ccp.patch)
         coord_parameters = staticmethod(ccp.coord_parameters)
         export_onnx = staticmethod(export_without_branches)
+        verify_onnx = staticmethod(ccp.verify_onnx)
 
     monkeypatch.setattr(onnx_stage, "ccp", Shim)
     row = check_in_onnx(SMALL)

@@ -129,16 +129,17 @@ class _Comparison:
         expected = run(patched, self.inputs())
         difference = relative_difference(expected, _run_file(path, self.inputs(), disabled))
         if difference > _OTHER_FUNCTION:
-            # A detection or a key point between two equal maxima jumps by rounding: matched, that
-            # is told from a wrong one, which is an error here.
-            check = ccp.verify_onnx(
-                patched,
-                path,
-                self.inputs(),
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=disabled,
-            )
-            difference, self.figures["unstable"] = check.difference, check.unstable
+            # A detection or a key point between two equal maxima jumps by rounding: matched, it
+            # is told from a wrong one, which keeps its difference.
+            with contextlib.suppress(ExportError):
+                check = ccp.verify_onnx(
+                    patched,
+                    path,
+                    self.inputs(),
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=disabled,
+                )
+                difference, self.figures["unstable"] = check.difference, check.unstable
         self.figures["difference"] = difference
 
     def _export_patched(
