@@ -180,6 +180,8 @@ def test_saved_agents_act_alike_in_a_fresh_process(tmp_path: Path) -> None:
         model.save(tmp_path / algorithm.__name__)
         expected[algorithm.__name__] = acts(model)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    # Sums of another number of threads are rounded otherwise, in a plain network too.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
     subprocess.run(command, check=True, env=environment, timeout=300)
     for name, before in expected.items():
