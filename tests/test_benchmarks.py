@@ -23,7 +23,7 @@ import coordconv_patch as ccp
 from coordconv_patch.runtime.providers import CPU, make_session
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("onnx_runtime", "scaling", "export_cost", "training_and_eager")
+SCRIPTS = ("onnx_runtime", "scaling", "export_cost", "places", "training_and_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,11 @@ EXPECTED = {
         for axis in ("convolutions, 3", "size, 32", "batch, 1")
     },
     "export_cost": {"tiny": {"plain, torch.onnx.export and one load", "all"}},
+    "places": {
+        "tiny, batch 2, 1 thread": {
+            *("plain", "plain again", "first", "first, places", "all", "all, places"),
+        }
+    },
     "training_and_eager": {
         "tiny, training step, batch 8, 32 px": {
             *("plain", "first", "all", "all, port, buffer", "all, port, run time"),
@@ -342,3 +347,19 @@ def test_parts_that_fail_or_no_longer_fit_are_recorded_and_measured_by_the_next_
     parts.measure_parts(again, better, parts.TimeLeft(60))
     assert again.results.pop("good") == {"variants": {}}
     assert all(result == {"variants": {"new": {}}} for result in again.results.values())
+
+
+def test_files_with_places_are_timed_at_other_places_than_the_whole_picture(tmp_path: Path) -> None:
+    """The input has a default: a place that did not arrive would be that of whole pictures."""
+    places = load("places")
+    plain = tiny()
+    made = load("shared.variants").patched(plain, "all", example())
+    load("shared.graphs").write_verified(made, example(), tmp_path / "m.onnx", places=True)
+    session = make_session(tmp_path / "m.onnx", [CPU])
+    feeds = {session.get_inputs()[0].name: example().numpy()}
+    (whole,) = session.run(None, feeds)
+    (crop,) = session.run(None, {**feeds, "places": places.crops(2).numpy()})
+    with torch.no_grad(), ccp.places(made, places.crops(2)):
+        expected = made(example()).numpy()
+    np.testing.assert_allclose(crop, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(crop - whole).max() > 1e-4

@@ -16,13 +16,24 @@ from coordconv_patch.runtime.providers import CPU
 __all__ = ["write_plainly", "write_verified"]
 
 
-def write_verified(model: nn.Module, example: Tensor, path: Path, lowering: str = "auto") -> None:
+def write_verified(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    lowering: str = "auto",
+    *,
+    places: bool = False,
+) -> None:
     """Export with this package: lowered, ordered and compared with torch; any batch size.
+
+    With ``places``, the file has an input for the places of the images.
 
     Random weights make activations that rounding moves more than trained ones do, so the
     tolerance is that of a quick check.
     """
-    ccp.export_onnx(model, path, example, lowering=lowering, providers=[CPU], tolerance=1e-3)
+    ccp.export_onnx(
+        model, path, example, lowering=lowering, places=places, providers=[CPU], tolerance=1e-3
+    )
 
 
 def write_plainly(model: nn.Module, example: Tensor, path: Path) -> None:

@@ -28,7 +28,17 @@ from coordconv_patch.demo.task import CupTask, Pictures, to_pixels, to_unit
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.training import coord_parameters, param_groups
 
-__all__ = ["Curve", "Errors", "Phase", "Settings", "distances", "fine_tune", "predict", "unfreeze_"]
+__all__ = [
+    "Curve",
+    "Errors",
+    "FineTuned",
+    "Phase",
+    "Settings",
+    "distances",
+    "fine_tune",
+    "predict",
+    "unfreeze_",
+]
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,22 @@ class Curve:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class FineTuned:
+    """What came of fine-tuning one model.
+
+    Attributes:
+        curve: How it learned.
+        before: Where it saw the cup in the held-out pictures before the first step, as of
+            :func:`predict`.
+        after: Where it sees the cup after the last step.
+    """
+
+    curve: Curve
+    before: Tensor
+    after: Tensor
+
+
 def unfreeze_(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Let only the named modules and the coordinate weights require gradients, in place."""
     model.requires_grad_(False)
@@ -133,16 +159,15 @@ def fine_tune(
     settings: Settings,
     *,
     on_step: Callable[[int, dict[str, Curve]], None],
-) -> dict[str, Curve]:
+) -> dict[str, FineTuned]:
     """Train every model on the same batches, in place; each step is made with all of them.
 
     The models, by name, are in evaluation mode, which they keep. ``on_step`` is told the number of
-    steps made and the curves so far, which are also returned, by the models' names.
+    steps made and the curves so far, by the models' names.
     """
     runs = [_Run(model, task) for model in models.values()]
     curves = {name: run.curve for name, run in zip(models, runs, strict=True)}
-    for run in runs:
-        run.measure(0)
+    before = [run.measure(0) for run in runs]
     step = 0
     for phase in settings.phases:
         for run in runs:
@@ -157,8 +182,11 @@ def fine_tune(
                     run.measure(step)
             on_step(step, curves)
         for run in runs:
-            run.curve.phase_errors.append(run.errors)
-    return curves
+            run.curve.phase_errors.append(Errors.of(distances(run.answers, task.held_out)))
+    return {
+        name: FineTuned(run.curve, first, run.answers)
+        for name, run, first in zip(models, runs, before, strict=True)
+    }
 
 
 class _Run:
@@ -168,7 +196,7 @@ class _Run:
         self.model = model
         self.task = task
         self.curve = Curve()
-        self.errors: Errors
+        self.answers: Tensor
 
     def begin(self, phase: Phase, weight_decay: float) -> None:
         unfreeze_(self.model, phase.trained)
@@ -197,8 +225,10 @@ class _Run:
         in_pixels = to_pixels(answers.detach(), self.task.size)
         self.curve.batch_errors.append(float(distances(in_pixels, pictures).mean()))
 
-    def measure(self, step: int) -> None:
+    def measure(self, step: int) -> Tensor:
+        """Where the model sees the cup in the held-out pictures; kept as ``answers``, too."""
         held_out = self.task.held_out
-        self.errors = Errors.of(distances(predict(self.model, held_out.images), held_out))
+        self.answers = predict(self.model, held_out.images)
         self.curve.steps.append(step)
-        self.curve.median_errors.append(self.errors.median)
+        self.curve.median_errors.append(Errors.of(distances(self.answers, held_out)).median)
+        return self.answers

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.contributions.influence import influence
 from coordconv_patch.demo import backbone, finetune
-from coordconv_patch.demo.finetune import Curve, Errors, Phase, Settings
+from coordconv_patch.demo.finetune import Curve, Errors, FineTuned, Phase, Settings
 from coordconv_patch.demo.report import DemoReport, ExportCheck, PhotographResult
 from coordconv_patch.demo.requirements import require_demo_packages
 from coordconv_patch.demo.task import (
@@ -79,7 +79,7 @@ def _phases(steps: int) -> tuple[Phase, ...]:
     )
 
 
-_FULL_SETTINGS = Settings(_phases(100), batch_size=32, measure_every=20)
+_FULL_SETTINGS = Settings(_phases(100), batch_size=32, measure_every=25)
 _FULL = _Scale(_FULL_SETTINGS, picture_size=96, backgrounds=800, held_out=256)
 _QUICK_SETTINGS = Settings(_phases(3), batch_size=8, measure_every=3)
 _QUICK = _Scale(_QUICK_SETTINGS, picture_size=64, backgrounds=16, held_out=24)
@@ -127,10 +127,10 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
             scale.picture_size, held_out=scale.held_out, backgrounds=scale.backgrounds, seed=seed
         )
     models = _position_models(classifier)
-    start = {name: finetune.predict(model, task.held_out.images) for name, model in models.items()}
     with log.step("Fine-tune both to say where the cup is"):
-        curves = log.follow(models, task, scale.settings)
-    answers = _answers(models, task.held_out)
+        tuned = log.follow(models, task, scale.settings)
+    curves = {name: result.curve for name, result in tuned.items()}
+    answers = _answers(tuned, models["patched"], task.held_out)
     errors = {name: Errors.of(finetune.distances(a, task.held_out)) for name, a in answers.items()}
     log.errors(errors, curves)
 
@@ -160,7 +160,7 @@ def _run(out: Path, scale: _Scale, quick: bool, seed: int, log: _Log) -> DemoRep
         held_out_photographs=list(HELD_OUT_PHOTOGRAPHS),
         held_out_pictures=len(task.held_out),
         settings=scale.settings,
-        starts_equal=torch.equal(start["control"], start["patched"]),
+        starts_equal=torch.equal(tuned["control"].before, tuned["patched"].before),
         curves=curves,
         errors=errors,
         site_shares=_shares(patched, task.held_out.images[:64]),
@@ -198,10 +198,12 @@ def _position_models(classifier: nn.Module) -> dict[str, nn.Module]:
     return {"control": control, "patched": patch(control, WHERE)}
 
 
-def _answers(models: dict[str, nn.Module], held_out: Pictures) -> dict[str, Tensor]:
+def _answers(
+    tuned: dict[str, FineTuned], patched: nn.Module, held_out: Pictures
+) -> dict[str, Tensor]:
     """Positions in pixels, shape ``(N, 2)``: of the models, and of two baselines."""
-    answers = {name: finetune.predict(model, held_out.images) for name, model in models.items()}
-    without = unpatch(models["patched"], discard=True)
+    answers = {name: result.after for name, result in tuned.items()}
+    without = unpatch(patched, discard=True)
     answers["patched, coordinates off"] = finetune.predict(without, held_out.images)
     middle = (held_out.images.shape[-1] - 1) / 2
     answers["always the middle"] = torch.full_like(held_out.centers, middle)
@@ -293,7 +295,7 @@ class _Log:
 
     def follow(
         self, models: dict[str, nn.Module], task: CupTask, settings: Settings
-    ) -> dict[str, Curve]:
+    ) -> dict[str, FineTuned]:
         with Progress("fine-tuning", settings.steps, unit="steps", alike=True) as progress:
 
             def show(step: int, curves: dict[str, Curve]) -> None:

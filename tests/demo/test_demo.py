@@ -139,13 +139,18 @@ def test_models_get_the_same_batches_and_frozen_weights_stay():
     task = CupTask(32, held_out=4, backgrounds=4, seed=0)
     phase = Phase("head", ("3",), steps=4, learning_rate=1e-2, coord_learning_rate=1e-1)
     steps = []
-    curves = fine_tune(
+    tuned = fine_tune(
         models,
         task,
         Settings((phase,), batch_size=4, measure_every=2),
         on_step=lambda step, _: steps.append(step),
     )
     assert steps == [1, 2, 3, 4]
+    curves = {name: result.curve for name, result in tuned.items()}
+    for name, model in models.items():
+        assert torch.equal(tuned[name].after, predict(model, task.held_out.images))
+    assert torch.equal(tuned["control"].before, tuned["patched"].before)
+    assert not torch.equal(tuned["control"].before, tuned["control"].after)
     assert curves["control"].steps == [0, 2, 4]
     # Before the first step both give the same answers to the same pictures.
     assert curves["control"].batch_errors[0] == curves["patched"].batch_errors[0]
