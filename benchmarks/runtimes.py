@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from shared.models import MODELS, FirstOutput, Tiny
+from shared.ports import BufferCoords, ported
 from shared.record import make_parser, open_record
+from shared.variants import patched_names
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
@@ -65,6 +67,7 @@ class Runtime:
         packages: What pip installs into its environment; empty: it is in the [test] extra.
         npm: What npm installs there.
         any_size: Whether files of ``dynamic_size=True`` are run, too.
+        fixed_batch: Whether files of ``dynamic_batch=False`` are run, too.
     """
 
     title: str
@@ -72,6 +75,7 @@ class Runtime:
     packages: tuple[str, ...] = ()
     npm: tuple[str, ...] = ()
     any_size: bool = False
+    fixed_batch: bool = False
 
     def install_commands(self, folder: Path) -> list[list[str]]:
         """The commands that install it into its own folder."""
@@ -84,8 +88,10 @@ class Runtime:
 
 
 RUNTIMES = {
-    "onnxruntime": Runtime("ONNX Runtime, CPU", "onnxruntime", any_size=True),
-    "openvino": Runtime("OpenVINO, sizes fixed at load", "openvino", any_size=True),
+    "onnxruntime": Runtime("ONNX Runtime, CPU", "onnxruntime", any_size=True, fixed_batch=True),
+    "openvino": Runtime(
+        "OpenVINO, sizes fixed at load", "openvino", any_size=True, fixed_batch=True
+    ),
     "openvino_dynamic": Runtime("OpenVINO, dynamic axes", "openvino", any_size=True),
     "opencv": Runtime("OpenCV, new engine", "opencv"),
     "opencv_classic": Runtime("OpenCV, classic engine", "opencv"),
@@ -130,8 +136,17 @@ SUBJECTS = {
     "yolo11n": Subject(MODELS["yolo11n"].make, (160, 160), (192, 160)),
 }
 
-FORMS = ("plain", "default", "target", "any size")
-"""The plain model; the default file; that of the runtime's target; that with dynamic sizes."""
+FORMS = {
+    "plain": "plain",
+    "concatenated": "concatenated",
+    "default": "default file",
+    "target": "its target",
+    "fixed": "its target, fixed batch",
+    "any size": "its target, any size",
+}
+"""The plain model; the usual CoordConv layer with its coordinates in buffers; the default file;
+that of the runtime's target, that with a fixed batch, and that with dynamic sizes. By the page's
+words."""
 
 
 class MissingRuntimeError(Exception):
@@ -155,8 +170,8 @@ def python_of(name: str, environments: Path | None) -> str:
     return str(python)
 
 
-def prepared(subject: Subject) -> tuple[nn.Module, nn.Module]:
-    """A model with random weights, plain and with coordinates in every convolution."""
+def prepared(subject: Subject) -> dict[str, nn.Module]:
+    """By form: a model with random weights, plain and with coordinates in every convolution."""
     torch.manual_seed(0)
     plain = subject.make().eval()
     for module in plain.modules():  # an exporter's switch in ultralytics' heads
@@ -169,7 +184,8 @@ def prepared(subject: Subject) -> tuple[nn.Module, nn.Module]:
     with torch.no_grad():
         for weight in ccp.coord_parameters(patched):
             weight.normal_(std=0.02)
-    return plain, patched
+    concatenated = ported(plain, patched_names(patched), BufferCoords, images)
+    return {**dict.fromkeys(FORMS, patched), "plain": plain, "concatenated": concatenated}
 
 
 def pictures(batch: int, size: tuple[int, int]) -> Tensor:
@@ -179,12 +195,12 @@ def pictures(batch: int, size: tuple[int, int]) -> Tensor:
 def measured(
     name: str,
     subject: Subject,
-    models: tuple[nn.Module, nn.Module],
+    models: Mapping[str, nn.Module],
     batch: int,
     python: str,
     *,
     rounds: int = 0,
-    forms: Sequence[str] = FORMS,
+    forms: Iterable[str] = FORMS,
 ) -> dict[str, Any]:
     """The cells of one runtime and model: by form its difference from torch, or what failed.
 
@@ -198,10 +214,10 @@ def measured(
         folder = Path(text)
         files: dict[str, Path] = {}
         for form in forms:
-            if form == "any size" and not runtime.any_size:
+            if {"any size": runtime.any_size, "fixed": runtime.fixed_batch}.get(form) is False:
                 continue
             try:
-                files[form] = _exported(form, runtime, subject, models, batch, folder)
+                files[form] = _exported(form, runtime, subject, models[form], batch, folder)
             except ccp.CoordConvPatchError as error:
                 cells[form] = {"refused": f"export: {error}"[:300]}
         alone = {
@@ -212,9 +228,8 @@ def measured(
             if isinstance(output, str):
                 cells[form] = {"refused": output}
                 continue
-            model = models[form != "plain"]
             with torch.no_grad():
-                expected = model(_images(form, batch, subject))
+                expected = models[form](_images(form, batch, subject))
             cells[form] = {
                 "difference": _difference(output[0], expected),
                 "file_size": files[form].stat().st_size,
@@ -241,15 +256,15 @@ def _exported(
     form: str,
     runtime: Runtime,
     subject: Subject,
-    models: tuple[nn.Module, nn.Module],
+    model: nn.Module,
     batch: int,
     folder: Path,
 ) -> Path:
     """The file of a form; of a fixed batch where the target takes no other."""
     path = folder / f"{form.replace(' ', '_')}.onnx"
-    fixed = runtime.target == "litert"
+    fixed = form == "fixed" or runtime.target == "litert"
     ccp.export_onnx(
-        models[form != "plain"],
+        model,
         path,
         pictures(batch if fixed else 2, subject.size),
         target="onnxruntime" if form == "default" else runtime.target,
@@ -326,21 +341,26 @@ def verdict(cell: Mapping[str, Any]) -> str:
 
 
 def page_table(results: Mapping[str, Any]) -> str:
-    """The matrix in Markdown: the worse of the batches, and the ratios at batch 1."""
+    """The matrix in Markdown: both batches, and the ratios at batch 1."""
     rows = []
     for key, batches in _by_runtime_and_model(results):
         runtime, model = key
         row = [RUNTIMES[runtime].title, model]
         for form in FORMS:
-            cells = [cells[form] for cells in batches if form in cells]
-            verdicts = [verdict(cell) for cell in cells]
-            bad = [text for text in verdicts if text != "ok"]
-            text = bad[0] if bad else ("ok" if verdicts else "")
-            ratio = cells[0].get("ratio") if cells and form != "plain" else None
-            row.append(f"{text}, {ratio:.2f}" if ratio else text)
+            row.append(_said([cells[form] for cells in batches if form in cells], form))
         rows.append(tuple(row))
-    titles = ("runtime", "model", "plain", "default file", "its target", "its target, any size")
+    titles = ("runtime", "model", *FORMS.values())
     return "\n".join(markdown_table(titles, rows))
+
+
+def _said(cells: Sequence[Mapping[str, Any]], form: str) -> str:
+    """What the page says of a form at batch 1 and 2, and its ratio at batch 1."""
+    verdicts = [verdict(cell) for cell in cells]
+    if cells and "ratio" in cells[0] and form != "plain":
+        verdicts[0] += f", {cells[0]['ratio']:.2f}"
+    if len({verdict(cell) for cell in cells}) > 1:
+        return "; ".join(f"batch {n}: {text}" for n, text in enumerate(verdicts, start=1))
+    return verdicts[0] if verdicts else ""
 
 
 def _by_runtime_and_model(

@@ -31,16 +31,14 @@ class Chooser:
     """
 
     provider: str
-    dynamic_batch: bool
     dynamic_size: bool
     map_budget: float = math.inf
 
     def __call__(self, site: LoweringSite) -> str:
         if self.dynamic_size:
             return "computed"
-        if self.provider == CPU and self.dynamic_batch:
+        if self.provider == CPU:
             return _cheaper_branch(site)
-        # With a fixed batch a runtime folds every form into the map, whatever the graph says.
         if site.num_images is not None:  # stored as vectors and a weight; the runtime makes the map
             return "map"
         if site.map_bytes <= self.map_budget:

@@ -68,8 +68,6 @@ def autotune(
     sites: Sequence[LoweringSite],
     initial: Callable[[LoweringSite], str],
     make_run: Callable[[Mapping[str, str]], Callable[[], Any]],
-    *,
-    dynamic_batch: bool,
 ) -> Tuning:
     """Time the candidates of each group of sites and keep the fastest.
 
@@ -78,8 +76,6 @@ def autotune(
         initial: The lowerings to begin with.
         make_run: Exports the model with these lowerings, by site name, and returns what
             runs it once on the execution provider.
-        dynamic_batch: With a fixed batch runtimes fold the branch into the map, so the map
-            stands for both.
     """
     lowerings = {site.name: initial(site) for site in sites}
     best = make_run(lowerings)
@@ -87,7 +83,7 @@ def autotune(
     plan = [
         (group, candidate)
         for group, members in groups.items()
-        for candidate in _candidates(members, dynamic_batch)
+        for candidate in _candidates(members)
     ]
     trials = []
     for group, candidate in progress_over(plan, "autotuning", unit="graphs", stays=True):
@@ -149,11 +145,9 @@ def group_of(site: LoweringSite) -> str:
     return " ".join(words)
 
 
-def _candidates(sites: Sequence[LoweringSite], dynamic_batch: bool) -> list[str]:
+def _candidates(sites: Sequence[LoweringSite]) -> list[str]:
     return [
         name
         for name, lowering in LOWERINGS.items()
-        if lowering.fixes_size
-        and (dynamic_batch or not lowering.expands_to_batch)
-        and not any(lowering.obstacle(site) for site in sites)
+        if lowering.fixes_size and not any(lowering.obstacle(site) for site in sites)
     ]

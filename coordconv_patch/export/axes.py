@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import ArgumentError, ExportError, PatchError
+from coordconv_patch.lowering.unknown_zero import ZERO
 from coordconv_patch.patching.placed_model import places_to_try, whole_picture, with_places
 from coordconv_patch.running.inputs import (
     describe_inputs,
@@ -18,6 +19,7 @@ from coordconv_patch.running.inputs import (
     takes_image_list,
     tensors_in,
 )
+from coordconv_patch.running.one_more_argument import with_argument
 from coordconv_patch.verification.torch_run import TorchRun, run_torch
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class ExportRequest:
     Attributes:
         example_inputs: Those of the model itself.
         places: Number of dimensions of the places that the graph takes as its last input; 0: none.
+        zero: Whether its last input is a zero, see :mod:`coordconv_patch.lowering.unknown_zero`.
         axes: The names of the dynamic axes of each input tensor, in pytree order.
     """
 
@@ -46,17 +49,25 @@ class ExportRequest:
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
     places: int = 0
+    zero: bool = False
     axes: tuple[dict[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         axes = dynamic_axes(self.example_inputs, self.dynamic_batch, self.dynamic_size)
         if self.places:
             axes.append({0: "batch"} if self.dynamic_batch else {})
+        if self.zero:
+            axes.append({})
         object.__setattr__(self, "axes", tuple(axes))
 
     @property
     def is_dynamic(self) -> bool:
         return any(self.axes)
+
+    def with_zero(self) -> ExportRequest:
+        """The same with one more input, the zero."""
+        names = [*self.input_names, ZERO] if self.input_names else self.input_names
+        return replace(self, zero=True, input_names=names)
 
 
 def dynamic_axes(
@@ -125,9 +136,12 @@ def inputs_for_tracing(request: ExportRequest) -> Any:
 
     torch.export takes a length of one for a constant.
     """
-    if not request.dynamic_batch or batch_size(request.example_inputs) > 1:
-        return _placed(request, request.example_inputs)
-    return _placed(request, _with_batch(request, 2))
+    inputs = request.example_inputs
+    if request.dynamic_batch and batch_size(inputs) == 1:
+        inputs = _with_batch(request, 2)
+    if request.zero:
+        return with_argument(inputs, ZERO, torch.zeros((), device=tensors_in(inputs)[0].device))
+    return _placed(request, inputs)
 
 
 def _placed(request: ExportRequest, inputs: Any) -> Any:

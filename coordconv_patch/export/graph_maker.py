@@ -20,9 +20,10 @@ from coordconv_patch.export.model_file import write_model
 from coordconv_patch.export.rewrites import passes_for, rewrite_
 from coordconv_patch.export.targets import BY_PROVIDER, Target
 from coordconv_patch.followers.follower import followers_of
-from coordconv_patch.lowering.lower import lower_
+from coordconv_patch.lowering.lower import Lowered, lower_
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
+from coordconv_patch.lowering.unknown_zero import UnknownZero, WithZero
 from coordconv_patch.lowering.unstored import Computed
 from coordconv_patch.patching.placed_model import PlacedModel
 from coordconv_patch.running.inputs import tensors_in
@@ -48,6 +49,7 @@ class GraphMaker:
     Attributes:
         providers: The execution providers to run on, best first.
         target: What the graph is meant for.
+        written_for: The provider whose lowerings ``"auto"`` takes.
         rewrites_for: The provider that it is rewritten for where the target leaves that open, see
             :func:`~coordconv_patch.export.rewrites.passes_for`.
     """
@@ -57,17 +59,22 @@ class GraphMaker:
     exporter: str
     providers: tuple[str, ...]
     target: Target
+    written_for: str
     rewrites_for: str | None
 
     def make(self, choose: Callable[[LoweringSite], str]) -> PatchedGraph:
         """Lower, export and rewrite; the model is left as it was."""
-        model, example = copy.deepcopy(self.folded), self.request.example_inputs
-        lowered = lower_(model, example, choose)
-        if self.request.places:
+        model, request = copy.deepcopy(self.folded), self.request
+        example = request.example_inputs
+        zero = None if request.dynamic_batch else UnknownZero()
+        lowered = lower_(model, example, choose, zero)
+        if zero is not None and _expands_to_batch(lowered):
+            model, request = WithZero(model, zero), request.with_zero()
+        if request.places:
             model = PlacedModel(model)
-        exported = export_graph(model, self.request, self.exporter)
-        if self.request.places:
-            give_default_place_(exported.model, self.request.places)
+        exported = export_graph(model, request, self.exporter)
+        if request.places:
+            give_default_place_(exported.model, request.places)
         passes = passes_for(self.rewrites_for, lowered, batch_size(example), self.target)
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(**vars(exported), lowerings=lowered.lowerings, refusals=refusals)
@@ -81,15 +88,7 @@ class GraphMaker:
             lowering = Computed.name if request.dynamic_size else self.target.lowering
         if lowering == "auto":
             weights = sum(t.nbytes for t in self.folded.parameters())
-            return Chooser(
-                self.providers[0],
-                request.dynamic_batch,
-                request.dynamic_size,
-                map_budget=MAX_GROWTH * weights,
-            )
-        if LOWERINGS[lowering].expands_to_batch and not request.dynamic_batch:
-            # With a fixed batch exporters fold the branch into the map, with their own rounding.
-            lowering = "map"
+            return Chooser(self.written_for, request.dynamic_size, map_budget=MAX_GROWTH * weights)
         return lambda site: lowering
 
     def tuned(
@@ -115,6 +114,11 @@ class GraphMaker:
             lowering_sites(copy.deepcopy(self.folded), request.example_inputs),
             self.rule("auto"),
             make_run,
-            dynamic_batch=request.dynamic_batch,
         )
         return tuning.trials, lambda site: tuning.lowerings[site.name]
+
+
+def _expands_to_batch(lowered: Lowered) -> bool:
+    """Whether any site got a form that is computed for each sample of a batch."""
+    forms = {LOWERINGS.get(name) for name in lowered.lowerings.values()}
+    return any(form is not None and form.expands_to_batch for form in forms)

@@ -162,8 +162,9 @@ def export_onnx(
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
         # A lowering that was asked for stays what it is.
-        rewrites_for = working[0] if lowering in ("auto", "autotune") else None
-        maker = GraphMaker(folded_model, request, exporter, working, aim, rewrites_for)
+        written_for = aim.provider or working[0]
+        rewrites_for = written_for if lowering in ("auto", "autotune") else None
+        maker = GraphMaker(folded_model, request, exporter, working, aim, written_for, rewrites_for)
         trials: tuple[Trial, ...] = ()
         if lowering == "autotune":
             trials, choose = maker.tuned(disabled_optimizers)

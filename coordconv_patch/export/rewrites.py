@@ -24,6 +24,7 @@ from coordconv_patch.export.graph_passes.fold_scales import FoldScales
 from coordconv_patch.export.graph_passes.forget_origins import ForgetOrigins
 from coordconv_patch.export.graph_passes.fuse_clips import FuseClips
 from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
+from coordconv_patch.export.graph_passes.read_zero import ReadZero
 from coordconv_patch.export.graph_passes.refusals import Refusal, RewriteResult
 from coordconv_patch.export.targets import ONNX_RUNTIME, Target
 from coordconv_patch.lowering.lower import Lowered
@@ -61,6 +62,7 @@ def passes_for(
     )
     return (
         LiftConstantsToInitializersPass(size_limit=0),
+        ReadZero(),
         *(make() for make in rewrites),
         RemoveUnusedNodesPass(),
         compact,

@@ -14,10 +14,13 @@ from typing import Any
 from onnx_ir.passes import InPlacePass
 
 from coordconv_patch.errors import ArgumentError
+from coordconv_patch.export.graph_passes.carry_coordinates import CarryCoordinates
 from coordconv_patch.export.graph_passes.expand_coordinates import ExpandCoordinates
 from coordconv_patch.export.graph_passes.fold_scales import FoldScales
+from coordconv_patch.export.graph_passes.fuse_clips import FuseClips
 from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
 from coordconv_patch.lowering.map import Map
+from coordconv_patch.runtime.providers import CPU
 
 __all__ = ["BY_PROVIDER", "ONNX_RUNTIME", "TARGETS", "Target", "register_target", "target_named"]
 
@@ -34,12 +37,13 @@ class Target:
         title: What it is, as reports say it.
         lowering: The form of the coordinate branch where sizes are fixed: a name of
             :data:`coordconv_patch.lowering.registry.LOWERINGS`, or ``"auto"``: that which suits
-            the execution provider of ONNX Runtime.
+            an execution provider of ONNX Runtime.
+        provider: That provider; ``None``: the one that the file is checked on.
         whole_constants: Whether coordinate constants are stored as they are read, and not as the
             vectors that they are made of. The file grows by whole maps; no node of it computes
             from constants alone.
         rewrites: The graph passes for the sums with coordinates, in order; ``None``: those of the
-            execution provider, see :data:`coordconv_patch.export.rewrites.REWRITES`.
+            provider, see :data:`coordconv_patch.export.rewrites.REWRITES`.
         computes_coordinates: Whether the runtime takes coordinates that the graph computes:
             those of ``dynamic_size=True`` and of places. Otherwise such an export is refused.
         opset: The operator set to write where none is asked for; ``None``: the exporter's choice.
@@ -51,6 +55,7 @@ class Target:
     name: str
     title: str
     lowering: str = Map.name
+    provider: str | None = None
     whole_constants: bool = True
     rewrites: tuple[Callable[[], InPlacePass], ...] | None = (FoldScales, ExpandCoordinates)
     computes_coordinates: bool = False
@@ -70,7 +75,8 @@ class Target:
         Raises:
             ArgumentError: If it cannot.
         """
-        if lowering != "auto" and self.lowering != BY_PROVIDER:
+        is_for_onnx_runtime = self.lowering == BY_PROVIDER and self.rewrites is None
+        if lowering != "auto" and not is_for_onnx_runtime:
             raise ArgumentError(
                 f"lowering={lowering!r} with target={self.name!r}, which has a form of its own: "
                 f"leave lowering out, or write target={ONNX_RUNTIME.name!r}"
@@ -110,9 +116,16 @@ _PORTABLE = Target("portable", "any runtime")
 _OPENVINO = Target(
     "openvino",
     "OpenVINO",
+    lowering=BY_PROVIDER,
+    provider=CPU,
     whole_constants=False,
+    # Coordinates that activations carry need no addition there either.
+    rewrites=(CarryCoordinates, FoldScales, ExpandCoordinates, OrderAdditions, FuseClips),
     computes_coordinates=True,
-    batch_advice="OpenVINO adds a map to a batch of its own size at the speed of the convolution",
+    batch_advice=(
+        "OpenVINO computes coordinates once where it knows the batch (after model.reshape, too), "
+        "and at every run where it does not"
+    ),
 )
 
 _OTHERS = (
@@ -138,6 +151,7 @@ _OTHERS = (
         "web",
         "ONNX Runtime in a browser",
         lowering=BY_PROVIDER,
+        provider=CPU,
         whole_constants=False,
         rewrites=None,
         computes_coordinates=True,

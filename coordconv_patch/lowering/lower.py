@@ -18,6 +18,7 @@ from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.lowering import Lowering, Stored, StoredCalls
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
+from coordconv_patch.lowering.unknown_zero import UnknownZero
 from coordconv_patch.lowering.unstored import Zero
 
 __all__ = ["Lowered", "lower_"]
@@ -39,7 +40,12 @@ class Lowered:
     kernels: tuple[CoordKernel, ...]
 
 
-def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[LoweringSite], str]) -> Lowered:
+def lower_(
+    model: nn.Module,
+    example_inputs: Any,
+    choose: Callable[[LoweringSite], str],
+    zero: UnknownZero | None = None,
+) -> Lowered:
     """Replace the branch of every coordinate layer by its lowered form, in place.
 
     The model can run afterwards at the sizes of the example only, except where the
@@ -49,6 +55,7 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[LoweringSite
         model: A patched model, in the mode in which it will be exported.
         example_inputs: As for :func:`coordconv_patch.plan`; they fix the sizes.
         choose: Gives the name of each site's lowering, see :data:`.registry.LOWERINGS`.
+        zero: For an export whose batch is fixed, see :mod:`.unknown_zero`.
 
     Layers that are not called on the example inputs stay as they are.
 
@@ -64,7 +71,7 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[LoweringSite
         if lowering.fixes_size and site.is_zero:
             lowering = Zero()
         lowerings[site.name] = lowering.name
-        stored = _stored(lowering, site)
+        stored = _stored(lowering, site, zero)
         for index, part in enumerate(stored.parts):
             tensor = part.constant.tensor
             constants[id(tensor)] = part.constant
@@ -80,13 +87,13 @@ def lower_(model: nn.Module, example_inputs: Any, choose: Callable[[LoweringSite
 
 
 @torch.no_grad()
-def _stored(lowering: Lowering, site: LoweringSite) -> StoredCalls:
+def _stored(lowering: Lowering, site: LoweringSite, zero: UnknownZero | None) -> StoredCalls:
     obstacle = lowering.obstacle(site)
     if obstacle:
         raise ExportError(f"{site.name} {obstacle}")
     constants = {call: lowering.constant(site, call) for call in site.calls}
     parts = [
-        Stored(call, constant, lowering.kernel(site, call))
+        Stored(call, constant, lowering.kernel(site, call), zero)
         for call, constant in constants.items()
         if constant is not None
     ]

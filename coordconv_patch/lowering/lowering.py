@@ -12,6 +12,7 @@ from coordconv_patch.errors import ExportError
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.lowering.constants import CoordConstant, CoordKernel
 from coordconv_patch.lowering.site import LoweringSite
+from coordconv_patch.lowering.unknown_zero import UnknownZero
 
 __all__ = ["Lowering", "Stored", "StoredCalls"]
 
@@ -24,17 +25,21 @@ class Stored:
         call: The call.
         constant: Its constant.
         kernel: Where the constant is a strip, what adds that up.
+        zero: What keeps an exporter that knows the batch from folding what is expanded to it.
     """
 
     call: Call
     constant: CoordConstant
     kernel: CoordKernel | None = None
+    zero: UnknownZero | None = None
 
     def expanded(self, input: Tensor) -> Tensor:
         """The constant, expanded to the batch of an input that has one."""
         tensor = self.constant.tensor
         if input.dim() != len(self.call.input_size) + 2:
             return tensor
+        if self.zero is not None:
+            tensor = self.zero.added_to(tensor)
         return tensor.expand(input.shape[0], *tensor.shape[1:])
 
 
@@ -80,9 +85,8 @@ class Lowering(ABC):
     Attributes:
         name: What ``lowering=`` calls it: a Python identifier.
         fixes_size: Whether the graph stores something for the sizes of the example alone.
-        expands_to_batch: Whether the branch is computed for each sample of a batch. If that is
-            fixed, exporters fold such a branch into the map, with their own rounding; so the
-            lowering ``"map"`` is taken in its place.
+        expands_to_batch: Whether the branch is computed for each sample of a batch, from what
+            :meth:`Stored.expanded` gives.
     """
 
     name: str

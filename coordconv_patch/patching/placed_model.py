@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from coordconv_patch.errors import ExportError
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.patching.places import places
-from coordconv_patch.running.inputs import split_inputs, tensors_in
+from coordconv_patch.running.inputs import tensors_in
+from coordconv_patch.running.one_more_argument import OneMoreArgument, with_argument
 
 __all__ = ["PLACES", "PlacedModel", "places_to_try", "whole_picture", "with_places"]
 
@@ -21,11 +21,8 @@ PLACES = "places"
 """Name of the input: the argument's, and the graph's."""
 
 
-class PlacedModel(nn.Module):
+class PlacedModel(OneMoreArgument):
     """A patched model with one more argument, the places of the samples, shape (N, d, d + 1).
-
-    It shares the model's modules and parameters, under the same names, so that graphs made
-    from it name their initializers as those of the model do.
 
     Args:
         model: A patched model.
@@ -36,32 +33,11 @@ class PlacedModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[name] = getattr(model, name)
-        self.training = model.training
-        self.__dict__["_model"] = model
+        super().__init__(model, PLACES)
         self.ndim = _ndim_of(model)
-        self._signature = _with_argument(inspect.signature(model.forward))
-        vars(self)["forward"] = _forward_of(self)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs; the places are the last argument, or by name."""
-        bound = self._signature.bind(*args, **kwargs)
-        theta = bound.arguments.pop(PLACES)
-        model: nn.Module = self.__dict__["_model"]
-        with places(model, theta):
-            return model(*bound.args, **bound.kwargs)
-
-
-def _forward_of(placed: PlacedModel) -> Callable[..., Any]:
-    """The forward of a placed model, with its signature: exporters call by that."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return placed.run(*args, **kwargs)
-
-    forward.__signature__ = placed._signature  # type: ignore[attr-defined]
-    return forward
+    def given(self, value: Any) -> AbstractContextManager[Any]:
+        return places(self.__dict__["_model"], value)
 
 
 def _ndim_of(model: nn.Module) -> int:
@@ -76,23 +52,9 @@ def _ndim_of(model: nn.Module) -> int:
     return next(iter(by_ndim))
 
 
-def _with_argument(signature: inspect.Signature) -> inspect.Signature:
-    parameters = list(signature.parameters.values())
-    if PLACES in signature.parameters:
-        raise ExportError(
-            f"places=True, but the model's forward has an argument {PLACES!r} of its own"
-        )
-    has_rest = any(p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) for p in parameters)
-    kind = inspect.Parameter.KEYWORD_ONLY if has_rest else inspect.Parameter.POSITIONAL_OR_KEYWORD
-    at = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
-    parameters.insert(at, inspect.Parameter(PLACES, kind, default=None))
-    return signature.replace(parameters=parameters)
-
-
 def with_places(example_inputs: Any, theta: Tensor) -> Any:
     """Inputs of a model as those of the placed one."""
-    args, kwargs = split_inputs(example_inputs)
-    return (*args, {**kwargs, PLACES: theta})
+    return with_argument(example_inputs, PLACES, theta)
 
 
 def places_to_try(ndim: int, samples: int, like: Any) -> Tensor:

@@ -31,8 +31,7 @@ def site_of(
 
 
 def chosen(site: LoweringSite, provider: str = CPU[0], **options: Any) -> str:
-    fixed = {"dynamic_batch": True, "dynamic_size": False}
-    return Chooser(provider, **(fixed | options))(site)
+    return Chooser(provider, **({"dynamic_size": False} | options))(site)
 
 
 @pytest.mark.parametrize(
@@ -61,21 +60,13 @@ def test_on_the_cpu_a_radius_is_a_branch() -> None:
 
 
 @pytest.mark.parametrize("provider", [CPU[0], GPU])
-@pytest.mark.parametrize("dynamic_batch", [False, True])
-def test_dynamic_sizes_are_computed_everywhere(dynamic_batch: bool, provider: str) -> None:
-    site = site_of(nn.Conv2d(2, 4, 3))
-    form = chosen(site, provider, dynamic_batch=dynamic_batch, dynamic_size=True)
-    assert form == "computed"
+def test_dynamic_sizes_are_computed_everywhere(provider: str) -> None:
+    assert chosen(site_of(nn.Conv2d(2, 4, 3)), provider, dynamic_size=True) == "computed"
 
 
-@pytest.mark.parametrize(
-    ("provider", "dynamic_batch"), [(CPU[0], False), (GPU, False), (GPU, True)]
-)
-def test_a_map_that_is_stored_as_vectors_costs_no_budget(
-    provider: str, dynamic_batch: bool
-) -> None:
+def test_a_map_that_is_stored_as_vectors_costs_no_budget() -> None:
     site = site_of(nn.Conv2d(2, 4, 3))
-    choose = Chooser(provider, dynamic_batch, False, map_budget=0)
+    choose = Chooser(GPU, False, map_budget=0)
     assert choose(site) == "map"
     assert choose.map_budget == 0
 
@@ -83,14 +74,14 @@ def test_a_map_that_is_stored_as_vectors_costs_no_budget(
 def test_whole_maps_are_stored_until_the_budget_is_spent() -> None:
     site = site_of(nn.Conv2d(2, 4, 3, padding=1), (8, 10), RADIUS)
     assert site.map_bytes == 4 * 8 * 10 * 4
-    choose = Chooser(GPU, True, False, map_budget=2.5 * site.map_bytes)
+    choose = Chooser(GPU, False, map_budget=2.5 * site.map_bytes)
     assert [choose(site) for _ in range(4)] == ["map", "map", "branch", "branch"]
     assert choose.map_budget == pytest.approx(0.5 * site.map_bytes)
 
 
 def test_a_large_map_leaves_the_budget_to_smaller_ones() -> None:
     small, large = (site_of(nn.Conv2d(2, 4, 1), (n, n), RADIUS) for n in (4, 16))
-    choose = Chooser(GPU, True, False, map_budget=small.map_bytes)
+    choose = Chooser(GPU, False, map_budget=small.map_bytes)
     assert [choose(large), choose(small)] == ["branch", "map"]
 
 

@@ -87,7 +87,7 @@ def test_the_fastest_form_of_each_group_is_kept(sites: list[LoweringSite], clock
         slow += 3e-3 * (lowerings["narrow"] != "map") + 3e-3 * (lowerings["stem"] != "channels")
         return 1e-3 + slow
 
-    tuning = autotune(sites, lambda site: "branch", taking(seconds), dynamic_batch=True)
+    tuning = autotune(sites, lambda site: "branch", taking(seconds))
     assert tuning.lowerings == {
         "stem": "channels",
         "narrow": "map",
@@ -108,7 +108,7 @@ def test_what_is_not_faster_beyond_doubt_is_not_kept(
     def seconds(lowerings: Mapping[str, str]) -> float:
         return 1e-3 if set(lowerings.values()) == {"branch"} else 0.9999e-3
 
-    tuning = autotune(sites, lambda site: "branch", taking(seconds), dynamic_batch=True)
+    tuning = autotune(sites, lambda site: "branch", taking(seconds))
     assert set(tuning.lowerings.values()) == {"branch"}
     assert tuning.trials
     assert not any(trial.kept for trial in tuning.trials)
@@ -122,21 +122,12 @@ def test_a_form_that_cannot_be_exported_is_reported_and_passed_over(
             raise ExportError("no channels here\nat all")
         return lambda: 1e-3
 
-    tuning = autotune(sites, lambda site: "branch", make_run, dynamic_batch=True)
+    tuning = autotune(sites, lambda site: "branch", make_run)
     failed = [trial for trial in tuning.trials if trial.lowering == "channels"]
     assert len(failed) == 3
     assert {(trial.obstacle, trial.ratio, trial.kept) for trial in failed} == {
         ("no channels here", None, False)
     }
-
-
-def test_with_a_fixed_batch_the_map_stands_for_the_branch(
-    sites: list[LoweringSite], clock: None
-) -> None:
-    tuning = autotune(
-        sites, lambda site: "map", taking(lambda lowerings: 1e-3), dynamic_batch=False
-    )
-    assert {trial.lowering for trial in tuning.trials} == {"channels"}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from coordconv_patch.export.graph_passes.evaluate_constants import (
 )
 from coordconv_patch.export.graph_passes.expand_coordinates import ExpandCoordinates
 from coordconv_patch.export.targets import TARGETS, Target, target_named
+from coordconv_patch.verification.verify import Verifier
 
 
 class Network(nn.Module):
@@ -213,3 +214,24 @@ def test_random_numbers_are_not_constants() -> None:
     assert not nodes_of_constants(model.graph)
     assert not EvaluateConstants()(model).modified
     assert "RandomNormal" in [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("target", ["openvino", "web"])
+def test_files_for_processors_are_the_same_wherever_they_are_written(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU, too, whose provider would have other forms."""
+    model = network()
+    here = export(model, tmp_path / "here.onnx", target=target)
+    monkeypatch.setattr(
+        "coordconv_patch.export.onnx.working_providers",
+        lambda given: ("AnotherExecutionProvider", *CPU),
+    )
+    monkeypatch.setattr(  # files are checked on the CPU still
+        "coordconv_patch.export.onnx.Verifier",
+        lambda *args, providers, **options: Verifier(*args, providers=providers[1:], **options),
+    )
+    elsewhere = export(model, tmp_path / "elsewhere.onnx", target=target)
+    assert set(here.lowerings.values()) == {"separable", "branch"}
+    assert elsewhere.lowerings == here.lowerings
+    assert elsewhere.path.read_bytes() == here.path.read_bytes()

@@ -54,14 +54,15 @@ def _unexpanded(graph: ir.Graph, independent: set[ir.Value]) -> Iterator[tuple[i
             conv = branch.producer()
             if conv is None or activation is None or activation in independent:
                 continue
-            if is_branch(branch, independent) and _is_one_picture(conv.inputs[0]):
+            is_expanded = _is_one_picture(activation) or not _is_one_picture(conv.inputs[0])
+            if is_branch(branch, independent) and not is_expanded:
                 yield conv, activation
                 break
 
 
-def _is_one_picture(coordinates: ir.Value | None) -> bool:
-    """Whether coordinates have a batch of one, as the graph says."""
-    shape = coordinates.shape if coordinates is not None else None
+def _is_one_picture(value: ir.Value | None) -> bool:
+    """Whether coordinates, or an activation, have a batch of one, as the graph says."""
+    shape = value.shape if value is not None else None
     return shape is not None and len(shape) > 2 and shape[0] == 1
 
 

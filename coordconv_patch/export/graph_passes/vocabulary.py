@@ -53,11 +53,12 @@ def coordinate_growth(graph: ir.Graph) -> int:
 
 
 def values_without_inputs(graph: ir.Graph) -> set[ir.Value]:
-    """The values that depend on places and on the shapes of the graph's inputs, but on no image."""
+    """The values that depend on places and on the sizes of the graph's inputs, but on no image."""
     images = {value for value in graph.inputs if _COORDINATES not in value.meta}
     independent = {*graph.initializers.values(), *graph.inputs} - images
     for node in graph:
-        if node.op_type == "Shape" or all(v is None or v in independent for v in node.inputs):
+        reads_sizes = node.op_type in ("Shape", "Size")
+        if reads_sizes or all(v is None or v in independent for v in node.inputs):
             independent.update(node.outputs)
     return independent
 
