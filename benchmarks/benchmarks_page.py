@@ -70,6 +70,12 @@ With its verification, every convolution patched, beside `torch.onnx.export` of 
 and one load of it.
 """
 
+_PLACES = """## Files that are told places
+
+Exported with `places=True`, and given another place for each image: coordinates are computed from
+them at every run, and not kept as constants.
+"""
+
 _SCALING = """## How the cost grows
 
 ResNet-50 in ONNX Runtime, by the number of patched convolutions, the image size, and the batch.
@@ -177,6 +183,16 @@ def _export_cost(results: Mapping[str, Any]) -> str:
     return f"{_EXPORT}\n{table(('model', 'export and verification'), rows)}"
 
 
+def _places(results: Mapping[str, Any]) -> str:
+    names = ("plain again", "first", "first, places", "all", "all, places")
+    rows = []
+    for key, result in results.items():
+        model, _, rest = key.partition(", ")
+        rows.append([f"{_TITLES[model]}, {rest}", *ratios(result, names)])
+    headings = ("model", "plain again", "first conv", "with places", "every", "with places")
+    return f"{_PLACES}\n{table(headings, rows)}"
+
+
 def _scaling(results: Mapping[str, Any]) -> str:
     rows = [
         [key.removeprefix("resnet50, "), *ratios(result, ("patched", "port, buffer"))]
@@ -226,13 +242,14 @@ def _machines(names: Iterable[str]) -> str:
 def render() -> str:
     """The page."""
     onnx = record("onnx_runtime")["results"]
-    measured = ["onnx_runtime", "training_and_eager", "export_cost", "scaling"]
+    measured = ["onnx_runtime", "places", "training_and_eager", "export_cost", "scaling"]
     has_gpu = (RESULTS / "on_gpu.json").is_file()
     return "\n".join(
         (
             _HEADER,
             _onnx_runtime(onnx),
             _sizes(onnx),
+            _places(record("places")["results"]),
             _openvino(onnx),
             _in_torch(record("training_and_eager")["results"]),
             _export_cost(record("export_cost")["results"]),

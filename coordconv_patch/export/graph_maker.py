@@ -21,6 +21,7 @@ from coordconv_patch.export.rewrites import passes_for, rewrite_
 from coordconv_patch.export.targets import BY_PROVIDER, Target
 from coordconv_patch.followers.follower import followers_of
 from coordconv_patch.lowering.lower import Lowered, lower_
+from coordconv_patch.lowering.map import Map
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite, lowering_sites
 from coordconv_patch.lowering.unknown_zero import UnknownZero, WithZero
@@ -86,6 +87,8 @@ class GraphMaker:
             return lambda site: Computed.name  # from the places, and constants of the sizes
         if lowering == "auto" and self.target.lowering != BY_PROVIDER:
             lowering = Computed.name if request.dynamic_size else self.target.lowering
+        if lowering == "auto" and not request.dynamic_size and _is_too_old_to_expand(request.opset):
+            lowering = Map.name
         if lowering == "auto":
             weights = sum(t.nbytes for t in self.folded.parameters())
             return Chooser(self.written_for, request.dynamic_size, map_budget=MAX_GROWTH * weights)
@@ -116,6 +119,11 @@ class GraphMaker:
             make_run,
         )
         return tuning.trials, lambda site: tuning.lowerings[site.name]
+
+
+def _is_too_old_to_expand(opset: int | None) -> bool:
+    """Whether the TorchScript exporter cannot write an ``expand`` in an operator set."""
+    return opset is not None and opset < 9
 
 
 def _expands_to_batch(lowered: Lowered) -> bool:

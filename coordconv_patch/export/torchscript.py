@@ -22,6 +22,9 @@ from coordconv_patch.running.inputs import split_inputs, tensors_in
 
 __all__ = ["export_torchscript"]
 
+_FIRST_IR_WITH_INITIALIZERS_APART = 4
+"""For operator sets before 9 the exporter writes an older one: initializers are inputs there, too."""
+
 _MOST_ROUNDS = 8
 """Of reading lengths and evaluating what is made of them."""
 
@@ -44,6 +47,7 @@ def export_torchscript(model: nn.Module, request: ExportRequest) -> onnx_ir.Mode
             dynamic_axes=dict(zip(names, request.axes, strict=False)),
         )
         graph = onnx_ir.from_proto(onnx.load(path))
+    graph.ir_version = max(graph.ir_version, _FIRST_IR_WITH_INITIALIZERS_APART)
     _simplify_(graph)
     return graph
 
