@@ -23,7 +23,7 @@ from coordconv_patch.running.inputs import split_inputs, tensors_in
 __all__ = ["export_torchscript"]
 
 _FIRST_IR_WITH_INITIALIZERS_APART = 4
-"""For operator sets before 9 the exporter writes an older one: initializers are inputs there, too."""
+"""Before operator set 9 the exporter writes an older one, where initializers are inputs, too."""
 
 _MOST_ROUNDS = 8
 """Of reading lengths and evaluating what is made of them."""

@@ -46,20 +46,28 @@ class ReadZero(ir.passes.InPlacePass):
 
 def _replace_(addition: ir.Node, coordinates: ir.Value, expander: _Expander) -> None:
     """Let what reads a sum with the zero read the coordinates, expanded at run time."""
-    assert coordinates.shape is not None
     for node, index in tuple(addition.outputs[0].uses()):
-        if node.op_type != "Expand":  # a batch of one
-            lengths = tuple(coordinates.shape.numpy())
-            node.replace_input_with(index, expander.expanded(coordinates, lengths, addition))
+        is_expansion = node.op_type == "Expand"
+        shape = stored_tensor(node.inputs[1]) if is_expansion else None
+        if is_expansion:
+            lengths = None if shape is None else tuple(int(number) for number in shape.numpy())
+        else:  # a batch of one
+            lengths = _lengths(coordinates)
+        if lengths is None:  # known at run time alone: runtimes may fold what comes of it
+            node.replace_input_with(index, coordinates)
             continue
-        shape = stored_tensor(node.inputs[1])
-        if shape is None:  # of a batch that is known at run time alone
-            node.replace_input_with(0, coordinates)
-        else:
-            lengths = tuple(int(length) for length in shape.numpy())
-            result = expander.expanded(coordinates, lengths, addition)
+        result = expander.expanded(coordinates, lengths, addition)
+        if is_expansion:
             node.outputs[0].replace_all_uses_with(result)
             _remove(node)
+        else:
+            node.replace_input_with(index, result)
+
+
+def _lengths(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a value, where all of it is known."""
+    shape = value.shape
+    return None if shape is None or not shape.is_static() else tuple(shape.numpy())
 
 
 class _Expander:
@@ -84,11 +92,10 @@ class _Expander:
             return self._results[coordinates, lengths]
         node = ir.node("Expand", [coordinates, self._shape(lengths)])
         result = node.outputs[0]
-        assert coordinates.shape is not None
         result.type = coordinates.type
-        # Runtimes, which fuse sums of equal shapes, cannot infer it.
-        pairs = zip(lengths, coordinates.shape.numpy(), strict=True)
-        result.shape = ir.Shape([max(pair) for pair in pairs])
+        known = _lengths(coordinates)
+        if known is not None:  # runtimes, which fuse sums of equal shapes, cannot infer it
+            result.shape = ir.Shape([max(pair) for pair in zip(lengths, known, strict=True)])
         if is_stored:
             self._insert(node)
             self._results[coordinates, lengths] = result
