@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.bench.report import markdown_table
+from coordconv_patch.export.targets import TARGETS
 from coordconv_patch.runtime.providers import CPU
 from coordconv_patch.runtime.timing import ratio_of_medians
 
@@ -76,6 +77,17 @@ class Runtime:
     npm: tuple[str, ...] = ()
     any_size: bool = False
     fixed_batch: bool = False
+
+    def runs(self, form: str) -> bool:
+        """Whether a form is run here."""
+        target = TARGETS[self.target]
+        stores_maps = target.lowering == TARGETS["portable"].lowering and target.whole_constants
+        left_out = {
+            "any size": not self.any_size,
+            "fixed": not self.fixed_batch,
+            "portable": stores_maps,
+        }
+        return not left_out.get(form, False)
 
     def install_commands(self, folder: Path) -> list[list[str]]:
         """The commands that install it into its own folder."""
@@ -142,11 +154,12 @@ FORMS = {
     "default": "default file",
     "target": "its target",
     "fixed": "its target, fixed batch",
+    "portable": "portable",
     "any size": "its target, any size",
 }
 """The plain model; the usual CoordConv layer with its coordinates in buffers; the default file;
-that of the runtime's target, that with a fixed batch, and that with dynamic sizes. By the page's
-words."""
+that of the runtime's target, that with a fixed batch, that of the target "portable" where it is
+another one, and that with dynamic sizes. By the page's words."""
 
 
 class MissingRuntimeError(Exception):
@@ -214,7 +227,7 @@ def measured(
         folder = Path(text)
         files: dict[str, Path] = {}
         for form in forms:
-            if {"any size": runtime.any_size, "fixed": runtime.fixed_batch}.get(form) is False:
+            if not runtime.runs(form):
                 continue
             try:
                 files[form] = _exported(form, runtime, subject, models[form], batch, folder)
@@ -267,7 +280,7 @@ def _exported(
         model,
         path,
         pictures(batch if fixed else 2, subject.size),
-        target="onnxruntime" if form == "default" else runtime.target,
+        target={"default": "onnxruntime", "portable": "portable"}.get(form, runtime.target),
         dynamic_batch=not fixed,
         dynamic_size=form == "any size",
         providers=[CPU],
