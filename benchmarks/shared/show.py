@@ -65,7 +65,10 @@ def draw_ratios(
         _plain(axes, panel)
     handles = [_handle(name, colour_of[name]) for name in names]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(5, len(names)), frameon=False
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(2 + columns, len(names)),
+        frameon=False,
     )
     figure.savefig(path)
 

@@ -162,7 +162,7 @@ def _draw_curves(axes: Any, report: DemoReport) -> None:
         textcoords="offset points",
         color=MUTED,
         ha="right",
-        size=9.5,
+        size=8.5,
     )
     axes.set_yscale("log")
     _mark_phases(axes, report)
