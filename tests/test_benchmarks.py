@@ -85,7 +85,7 @@ def test_quick_mode_measures_all_variants_and_a_second_run_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / f"{script}.json"
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--quick"])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--quick", "--out", str(out)])
     options = ("--engines", "onnxruntime") if script == "onnx_runtime" else ()
     record = run(script, out, *options)
     variants = {key: set(found["variants"]) for key, found in record["results"].items()}
@@ -93,7 +93,7 @@ def test_quick_mode_measures_all_variants_and_a_second_run_none(
     for found in record["results"].values():
         for variant in found["variants"].values():
             assert variant["ratio"] > 0
-    assert record["commands"] == [f"python benchmarks/{script}.py --quick"]
+    assert record["commands"] == [f"python benchmarks/{script}.py --quick --out {out.name}"]
     assert record["machine"]["versions"]["torch"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "| ratio of medians" in capsys.readouterr().out

@@ -116,7 +116,12 @@ def open_record(options: argparse.Namespace, script: str) -> Record:
             raise SystemExit(f"there is no record {path} to show")
         record.results = json.loads(path.read_text(encoding="utf-8"))["results"]
         return record
-    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
+    # Of a path of this machine the name is enough.
+    arguments = [
+        Path(argument).name if Path(argument).is_absolute() else argument
+        for argument in sys.argv[1:]
+        if argument != "--fresh"
+    ]
     command = shlex.join(["python", f"benchmarks/{script}.py", *arguments])
     return Record(path, command, fresh=options.fresh)
 
