@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import torch
 
-from coordconv_patch.export.graph_passes.vocabulary import mark_as_coordinates_
+from coordconv_patch.export.graph_passes.vocabulary import mark_as_coordinates_, store_integers_
 from coordconv_patch.patching.placed_model import PLACES
 
 __all__ = ["give_default_place_"]
@@ -27,13 +27,11 @@ def give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
     samples = places.shape[0]
     readers = list(places.uses())
     if isinstance(samples, int):
-        target, nodes = _constant(f"{PLACES}_shape", [samples, ndim, ndim + 1]), []
-        graph.register_initializer(target)
+        target, nodes = store_integers_(graph, f"{PLACES}_shape", [samples, ndim, ndim + 1]), []
     else:
         images = next(value for value in graph.inputs if value.shape and value.shape[0] == samples)
         batch = onnx_ir.node("Shape", [images], {"start": 0, "end": 1})
-        rest = _constant(f"{PLACES}_rest", [ndim, ndim + 1])
-        graph.register_initializer(rest)
+        rest = store_integers_(graph, f"{PLACES}_rest", [ndim, ndim + 1])
         shape = onnx_ir.node("Concat", [batch.outputs[0], rest], {"axis": 0})
         target, nodes = shape.outputs[0], [batch, shape]
     expanded = onnx_ir.node("Expand", [places, target])
@@ -47,12 +45,3 @@ def give_default_place_(model: onnx_ir.Model, ndim: int) -> None:
     places.const_value = onnx_ir.Tensor(torch.eye(ndim, ndim + 1).unsqueeze(0).numpy(), name=PLACES)
     graph.register_initializer(places)
     mark_as_coordinates_(places)
-
-
-def _constant(name: str, numbers: list[int]) -> onnx_ir.Value:
-    return onnx_ir.Value(
-        name=name,
-        type=onnx_ir.TensorType(onnx_ir.DataType.INT64),
-        shape=onnx_ir.Shape([len(numbers)]),
-        const_value=onnx_ir.tensor(numbers, dtype=onnx_ir.DataType.INT64, name=name),
-    )

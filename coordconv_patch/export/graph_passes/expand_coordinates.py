@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from coordconv_patch.export.graph_passes.refusals import RewriteResult, Tally
 from coordconv_patch.export.graph_passes.vocabulary import (
     is_addition,
     is_branch,
+    store_integers_,
     values_without_inputs,
 )
 
@@ -72,9 +72,9 @@ def _expand_(graph: ir.Graph, conv: ir.Node, activation: ir.Value) -> None:
     assert coordinates.shape is not None
     # Sizes in front of the ones are kept by Expand, so the batch alone has to be read.
     shape = ir.node("Shape", [activation])
-    first = _stored(graph, f"{conv.name}_first", [0])
+    first = store_integers_(graph, f"{conv.name}_first", [0])
     batch = ir.node("Gather", [shape.outputs[0], first], {"axis": 0})
-    rest = _stored(graph, f"{conv.name}_rest", [1] * (len(coordinates.shape) - 1))
+    rest = store_integers_(graph, f"{conv.name}_rest", [1] * (len(coordinates.shape) - 1))
     size = ir.node("Concat", [batch.outputs[0], rest], {"axis": 0})
     expanded = ir.node("Expand", [coordinates, size.outputs[0]])
     expanded.outputs[0].type = coordinates.type
@@ -83,15 +83,3 @@ def _expand_(graph: ir.Graph, conv: ir.Node, activation: ir.Value) -> None:
     conv.replace_input_with(0, expanded.outputs[0])
     conv.outputs[0].shape = None  # its batch is another one now
     graph.insert_before(conv, [shape, batch, size, expanded])
-
-
-def _stored(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    array = np.array(numbers, dtype=np.int64)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape(array.shape),
-        const_value=ir.tensor(array, name=name),
-    )
-    graph.register_initializer(value)
-    return value

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from coordconv_patch.export.graph_passes.refusals import RewriteResult, Tally
-from coordconv_patch.export.graph_passes.vocabulary import stored_tensor
+from coordconv_patch.export.graph_passes.vocabulary import store_integers_, stored_tensor
 
 __all__ = ["ReadSizesOnce"]
 
@@ -104,15 +103,8 @@ class _Lengths:
 
     def _stored(self, number: int, rank: int) -> ir.Value:
         name = f"{'lengths' if rank else 'length'}_{number}"
-        array = np.full((1,) * rank, number, dtype=np.int64)
         if name not in self._graph.initializers:
-            value = ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape(array.shape),
-                const_value=ir.tensor(array, name=name),
-            )
-            self._graph.register_initializer(value)
+            store_integers_(self._graph, name, [number] if rank else number)
         return self._graph.initializers[name]
 
 

@@ -10,11 +10,10 @@ coordinates are expanded as in a graph with a dynamic batch, and the input is go
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from coordconv_patch.export.graph_passes.refusals import RewriteResult, Tally
-from coordconv_patch.export.graph_passes.vocabulary import stored_tensor
+from coordconv_patch.export.graph_passes.vocabulary import store_integers_, stored_tensor
 from coordconv_patch.lowering.unknown_zero import ZERO
 
 __all__ = ["ReadZero"]
@@ -77,7 +76,7 @@ class _Expander:
         self._graph = graph
         first = graph[0]
         size = ir.node("Size", [graph.inputs[0]])
-        self._zero = ir.node("Mul", [size.outputs[0], self._stored(f"{ZERO}_factor", 0)])
+        self._zero = ir.node("Mul", [size.outputs[0], store_integers_(graph, f"{ZERO}_factor", 0)])
         self._begin = self._zero
         graph.insert_before(first, [size, self._zero])
         self._results: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
@@ -107,7 +106,9 @@ class _Expander:
     def _shape(self, lengths: tuple[int, ...]) -> ir.Value:
         if lengths not in self._shapes:
             name = f"{ZERO}_shape_{'_'.join(map(str, lengths))}"
-            node = ir.node("Add", [self._zero.outputs[0], self._stored(name, lengths)])
+            node = ir.node(
+                "Add", [self._zero.outputs[0], store_integers_(self._graph, name, lengths)]
+            )
             self._insert(node)
             self._shapes[lengths] = node.outputs[0]
         return self._shapes[lengths]
@@ -115,17 +116,6 @@ class _Expander:
     def _insert(self, node: ir.Node) -> None:
         self._graph.insert_after(self._begin, node)
         self._begin = node
-
-    def _stored(self, name: str, numbers: int | tuple[int, ...]) -> ir.Value:
-        array = np.array(numbers, dtype=np.int64)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape(array.shape),
-            const_value=ir.tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
 
 
 def _remove(node: ir.Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,6 +18,7 @@ __all__ = [
     "is_read_once",
     "mark_as_coordinates_",
     "store_",
+    "store_integers_",
     "stored_numbers",
     "stored_tensor",
     "values_without_inputs",
@@ -139,6 +142,19 @@ def store_(value: ir.Value | None, numbers: np.ndarray) -> None:
     assert value is not None
     value.const_value = ir.tensor(np.ascontiguousarray(numbers), name=value.name)
     value.shape = ir.Shape(numbers.shape)
+
+
+def store_integers_(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
+    """Add an initializer of whole numbers, such as a shape, under a name that is free."""
+    array = np.array(numbers, dtype=np.int64)
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape(array.shape),
+        const_value=ir.tensor(array, name=name),
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def stored_numbers(value: ir.Value | None) -> np.ndarray:
