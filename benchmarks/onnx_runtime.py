@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import random
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from itertools import product
@@ -26,7 +25,7 @@ from shared.floor import write_floor
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
 from shared.ports import BufferCoords, RuntimeCoords, ported
-from shared.record import make_parser, median_session, open_record, ratios_of, timed
+from shared.record import make_parser, open_record, ratios_of, timed_in_sessions
 from shared.show import draw_ratios, print_ratios
 from shared.variants import SELECTIONS, patched, patched_names, seeded
 from tqdm.auto import tqdm
@@ -138,13 +137,11 @@ def _measure(
                 write_floor(files[PLAIN], path, shown, selection)
             files[f"{selection}, floor"] = path
     sizes = {name: path.stat().st_size for name, path in files.items() if path.suffix == ".onnx"}
-    found = []
-    for number in range(options.sessions):
-        # Loaded first, a file took up to 5 percent longer than loaded last: the order changes too.
-        order = random.Random(number).sample(list(files), len(files))
-        runs = {name: ENGINES[engine](files[name], shown, threads) for name in order}
-        found.append(timed(runs, PLAIN, options, key, sizes, parts=options.sessions))
-    return median_session(found)
+
+    def load(name: str) -> Callable[[], Any]:
+        return ENGINES[engine](files[name], shown, threads)
+
+    return timed_in_sessions(load, list(files), PLAIN, options, key, sizes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import random
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from shared.graphs import write_plainly, write_verified
 from shared.models import MODELS, QUICK, BenchModel, images
-from shared.record import make_parser, median_session, open_record, ratios_of, timed
+from shared.record import make_parser, open_record, ratios_of, timed_in_sessions
 from shared.show import draw_ratios, print_ratios
 from shared.variants import SELECTIONS, patched, seeded
 from torch import Tensor
@@ -91,19 +90,15 @@ def _measure(
     shown = images(batch, model.size).numpy()
     files = {**files, "plain again": files[PLAIN]}
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    found = []
-    for number in range(options.sessions):
-        # Loaded first, a file took up to 5 percent longer than loaded last: the order changes too.
-        runs: dict[str, Callable[[], Any]] = {}
-        for name in random.Random(number).sample(list(files), len(files)):
-            session = make_session(files[name], [CPU], threads=threads, rests_between_runs=True)
-            feeds = {session.get_inputs()[0].name: shown}
-            if name.endswith(PLACES):
-                feeds |= given
-            runs[name] = functools.partial(session.run, None, feeds)
-        found.append(timed(runs, PLAIN, options, key, sizes, parts=options.sessions))
-    result = median_session(found)
-    return {**result, "variants": {name: result["variants"][name] for name in files}}
+
+    def load(name: str) -> Callable[[], Any]:
+        session = make_session(files[name], [CPU], threads=threads, rests_between_runs=True)
+        feeds = {session.get_inputs()[0].name: shown}
+        return functools.partial(
+            session.run, None, feeds | given if name.endswith(PLACES) else feeds
+        )
+
+    return timed_in_sessions(load, list(files), PLAIN, options, key, sizes)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "open_record",
     "ratios_of",
     "timed",
+    "timed_in_sessions",
 ]
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -163,6 +165,37 @@ def timed(
         if sizes and name in sizes:
             variants[name]["file_size"] = sizes[name]
     return {"rounds": len(seconds[base]), "variants": variants}
+
+
+def timed_in_sessions(
+    load: Callable[[str], Callable[[], Any]],
+    names: Sequence[str],
+    base: str,
+    options: argparse.Namespace,
+    title: str,
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """Load files anew and time them, several times; the rest as :func:`timed`.
+
+    Args:
+        load: Loads the file of a name, and returns what runs it once.
+        names: The files' names, in the order that the result has.
+        base: As :func:`timed`; so for the others.
+        options: ``sessions``, and ``seconds``, which they share.
+        title: See ``base``.
+        sizes: See ``base``.
+
+    Returns:
+        As :func:`median_session`.
+    """
+    found = []
+    for number in range(options.sessions):
+        # Loaded first, a file took up to 5 percent longer than loaded last: the order changes too.
+        order = random.Random(number).sample(names, len(names))
+        runs = {name: load(name) for name in order}
+        found.append(timed(runs, base, options, title, sizes, parts=options.sessions))
+    result = median_session(found)
+    return {**result, "variants": {name: result["variants"][name] for name in names}}
 
 
 def median_session(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

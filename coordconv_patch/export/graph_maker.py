@@ -50,9 +50,7 @@ class GraphMaker:
     Attributes:
         providers: The execution providers to run on, best first.
         target: What the graph is meant for.
-        written_for: The provider whose lowerings ``"auto"`` takes.
-        rewrites_for: The provider that it is rewritten for where the target leaves that open, see
-            :func:`~coordconv_patch.export.rewrites.passes_for`.
+        is_asked_for: Whether the caller named a lowering, which then stays what it is.
     """
 
     folded: nn.Module
@@ -60,8 +58,12 @@ class GraphMaker:
     exporter: str
     providers: tuple[str, ...]
     target: Target
-    written_for: str
-    rewrites_for: str | None
+    is_asked_for: bool
+
+    @property
+    def written_for(self) -> str:
+        """The provider whose lowerings ``"auto"`` takes."""
+        return self.target.provider or self.providers[0]
 
     def make(self, choose: Callable[[LoweringSite], str]) -> PatchedGraph:
         """Lower, export and rewrite; the model is left as it was."""
@@ -76,7 +78,8 @@ class GraphMaker:
         exported = export_graph(model, request, self.exporter)
         if request.places:
             give_default_place_(exported.model, request.places)
-        passes = passes_for(self.rewrites_for, lowered, batch_size(example), self.target)
+        rewrites_for = None if self.is_asked_for else self.written_for
+        passes = passes_for(rewrites_for, lowered, batch_size(example), self.target)
         refusals = rewrite_(exported.model, passes)
         return PatchedGraph(**vars(exported), lowerings=lowered.lowerings, refusals=refusals)
 

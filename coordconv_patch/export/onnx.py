@@ -161,10 +161,8 @@ def export_onnx(
     with replacement(path, ExportError) as temporary, Progress("lowering", 3) as progress:
         folded_model = evaluation_copy(model)
         folded = fold_batch_norms_(folded_model)
-        # A lowering that was asked for stays what it is.
-        written_for = aim.provider or working[0]
-        rewrites_for = written_for if lowering in ("auto", "autotune") else None
-        maker = GraphMaker(folded_model, request, exporter, working, aim, written_for, rewrites_for)
+        is_asked_for = lowering not in ("auto", "autotune")
+        maker = GraphMaker(folded_model, request, exporter, working, aim, is_asked_for)
         trials: tuple[Trial, ...] = ()
         if lowering == "autotune":
             trials, choose = maker.tuned(disabled_optimizers)

@@ -3,10 +3,11 @@
 Where the batch is fixed, coordinates that are expanded to it are constants, and so is all that is
 computed from them alone: an exporter folds the branch into a map, with its own rounding, and where
 it does not, the runtime does. ONNX Runtime's CPU provider adds such a map outside of the blocks of
-channels that its kernels compute in: MobileNetV3 with every convolution patched took 1.59 of the
-plain model's time with a fixed batch, and 1.17 with a dynamic one. So the model is exported with an
-input more, a zero that is added to the coordinates before they are expanded, and a graph pass
-(:mod:`coordconv_patch.export.graph_passes.read_zero`) puts there what is zero, and is not folded.
+channels that its kernels compute in: MobileNetV3-Small with every convolution patched takes 1.47 of
+the plain model's time with maps, and 1.13 to 1.16 without (benchmarks/runtimes.py). So the model is
+exported with an input more, a zero that is added to the coordinates before they are expanded, and a
+graph pass (:mod:`coordconv_patch.export.graph_passes.read_zero`) puts there what is zero, and not
+folded.
 """
 
 from __future__ import annotations

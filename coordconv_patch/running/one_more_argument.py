@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,9 +39,9 @@ class OneMoreArgument(nn.Module):
         self._signature = _with_parameter(inspect.signature(model.forward), argument)
         vars(self)["forward"] = _forward_of(self)
 
-    @abstractmethod
     def given(self, value: Any) -> AbstractContextManager[Any]:
         """While entered, the model runs with a value of the argument."""
+        raise NotImplementedError
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs; the argument is the last one, or by name."""

@@ -46,21 +46,23 @@ class ReadZero(ir.passes.InPlacePass):
 def _replace_(addition: ir.Node, coordinates: ir.Value, expander: _Expander) -> None:
     """Let what reads a sum with the zero read the coordinates, expanded at run time."""
     for node, index in tuple(addition.outputs[0].uses()):
-        is_expansion = node.op_type == "Expand"
-        shape = stored_tensor(node.inputs[1]) if is_expansion else None
-        if is_expansion:
-            lengths = None if shape is None else tuple(int(number) for number in shape.numpy())
-        else:  # a batch of one
-            lengths = _lengths(coordinates)
+        lengths = _lengths_read_by(node, coordinates)
         if lengths is None:  # known at run time alone: runtimes may fold what comes of it
             node.replace_input_with(index, coordinates)
-            continue
-        result = expander.expanded(coordinates, lengths, addition)
-        if is_expansion:
+        elif node.op_type == "Expand":
+            result = expander.expanded(coordinates, lengths, addition)
             node.outputs[0].replace_all_uses_with(result)
             _remove(node)
         else:
-            node.replace_input_with(index, result)
+            node.replace_input_with(index, expander.expanded(coordinates, lengths, addition))
+
+
+def _lengths_read_by(node: ir.Node, coordinates: ir.Value) -> tuple[int, ...] | None:
+    """The shape that a node expands coordinates to, or reads them in; ``None``: not known."""
+    if node.op_type != "Expand":  # a batch of one
+        return _lengths(coordinates)
+    shape = stored_tensor(node.inputs[1])
+    return None if shape is None else tuple(int(length) for length in shape.numpy())
 
 
 def _lengths(value: ir.Value) -> tuple[int, ...] | None:
