@@ -43,6 +43,8 @@ NEEDS_MORE = {
     "layers/test_bit_equality.py": "scikit-image, facenet-pytorch",
     "patching/test_odd_convs.py::test_torchao_weights_are_refused": "torchao",
     "patching/test_plan_notes.py::test_transformers_models_are_noted_by_their_mask": "transformers",
+    "pictures/test_docstring_examples.py"
+    "::test_the_example_of_placed_transform_runs": "torchvision 0.23",
     "pictures/test_placed_transform.py": "albumentations",
     "pictures/test_tiles.py": "monai",
     "pictures/test_turns.py": "diffusers",

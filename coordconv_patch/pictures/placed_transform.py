@@ -35,6 +35,7 @@ class PlacedTransform:
         CoordinatesError: If the pipeline has a step that is not affine, such as an elastic one or
             a perspective, or one that changes the image alone; at the call, where only the call
             shows it.
+        MissingPackageError: If the installed torchvision is older than 0.23.
 
     Example:
         >>> from torchvision.transforms import v2

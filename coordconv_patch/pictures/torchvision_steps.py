@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.errors import CoordinatesError, MissingPackageError, excerpt
 from coordconv_patch.pictures.pipeline_steps import not_affine, steps_of
 from coordconv_patch.pictures.torchvision_points import NOT_AFFINE
 
@@ -22,9 +22,18 @@ def check_steps(pipeline: Any) -> None:
 
     Raises:
         CoordinatesError: That names the step.
+        MissingPackageError: If torchvision is older than its key points.
     """
+    import torchvision
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
 
+    if not hasattr(tv_tensors, "KeyPoints"):
+        raise MissingPackageError(
+            f"torchvision {torchvision.__version__} moves no points with its pictures, so nobody "
+            "can tell the place: install torchvision 0.23 or newer, with its torch (2.8), or "
+            "write the pipeline with albumentations"
+        )
     for name, step in steps_of(pipeline):
         kind = type(step).__name__
         if isinstance(step, _classes(v2, NOT_AFFINE.values())):
