@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,15 @@ def plain() -> nn.Module:
 @pytest.fixture(scope="module")
 def patched(plain: nn.Module) -> nn.Module:
     model = ccp.patch(plain, "all")
-    generator = torch.Generator().manual_seed(1)
+    randomise(model, 1)
+    return model
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in ccp.coord_parameters(model):
             weight.normal_(std=0.1, generator=generator)
-    return model
 
 
 def run(path: Path, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -134,7 +139,7 @@ class Pictures(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def quantized(report: ExportReport, exclude: bool) -> Path:
+def quantized(report: ExportReport) -> Path:
     """The file in int8, by the command that docs/compression.md shows."""
     path = report.path.with_suffix(".int8.onnx")
     quantize_static(
@@ -145,43 +150,50 @@ def quantized(report: ExportReport, exclude: bool) -> Path:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=list(report.coordinate_nodes) if exclude else [],
+        nodes_to_exclude=list(report.coordinate_nodes),
     )
     return path
 
 
 @pytest.fixture(scope="module")
-def int8_errors(
-    plain: nn.Module, patched: nn.Module, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, float]:
-    folder = tmp_path_factory.mktemp("int8")
-    test = images(16, 40)
-    found = {}
-    for name, model, exclude in (
-        ("plain", plain, False),
-        ("coordinates left out", patched, True),
-        ("coordinates quantized", patched, False),
-    ):
+def int8_errors(plain: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Errors of patched models over the plain one's, the median of three sets of coordinates.
+
+    One set alone says little: the ratio is between 0.9 and 1.3 from set to set.
+    """
+    folder, test = tmp_path_factory.mktemp("int8"), images(16, 40)
+
+    def error(name: str, model: nn.Module, expected: Tensor, lowering: Any = "branch") -> float:
         report = ccp.export_onnx(
-            model, folder / f"{name}.onnx", images(2, 39), lowering="branch", providers=CPU
+            model, folder / f"{name}.onnx", images(2, 39), lowering=lowering, providers=CPU
         )
-        with torch.no_grad():
-            expected = model(test) if model is plain else concatenating(model)(test)
-        found[name] = root_mean_square_error(
-            run(quantized(report, exclude), test.numpy()), expected
-        )
-    return found
+        return root_mean_square_error(run(quantized(report), test.numpy()), expected)
+
+    with torch.no_grad():
+        of_plain = error("plain", plain, plain(test))
+        left_out, concatenated = [], []
+        for seed in range(1, 4):
+            model = ccp.patch(plain, "all")
+            randomise(model, seed)
+            expected = concatenating(model)(test)
+            left_out.append(error(f"left-out-{seed}", model, expected))
+            concatenated.append(error(f"concatenated-{seed}", model, expected, "channels"))
+    return {
+        "plain": of_plain,
+        "left out": statistics.median(left_out) / of_plain,
+        "concatenated": statistics.median(concatenated) / of_plain,
+    }
 
 
-def test_int8_costs_a_patched_model_what_it_costs_the_plain_one(
+def test_int8_costs_a_patched_model_at_most_one_more_rounding_of_each_activation(
     int8_errors: dict[str, float],
 ) -> None:
     assert 0 < int8_errors["plain"] < 0.05
-    assert int8_errors["coordinates left out"] < 1.25 * int8_errors["plain"]
+    assert int8_errors["left out"] < 2**0.5  # the convolution's output is rounded, then the sum
 
 
-def test_quantized_coordinates_are_worse(int8_errors: dict[str, float]) -> None:
-    assert int8_errors["coordinates quantized"] > int8_errors["coordinates left out"]
+def test_int8_with_concatenated_coordinates_is_worse(int8_errors: dict[str, float]) -> None:
+    assert int8_errors["concatenated"] > 1.2 * int8_errors["left out"]
 
 
 def test_coordinate_nodes_are_those_that_no_input_reaches(
