@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,8 +47,7 @@ class Glance(NamedTuple):
     @classmethod
     def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> Glance:
         """A glance at a module as it is now."""
-        wanted = set(layers.values())
-        on_the_way = [m._modules for m in module.modules() if not wanted.isdisjoint(m.modules())]
+        on_the_way = [around._modules for around in _modules_around(layers.values(), module)]
         edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
         on_cpu: list[tuple[CoordConvNd, Tensor]] = []
         for layer in layers.values():
@@ -124,3 +123,19 @@ class Glance(NamedTuple):
     def _by_dtype(self) -> Iterator[list[Tensor]]:
         for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):
             yield list(views)
+
+
+def _modules_around(layers: Iterable[nn.Module], module: nn.Module) -> list[nn.Module]:
+    """The modules in a module, itself counted, that are or hold one of some layers."""
+    wanted, holds = set(layers), dict[nn.Module, bool]()
+
+    def look(inner: nn.Module) -> bool:
+        if inner not in holds:
+            holds[inner] = inner in wanted  # at once: a child may hold it in a circle
+            for child in inner._modules.values():
+                if child is not None and look(child):
+                    holds[inner] = True
+        return holds[inner]
+
+    look(module)
+    return [inner for inner, holding in holds.items() if holding]

@@ -129,17 +129,20 @@ class _Containers:
     def note(self, values: Iterable[Any]) -> None:
         """Remember the contents of every container among some values, and of those in it."""
         for value in values:
-            if isinstance(value, (dict, list, set, deque)) and id(value) not in self.noted:
-                # Not copy.copy: a subclass may copy in its own way.
-                contents = list(value.items()) if isinstance(value, dict) else list(value)
-                self.noted[id(value)] = (value, contents)
-                if contents:
-                    self.note(value.values() if isinstance(value, dict) else contents)
+            if not isinstance(value, (dict, list, set, deque)) or id(value) in self.noted:
+                continue
+            # Not copy.copy: a subclass may copy in its own way. Most are empty dicts of hooks.
+            contents = _contents_of(value) if len(value) else []
+            self.noted[id(value)] = (value, contents)
+            if contents:
+                self.note(value.values() if isinstance(value, dict) else contents)
 
     def restore(self) -> None:
         """Put back what has changed since."""
         for container, contents in self.noted.values():
-            now = list(container.items()) if isinstance(container, dict) else list(container)
+            if not contents and len(container) == 0:
+                continue
+            now = _contents_of(container)
             if len(now) == len(contents) and all(map(_is_same, now, contents)):
                 continue
             container.clear()
@@ -147,6 +150,10 @@ class _Containers:
                 container.update(contents)
             else:
                 container.extend(contents)
+
+
+def _contents_of(container: Any) -> list[Any]:
+    return list(container.items() if isinstance(container, dict) else container)
 
 
 def _is_same(left: Any, right: Any) -> bool:

@@ -55,8 +55,8 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> SiteMap:
     functions = function_sites(model, regions)
     sites: list[Site] = [*module_sites(model, regions), *foreign_sites(model), *functions]
     if example_inputs is None or isinstance(model, torch.jit.ScriptModule):
-        order = execution_order(model, regions, functions)
-        behind = traced_roi_sites(model, regions, functions)
+        order = execution_order(regions, functions)
+        behind = traced_roi_sites(regions, functions)
         sites = [replace(site, roi_operator=behind.get(site.name, "")) for site in sites]
     else:
         modules = {site.name: site.module for site in sites if isinstance(site, ModuleSite)}

@@ -13,7 +13,7 @@ from coordconv_patch.layers.conversion import check_convertible
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import DECLARED, ConvGeometry
 from coordconv_patch.sites.obstacles import adapter_obstacle, quantization_obstacle
-from coordconv_patch.sites.regions import Regions, names_by_module
+from coordconv_patch.sites.regions import Regions
 from coordconv_patch.sites.site import ModuleSite
 
 __all__ = ["module_sites"]
@@ -21,7 +21,7 @@ __all__ = ["module_sites"]
 
 def module_sites(model: nn.Module, regions: Regions) -> Iterator[ModuleSite]:
     """The convolution modules of torch.nn and its subclasses, in order of registration."""
-    for module, (name, *aliases) in names_by_module(model).items():
+    for module, (name, *aliases) in regions.names.items():
         if not isinstance(module, _ConvNd):
             continue
         patched = isinstance(module, CoordConvNd) or chosen_calls_of(module) is not None

@@ -8,25 +8,24 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import join_names
-from coordconv_patch.sites.regions import Regions, may_hold_sites, names_by_module
+from coordconv_patch.sites.regions import Regions, may_hold_sites
 from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
 
 __all__ = ["execution_order"]
 
 
 def execution_order(
-    model: nn.Module, regions: Regions, functions: Iterable[GraphFunctionSite | OwnedFunctionSite]
+    regions: Regions, functions: Iterable[GraphFunctionSite | OwnedFunctionSite]
 ) -> list[str] | None:
     """Names of the sites in the order in which a model runs them; ``None`` if it is unknown.
 
     ``functions`` are the functional sites in the model's regions.
     """
-    first_names = {module: names[0] for module, names in names_by_module(model).items()}
     by_node = {node: site.name for site in functions for node in site.nodes}
 
     def order_in(name: str, module: nn.Module) -> list[str] | None:
         if isinstance(module, _ConvNd):
-            return [first_names[module]]
+            return [regions.names[module][0]]
         if name not in regions.by_name:
             return None
         order: list[str] = []
@@ -35,7 +34,7 @@ def execution_order(
                 order.append(by_node[node])
             elif node.op == "call_module":
                 target = join_names(name, node.target)
-                leaf = model.get_submodule(target)
+                leaf = regions.modules[target]
                 if isinstance(leaf, _ConvNd) or may_hold_sites(leaf):
                     inner = order_in(target, leaf)
                     if inner is None:
@@ -43,4 +42,4 @@ def execution_order(
                     order += inner
         return order
 
-    return order_in("", model)
+    return order_in("", regions.modules[""])

@@ -8,8 +8,9 @@ GraphModule, is a region of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -22,7 +23,7 @@ from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.running.tracing_gate import TracingBusyError
 
-__all__ = ["Region", "Regions", "may_hold_sites", "names_by_module", "trace_regions"]
+__all__ = ["Region", "Regions", "may_hold_sites", "trace_regions"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,13 +42,22 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """The traced regions of a model by the names of their submodules, outer ones first.
+    """The traced regions of a model, and the names of its modules, which are looked up often.
 
-    ``untraced``: why the whole model could not be traced; empty if it could.
+    Attributes:
+        by_name: The regions by the names of their submodules, outer ones first.
+        untraced: Why the whole model could not be traced; empty if it could.
+        names: All names that each module is registered under, in order of registration.
     """
 
     by_name: Mapping[str, Region]
     untraced: str
+    names: Mapping[nn.Module, Sequence[str]] = field(repr=False, compare=False)
+
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The model's modules by all of their names; the model itself is ``""``."""
+        return {name: module for module, names in self.names.items() for name in names}
 
     def around(self, name: str) -> Region | None:
         """The innermost region that a module lies in, itself not counted; ``None`` if in none."""
@@ -60,11 +70,12 @@ class Regions:
 
 def trace_regions(model: nn.Module) -> Regions:
     """Trace a model by regions. The model is not changed."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return Regions({}, "it is a TorchScript module")
-    names = names_by_module(model)
     regions: dict[str, Region] = {}
     failures: dict[str, str] = {}
+    names = _names_by_module(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        return Regions(regions, "it is a TorchScript module", names)
+    known = Regions(regions, "", names).modules
     waiting = [("", model)]
     with Progress("tracing", unit="modules") as progress:
         while waiting:
@@ -81,13 +92,13 @@ def trace_regions(model: nn.Module) -> Regions:
                 _LOG.debug("%s cannot be traced: %s", name or "the model", failures[name])
                 inner = _children(name, module, names)
             else:
-                inner = _leaves(model, regions[name])
+                inner = _leaves(known, regions[name])
             waiting[:0] = [(part, module) for part, module in inner if may_hold_sites(module)]
-    return Regions(regions, failures.get("", ""))
+    return Regions(regions, failures.get("", ""), names)
 
 
 def _children(
-    name: str, module: nn.Module, names: Mapping[nn.Module, list[str]]
+    name: str, module: nn.Module, names: Mapping[nn.Module, Sequence[str]]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The children of a module, where they are registered first."""
     for child_name, child in module.named_children():
@@ -96,11 +107,11 @@ def _children(
             yield full_name, child
 
 
-def _leaves(model: nn.Module, region: Region) -> Iterator[tuple[str, nn.Module]]:
+def _leaves(modules: Mapping[str, nn.Module], region: Region) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a region's graph calls."""
     for node in region.graph.find_nodes(op="call_module"):
         name = join_names(region.name, node.target)
-        yield name, model.get_submodule(name)
+        yield name, modules[name]
 
 
 def may_hold_sites(module: nn.Module) -> bool:
@@ -114,7 +125,7 @@ def may_hold_sites(module: nn.Module) -> bool:
     )
 
 
-def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
+def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All names that each module of a model is registered under, in order of registration."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 
-from torch import fx, nn
+from torch import fx
 from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import conv_arguments, join_names
 from coordconv_patch.running.inputs import tensors_in
-from coordconv_patch.sites.regions import Region, Regions, names_by_module
+from coordconv_patch.sites.regions import Region, Regions
 from coordconv_patch.sites.roi_operators import roi_operator, writes_in_place
 from coordconv_patch.sites.site import GraphFunctionSite, OwnedFunctionSite
 
@@ -21,21 +21,18 @@ _TELL_SIZES = frozenset({"size", "dim", "numel", "stride", "shape", "ndim", "dty
 
 
 def traced_roi_sites(
-    model: nn.Module,
-    regions: Regions,
-    functions: Iterable[GraphFunctionSite | OwnedFunctionSite],
+    regions: Regions, functions: Iterable[GraphFunctionSite | OwnedFunctionSite]
 ) -> dict[str, str]:
     """The sites behind region-of-interest operators, as far as graphs tell it.
 
     Args:
-        model: The model.
-        regions: Its traced regions.
+        regions: The traced regions of a model.
         functions: The functional sites in them.
 
     Returns:
         The operator for each of these sites, by site name.
     """
-    flow = _GraphFlow(model, regions, functions)
+    flow = _GraphFlow(regions, functions)
     for region in regions.by_name.values():
         flow.run(region, "")
     return flow.sites
@@ -45,13 +42,9 @@ class _GraphFlow:
     """As :class:`coordconv_patch.sites.roi_flow.RoiFlow`, through graphs."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        regions: Regions,
-        functions: Iterable[GraphFunctionSite | OwnedFunctionSite],
+        self, regions: Regions, functions: Iterable[GraphFunctionSite | OwnedFunctionSite]
     ) -> None:
-        self._model, self._regions = model, regions
-        self._first_names = {module: names[0] for module, names in names_by_module(model).items()}
+        self._regions = regions
         self._by_node = {node: site.name for site in functions for node in site.nodes}
         self.sites: dict[str, str] = {}
 
@@ -85,9 +78,9 @@ class _GraphFlow:
         name = next((operators[each] for each in node.all_input_nodes if each in operators), "")
         if node.op == "call_module":
             target = join_names(region.name, str(node.target))
-            module = self._model.get_submodule(target)
+            module = self._regions.modules[target]
             if isinstance(module, _ConvNd):
-                self._note(self._first_names[module], name)
+                self._note(self._regions.names[module][0], name)
             elif target in self._regions.by_name:
                 return self.run(self._regions.by_name[target], name)
         elif node in self._by_node:
