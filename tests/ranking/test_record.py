@@ -49,6 +49,10 @@ def test_the_sentences_of_the_page_hold(report: Any) -> None:
     )
     assert f"the last reached {last.reached:.0%}".replace("%", " %") in flat
     assert default.cost <= 100
+    ceiling = report.judge(runs, report.CEILING)
+    assert f"correlate by {ceiling.correlation:.2f} with those of a run" in flat
+    assert f"among its best two in {ceiling.best_two} of {ceiling.gaining}" in flat
+    assert f"correlate by {ceiling.correlation:.2f}, and their top" in " ".join(README.split())
 
 
 def metric(file: str, setting: str, variant: str, name: str) -> float:
