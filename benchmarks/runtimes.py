@@ -108,6 +108,7 @@ RUNTIMES = {
     "opencv": Runtime("OpenCV, new engine", "opencv"),
     "opencv_classic": Runtime("OpenCV, classic engine", "opencv"),
     "web": Runtime("onnxruntime-web (wasm, node)", "web", npm=("onnxruntime-web",), any_size=True),
+    "chromium": Runtime("onnxruntime-web (wasm, Chromium)", "web", npm=("onnxruntime-web",)),
     "mnn": Runtime("MNN", "mnn", ("MNN",), any_size=True),
     "ncnn": Runtime("ncnn, by pnnx", "ncnn", ("ncnn", "pnnx")),
     "litert": Runtime(

@@ -8,6 +8,7 @@ the first output of each file, and prints the seconds of each run, the files tak
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
@@ -204,6 +205,15 @@ def web(path: Path, images: np.ndarray) -> Run:
     return run
 
 
+def chromium(path: Path, images: np.ndarray) -> Run:
+    """The same in a browser."""
+    from browser import Browser  # beside this script
+
+    opened = Browser(Path(sys.executable).parents[1], path, images)
+    atexit.register(opened.close)
+    return opened.run
+
+
 def tract(path: Path, images: np.ndarray) -> Run:
     import tract as library
 
@@ -215,7 +225,7 @@ RUNNERS: dict[str, Callable[[Path, np.ndarray], Run]] = {
     each.__name__: each
     for each in (
         *(onnxruntime, openvino, openvino_dynamic, opencv, opencv_classic),
-        *(mnn, ncnn, litert, web, tract),
+        *(mnn, ncnn, litert, web, chromium, tract),
     )
 }
 """By name: loads a file for images (N, C, H, W); raises what fails."""

@@ -98,7 +98,7 @@ def quantizer_of_the_page() -> Any:
     (block,) = [part for part in page.split("```python")[1:] if "class FloatCoordinates" in part]
     names: dict[str, Any] = {"torch": torch}
     exec(block.split("\nquantizer = ")[0], names)
-    return names["FloatCoordinates"]()
+    return names["Quantizer"]()
 
 
 def quantized_convs(graph: torch.fx.Graph) -> tuple[list[bool], list[bool]]:
