@@ -41,8 +41,14 @@ _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
 _IS_2_6 = torch.__version__ < "2.7"
 
-if _TELLS_EXPORTS:
+if torch.__version__ >= "2.14":
     is_exporting = torch.compiler.is_exporting
+elif _TELLS_EXPORTS:  # may go with torch 2.13
+
+    def is_exporting() -> bool:
+        """Whether torch.export is tracing. While it compiles, torch's own is always true."""
+        return torch.compiler._is_exporting_flag
+
 else:  # may go with torch 2.6
 
     def is_exporting() -> bool:

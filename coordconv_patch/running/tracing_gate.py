@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx import _symbolic_trace
 
@@ -137,6 +138,8 @@ class _Gate:
                 # In place: what torch.compile has compiled holds the function itself.
                 _fx._is_tracing_here = _is_tracing_here
                 _fx.is_fx_tracing.__code__ = _is_fx_tracing.__code__
+                if hasattr(_fx, "is_fx_symbolic_tracing"):
+                    _fx.is_fx_symbolic_tracing.__code__ = _is_fx_symbolic_tracing.__code__
 
     def close(self) -> bool:
         """Close the gate for the running thread, unless other threads trace or wait to do so."""
@@ -191,6 +194,12 @@ def _is_tracing_here() -> bool:
 def _is_fx_tracing() -> bool:
     """What ``torch.fx._symbolic_trace.is_fx_tracing`` becomes; the names are that module's."""
     return _is_fx_tracing_flag and _is_tracing_here()  # type: ignore[name-defined] # noqa: F821
+
+
+def _is_fx_symbolic_tracing() -> bool:
+    """The same for the function that newer versions than 2.6 ask before they run compiled code."""
+    flag = _is_fx_tracing_flag  # type: ignore[name-defined] # noqa: F821
+    return flag and _is_tracing_here() and not torch.compiler.is_compiling()
 
 
 def _kept_to_thread(patcher: Any, thread: int) -> Any:
