@@ -19,6 +19,7 @@ from coordconv_patch.export.graph_passes.expand_coordinates import ExpandCoordin
 from coordconv_patch.export.graph_passes.fold_scales import FoldScales
 from coordconv_patch.export.graph_passes.fuse_clips import FuseClips
 from coordconv_patch.export.graph_passes.order_additions import OrderAdditions
+from coordconv_patch.export.graph_passes.repeat_maps import RepeatMaps
 from coordconv_patch.lowering.map import Map
 from coordconv_patch.runtime.providers import CPU
 
@@ -140,7 +141,12 @@ _OTHERS = (
     ),
     Target("ncnn", "ncnn, by pnnx", batch_advice="pnnx writes for one size of its inputs"),
     Target("mnn", "MNN", computes_coordinates=True),
-    Target("litert", "LiteRT, by onnx2tf", fixes_batch=True),
+    Target(
+        "litert",
+        "LiteRT, by onnx2tf",
+        fixes_batch=True,
+        rewrites=(FoldScales, ExpandCoordinates, RepeatMaps),
+    ),
     Target(
         "coreml",
         "Core ML, by ONNX Runtime's provider",

@@ -62,7 +62,7 @@ FORM = ("lowering", "whole_constants", "rewrites", "opset")
 def test_other_targets_of_stored_maps_write_what_portable_writes() -> None:
     """So that one file of theirs need be looked at here; docs/runtimes.md runs each."""
     portable = TARGETS["portable"]
-    for name in ("opencv", "ncnn", "mnn", "litert", "coreml"):
+    for name in ("opencv", "ncnn", "mnn", "coreml"):
         for field in FORM:
             assert getattr(TARGETS[name], field) == getattr(portable, field), name
 
@@ -89,6 +89,35 @@ def test_a_portable_file_computes_nothing_from_constants_alone(
     for batch in (1, 2, 3):
         x = images(batch)
         assert_close(run(report.path, {"x": x.numpy()}), [model(x).detach().numpy()], 3e-6)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_litert_files_have_maps_of_the_whole_batch(
+    exporter: Any, batch: int, tmp_path: Path
+) -> None:
+    model = network()
+    options: dict[str, Any] = {"dynamic_batch": False, "exporter": exporter, "providers": CPU}
+    x = images(batch)
+    report = ccp.export_onnx(model, tmp_path / "m.onnx", x, target="litert", **options)
+    graph = ir.load(report.path).graph
+    assert not nodes_of_constants(graph)
+    stored = set(graph.initializers.values())
+    convs = [n for n in graph if n.op_type == "Conv" and n.inputs[0] not in stored]
+    maps = [
+        value
+        for conv in convs
+        for addition in conv.outputs[0].consumers()
+        for value in addition.inputs
+        if addition.op_type == "Add" and value in stored
+    ]
+    assert sorted(tuple(value.shape or ()) for value in maps if value) == sorted(
+        [(batch, 8, 16, 12), *[(batch, 8, 8, 6)] * 2, (batch, 5, 8, 6)]
+    )
+    assert report.growth == batch * 4 * (8 * 192 + 16 * 48 + 5 * 48)
+    # The model's own constant, which broadcasts too, is none of coordinates.
+    assert any(tuple(value.shape or ()) == (1, 5, 1, 1) for value in stored)
+    assert_close(run(report.path, {"x": x.numpy()}), [model(x).detach().numpy()], 3e-6)
 
 
 def test_the_default_is_what_it_was(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
+from coordconv_patch.export.graph_passes.vocabulary import holds_coordinates, mark_as_coordinates_
 
 __all__ = ["EvaluateConstants", "nodes_of_constants"]
 
@@ -45,6 +46,8 @@ class EvaluateConstants(ir.passes.InPlacePass):
         for node in nodes_of_constants(graph):
             with tally.attempt(node):
                 for value, array in zip(node.outputs, _evaluated(node, model), strict=True):
+                    if any(map(holds_coordinates, node.inputs)):
+                        mark_as_coordinates_(value)
                     _store_in_place_of_(graph, value, array)
                 tally.count += 1
         if tally.count:

@@ -12,6 +12,7 @@ __all__ = [
     "coordinate_growth",
     "coordinate_nodes",
     "coordinate_sum",
+    "holds_coordinates",
     "is_addition",
     "is_branch",
     "is_own_weight",
@@ -32,6 +33,11 @@ _COORDINATES = "coordconv_patch.coordinates"
 def mark_as_coordinates_(value: ir.Value) -> None:
     """Note that an initializer holds coordinates or places, also for :func:`coordinate_bytes`."""
     value.meta[_COORDINATES] = True
+
+
+def holds_coordinates(value: ir.Value | None) -> bool:
+    """Whether :func:`mark_as_coordinates_` has noted so."""
+    return value is not None and _COORDINATES in value.meta
 
 
 def coordinate_bytes(graph: ir.Graph) -> int:
