@@ -110,10 +110,11 @@ def environment(folder: Path, torch: str, interpreter: str) -> Path:
     python = folder / "venv" / "bin" / "python"
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", folder / "venv"], check=True)
-        # torchvision demands its torch by number, so pip picks the right one.
+        # torchvision demands its torch by number, so pip picks the right one; "===", as "==" takes
+        # builds for a certain device too, which are not that one.
         pip = [python, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"torch=={torch}", "torchvision"], check=True)
-        subprocess.run([*pip, f"torch=={torch}", "-e", f"{ROOT}[core-test]"], check=True)
+        subprocess.run([*pip, f"torch==={torch}", "torchvision"], check=True)
+        subprocess.run([*pip, f"torch==={torch}", "-e", f"{ROOT}[core-test]"], check=True)
     return python
 
 

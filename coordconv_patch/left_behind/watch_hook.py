@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
+import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,12 +25,10 @@ from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
 from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
+from coordconv_patch.running.torch_versions import skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
 
 __all__ = ["Watch", "watches_on"]
-
-_WATCHES: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
 
 
 class Watch:
@@ -49,12 +48,7 @@ class Watch:
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
         self.inventory = Inventory(prefix)
-        self._enrol()
         self.take_stock(module)
-
-    def _enrol(self) -> None:
-        self.key = str(next(_KEYS))  # dynamo makes symbols of numbers
-        _WATCHES[self.key] = self
 
     def attach(self, module: nn.Module) -> None:
         """Hook into the module."""
@@ -76,8 +70,14 @@ class Watch:
             module._deepcopy_hooks[:] = kept
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        # Nothing of the watch may be read while dynamo goes through this: it would compile a
+        # forward anew for each model of a kind, and give up at the ninth.
         if is_dynamo_compiling():
-            _look_while_compiling(self.key)
+            from torch._dynamo.comptime import comptime
+
+            comptime(_look_while_compiling)
+        elif "torch._dynamo" in sys.modules:
+            _look_apart()(self, module, runs=True)
         else:
             self.look(module, runs=True)
 
@@ -176,7 +176,6 @@ class Watch:
         self.inventory, module = state["inventory"], state["module"]
         self._module = (lambda: None) if module is None else weakref.ref(module)
         self._glance = None
-        self._enrol()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         other = memo[id(self)] = Watch.__new__(Watch)
@@ -216,21 +215,27 @@ class _OnGraphCopy:
                 hook.watch.attach(graph_copy)
 
 
-def _look_while_compiling(key: str) -> bool:
-    """Look while torch.compile, or a strict torch.export, goes through the forward.
+def _look_while_compiling(context: Any) -> None:
+    """Look while torch.compile, or a strict torch.export, goes through the hook.
 
     Errors cannot come out of dynamo as they are, so they are warnings here.
     """
-    watch = _WATCHES.get(key)
-    module = None if watch is None else watch._module()
-    if watch is not None and module is not None:
-        try:
+    variable = context.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    watch: Watch = variable.realize().value
+    module = watch._module()
+    try:
+        if module is not None:
             watch.look(module)
-        except PatchError as error:
-            warnings.warn(str(error), stacklevel=2)
-    return True
+    except PatchError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
-# What torch.compiler.assume_constant_result sets, which would import the compiler: dynamo calls
-# the function while it traces, instead of tracing into it, and leaves nothing in the graph.
-_look_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Where the hook is the outermost that dynamo sees, it runs as it is.
+skip_in_dynamo(Watch.__call__.__code__)
+
+
+@functools.cache
+def _look_apart() -> Callable[..., None]:
+    """:meth:`Watch.look`, of which dynamo compiles no step."""
+    looked: Callable[..., None] = torch.compiler.disable(Watch.look)  # type: ignore[no-untyped-call]
+    return looked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "is_exporting",
     "name_axes_",
     "onnx_exporter_hint",
+    "skip_in_dynamo",
     "strict_export_hint",
 ]
 
@@ -66,6 +68,20 @@ else:  # may go with torch 2.8
         Before torch 2.9 its strict way, which is dynamo's, does not.
         """
         return is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def skip_in_dynamo(code: CodeType) -> None:
+    """Let dynamo leave a function alone where it is the outermost; others inline it as ever.
+
+    What ``torch._dynamo.eval_frame.skip_code`` does, without importing the compiler.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "skip_code"):  # may go with torch 2.6
+        dynamo.skip_code(code)
+    else:
+        actions = dynamo._FrameAction
+        strategy = dynamo._FrameExecStrategy(actions.SKIP, actions.DEFAULT)
+        dynamo.set_code_exec_strategy(code, strategy)
 
 
 def default_device() -> torch.device:

@@ -85,6 +85,15 @@ class Rep(nn.Module):
         del self.large, self.small, self.identity
 
 
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 def trained(model: nn.Module, where: Any = "all") -> Any:
     """A patched model in evaluation mode, with values as after training, which has run once."""
     generator = torch.Generator().manual_seed(2)
@@ -311,15 +320,27 @@ class TestErrors:
             use[1](model)
         assert not Path("never.onnx").exists()
 
-    @pytest.mark.parametrize("strict", STRICT)
-    def test_compiling_warns(self, strict: bool) -> None:
+    def test_compiled_models_tell(self) -> None:
+        model = trained(Net())
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            compiled(IMAGES)
+        fold_anew(model)
+        with pytest.raises(PatchError, match=r"body\.0\.conv"):
+            compiled(IMAGES)
+        with pytest.raises(PatchError, match=r"body\.0\.conv"):
+            torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
+
+    @pytest.mark.parametrize("strict", [None, *STRICT[1:]])
+    def test_code_that_dynamo_goes_through_warns(self, strict: bool | None) -> None:
         """An error cannot come out of dynamo as it is."""
         model = trained(Net())
         fold_anew(model)
         if strict:
             error, said = told(lambda: torch.export.export(model, (IMAGES,), strict=True))
         else:
-            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            around = Around(model)
+            compiled = torch.compile(around, backend="eager", fullgraph=True)
             error, said = told(lambda: compiled(IMAGES))
         assert error == ""
         assert any("body.0.conv" in text for text in said)
@@ -628,6 +649,28 @@ class TestNoAlarm:
             exported = torch.export.export(copy.deepcopy(model), (IMAGES,), strict=strict)
             again = torch.export.export(ccp.patch(Net().eval(), "all"), (IMAGES,), strict=strict)
             assert len(exported.graph.nodes) == len(again.graph.nodes)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_models_of_a_kind_are_compiled_once(inside: bool) -> None:
+    """As plain ones are: else the ninth is one too many for torch's limit of recompilations."""
+    torch._dynamo.reset()
+    graphs: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    tells_hooks_by_identity = torch.__version__ < "2.8"
+    models = [trained(Net()) for _ in range(5 if tells_hooks_by_identity else 10)]
+    with torch.no_grad():
+        for model in models:
+            compiled = torch.compile(
+                Around(model) if inside else model, backend=backend, fullgraph=True
+            )
+            torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+    assert len(graphs) == (len(models) if tells_hooks_by_identity else 1)
+    torch._dynamo.reset()
 
 
 def test_unpatch_leaves_no_trace() -> None:
