@@ -2,18 +2,19 @@
 
 import functools
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from old_torch import IS_2_6
+from old_torch import BEFORE_2_9
 
 # Workers of pytest-xdist share the cores; more threads than cores only slow them down.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-if IS_2_6:
-    # Its torch.export is strict unless told otherwise, as later versions are not.
+if BEFORE_2_9:
+    # Their torch.export is strict unless told otherwise, as later versions are not.
     torch.export.export = functools.partial(torch.export.export, strict=False)
 
 
@@ -23,6 +24,14 @@ def _no_terminal() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # the tests' own must be undone before others
         patch.delenv("COLUMNS", raising=False)
         yield
+
+
+@pytest.fixture(autouse=BEFORE_2_9)
+def _compiled_anew() -> Iterator[None]:
+    """Old versions count the compilations of all tests together, and give up at the ninth."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,9 @@ class BeginByMask(Begin):
 
 def _given_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     names = _names_with_mask(module) or []
-    mask = (dict(zip(names, args, strict=False)) | kwargs).get(_MASK)
+    # Not dict(zip(...)): where the graph breaks here, dynamo of torch 2.9 cannot rebuild a zip.
+    named = {name: args[index] for index, name in enumerate(names[: len(args)])}
+    mask = (named | kwargs).get(_MASK)
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 3):
         return mask
     what = tuple(mask.shape) if isinstance(mask, Tensor) else excerpt(mask)

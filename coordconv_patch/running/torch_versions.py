@@ -41,7 +41,7 @@ OLDEST = "2.6"
 # Decided here and not in the functions, since torch.compile traces those.
 _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
-_IS_2_6 = torch.__version__ < "2.7"
+_BEFORE_2_9 = torch.__version__ < "2.9"
 
 if torch.__version__ >= "2.14":
     is_exporting = torch.compiler.is_exporting
@@ -60,12 +60,12 @@ else:  # may go with torch 2.6
 
 if _HAS_ANNOTATE:
     annotations_are_kept = is_exporting
-else:  # may go with torch 2.8
+else:  # may go with torch 2.9
 
     def annotations_are_kept() -> bool:
         """Whether torch.export is tracing, and in the way that keeps annotations of nodes.
 
-        Before torch 2.9 its strict way, which is dynamo's, does not.
+        Before torch 2.10 its strict way, which is dynamo's, does not.
         """
         return is_exporting() and not torch.compiler.is_dynamo_compiling()
 
@@ -85,8 +85,8 @@ def skip_in_dynamo(code: CodeType) -> None:
 
 
 def default_device() -> torch.device:
-    """``torch.get_default_device()``, which before torch 2.7 knows nothing of ``with device:``."""
-    if _IS_2_6:
+    """``torch.get_default_device()``, which before torch 2.9 knows nothing of ``with device:``."""
+    if _BEFORE_2_9:
         for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
             if isinstance(mode, DeviceContext):
                 return torch.device(mode.device)
@@ -94,11 +94,11 @@ def default_device() -> torch.device:
 
 
 def dynamic_axes(axes: Sequence[Mapping[int, Any]]) -> Sequence[Mapping[int, Any]]:
-    """Dynamic axes, by name, as ``torch.onnx.export`` takes them: before torch 2.7 without names.
+    """Dynamic axes, by name, as ``torch.onnx.export`` takes them: before torch 2.9 without names.
 
     What is not a name stays. :func:`name_axes_` gives a graph the names.
     """
-    if not _IS_2_6:
+    if not _BEFORE_2_9:
         return axes
     return [
         {index: Dim.DYNAMIC if isinstance(name, str) else name for index, name in names.items()}
@@ -108,7 +108,7 @@ def dynamic_axes(axes: Sequence[Mapping[int, Any]]) -> Sequence[Mapping[int, Any
 
 def name_axes_(model: onnx_ir.Model, axes: Sequence[Mapping[int, Any]]) -> None:
     """Give the dynamic axes of a graph their names, in place, where the exporter has not."""
-    if not _IS_2_6:
+    if not _BEFORE_2_9:
         return
     names: dict[str | None, Any] = {}
     for value, wanted in zip(model.graph.inputs, axes, strict=False):
@@ -127,11 +127,11 @@ def name_axes_(model: onnx_ir.Model, axes: Sequence[Mapping[int, Any]]) -> None:
 def as_captured_for_onnx(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> nn.Module | ExportedProgram:
-    """The model, before torch 2.7 its program: what ``torch.onnx.export`` is to be given.
+    """The model, before torch 2.9 its program: what ``torch.onnx.export`` is to be given.
 
-    That of 2.6 traces what torch.export cannot capture, which fixes axes, and says nothing.
+    Older ones trace what torch.export cannot capture, which fixes axes, and say nothing.
     """
-    if not _IS_2_6:
+    if not _BEFORE_2_9:
         return model
     return torch.export.export(
         model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
@@ -139,10 +139,10 @@ def as_captured_for_onnx(
 
 
 def onnx_exporter_hint() -> str:
-    """What to say where torch.export's ONNX exporter fails; empty from torch 2.7 on."""
-    if not _IS_2_6:
+    """What to say where torch.export's ONNX exporter fails; empty from torch 2.9 on."""
+    if not _BEFORE_2_9:
         return ""
-    return f". The exporter of torch {torch.__version__} knows fewer operators than that of 2.7"
+    return f". The exporter of torch {torch.__version__} knows fewer operators than that of 2.9"
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -155,7 +155,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def strict_export_hint() -> str:
-    """What to say where annotations of a program are missing; empty from torch 2.9 on."""
+    """What to say where annotations of a program are missing; empty from torch 2.10 on."""
     if _HAS_ANNOTATE:
         return ""
     return f"; the strict export of torch {torch.__version__} loses it, pass strict=False"
@@ -172,7 +172,7 @@ def annotate_nodes(annotation: dict[str, Any]) -> Iterator[None]:
 
 if _HAS_ANNOTATE:
     _annotate = traceback.annotate
-else:  # may go with torch 2.8
+else:  # may go with torch 2.9
 
     @contextmanager
     def _annotate(annotation_dict: dict[str, Any]) -> Iterator[None]:

@@ -9,7 +9,7 @@ import coordconv_ports as ports
 import onnxruntime
 import pytest
 import torch
-from old_torch import IS_2_6
+from old_torch import BEFORE_2_9
 
 import coordconv_patch as ccp
 
@@ -21,8 +21,8 @@ def test_the_sizes_are_frozen_before_and_dynamic_after(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ports.Solo().eval()
     x = torch.randn(2, 3, 32, 40)
-    # torch.fx of torch 2.6 cannot trace the coordinates that this model makes.
-    where = "head.ins_convs.0" if IS_2_6 else "first"
+    # torch.fx of older versions cannot trace the coordinates that this model makes.
+    where = "head.ins_convs.0" if BEFORE_2_9 else "first"
     with pytest.raises(ccp.ExportError, match="ONNX Runtime cannot run the graph on"):
         ccp.export_onnx(ccp.patch(model, where), tmp_path / "before.onnx", x, **OPTIONS)
     imported = ccp.import_coordconv(model, x).model

@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from concat_model import concatenating
-from old_torch import IS_2_6
+from old_torch import BEFORE_2_9
 from onnx_graphs import PADDED_3X3, banded_strip_bytes, flat_strip_bytes
 from reference import concatenating_conv, paper_grid
 from torch import Tensor, nn
@@ -1004,7 +1004,7 @@ def test_a_patched_exported_program_is_exported_with_its_dynamic_batch(tmp_path:
 
 def test_a_program_with_a_fixed_batch_refuses_a_dynamic_one(tmp_path: Path) -> None:
     model = filled(ccp.patch(torch.export.export(fresh(), (images(2),)), "all"))
-    if IS_2_6:  # whose programs hold nobody to the batch that they were made with
+    if BEFORE_2_9:  # whose programs hold nobody to the batch that they were made with
         report = ccp.export_onnx(model, tmp_path / "program.onnx", images(2), providers=CPU)
         assert_same(run(report.path, images(5))[0], concatenating(net())(images(5)))
         return

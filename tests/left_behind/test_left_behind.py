@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from old_torch import IS_2_6, STRICT
+from old_torch import BEFORE_2_11, IS_2_6, STRICT
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -342,8 +342,8 @@ class TestErrors:
             around = Around(model)
             compiled = torch.compile(around, backend="eager", fullgraph=True)
             error, said = told(lambda: compiled(IMAGES))
-        assert error == ""
-        assert any("body.0.conv" in text for text in said)
+        assert not error or (strict and BEFORE_2_11)  # whose hooks run before dynamo's part begins
+        assert any("body.0.conv" in text for text in (error, *said))
 
     def test_saving_coordinates_tells(self, tmp_path: Path) -> None:
         model = trained(Net())

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
-from old_torch import STRICT
+from old_torch import BEFORE_2_11, STRICT
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -227,6 +227,10 @@ def test_compiled_in_one_graph(name: str, x: Tensor) -> None:
 def test_programs_of_torch_export(name: str, strict: bool, x: Tensor) -> None:
     _, patched, _ = patched_case(name, x)
     fill_(patched)
+    if name == "tied" and strict and BEFORE_2_11:  # whose dynamo calls a tied weight's module once
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="PatchError"):
+            torch.export.export(patched, (x,), strict=True)
+        return
     program = torch.export.export(patched, (x,), strict=strict)
     assert torch.equal(program.module()(x), patched(x))
     trainable = ccp.from_exported(program)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from old_torch import IS_2_6
+from old_torch import BEFORE_2_9, IS_2_6
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -52,7 +52,7 @@ def eager_switches() -> Iterator[None]:
     assert [os.path.samestat(a, os.fstat(b)) for a, b in zip(descriptors, (1, 2), strict=True)]
     after = list(warnings.filters)
     # What torch.compile of torch 2.6 imports adds filters of its own.
-    assert (after[-len(filters) :] if IS_2_6 else after) == filters
+    assert (after[-len(filters) :] if BEFORE_2_9 else after) == filters
     assert not any(map(_is_ours, after))
     assert logging.root.manager.disable == 0
     assert torch.get_default_dtype() is torch.float32

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from old_torch import IS_2_6
+from old_torch import BEFORE_2_9
 from torch import Tensor, fx, nn
 
 import coordconv_patch as ccp
@@ -403,7 +403,7 @@ def test_stride_computed_at_run_time_is_an_obstacle() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel, stride=x.shape[0])
 
-    if IS_2_6:  # whose tracer stops there
+    if BEFORE_2_9:  # whose tracer stops there
         assert "invalid combination of arguments" in find_sites(odd_model(forward)).untraced
         return
     assert obstacle(forward) == "its stride is computed at run time"
