@@ -39,7 +39,8 @@ with :func:`forget_left_behind_`; a warning comes once.
 
 What is not seen: a model built anew from the weights alone (there is nothing of this package in
 it), a GraphModule that somebody's symbolic trace made of the whole model, or one that went
-through pickle, which keeps no hooks; a change of ``.data`` while compiled code runs.
+through pickle, which keeps no hooks; a change of ``.data`` of a model inside another one that is
+compiled.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,7 +23,11 @@ from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
 from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
-from coordconv_patch.running.torch_versions import skip_in_dynamo
+from coordconv_patch.running.torch_versions import (
+    dynamo_callback,
+    set_dynamo_callback,
+    skip_in_dynamo,
+)
 from coordconv_patch.running.untraced import untraced
 
 __all__ = ["Watch", "watches_on"]
@@ -76,17 +78,28 @@ class Watch:
             from torch._dynamo.comptime import comptime
 
             comptime(_look_while_compiling)
-        elif "torch._dynamo" in sys.modules:
-            _look_apart()(self, module, runs=True)
+        elif (compiling := dynamo_callback()) is not None:
+            set_dynamo_callback(None)
+            try:
+                self.look(module, parts_look=True)
+            finally:
+                set_dynamo_callback(compiling)
         else:
             self.look(module, runs=True)
 
-    def look(self, module: nn.Module, *, runs: bool = False) -> None:
-        """Look at the module, whose forward may come next; closely only where it has changed."""
+    def look(self, module: nn.Module, *, runs: bool = False, parts_look: bool = False) -> None:
+        """Look at the module; closely only where it has changed.
+
+        Args:
+            module: The module.
+            runs: Whether its forward comes next.
+            parts_look: Whether the watches inside are to look too, when their forwards come. In
+                compiled code they may not come, and what is noted of them would stay.
+        """
         glance, was_seen, self.is_seen = self._glance, self.is_seen, False
         if was_seen or "_is_replica" in module.__dict__:  # DataParallel's have their own modules
             return
-        for watch in self.inner:
+        for watch in () if parts_look else self.inner:
             watch.is_seen = True
         if glance is None or glance.module() is not module or glance.shows_other_structure():
             self.look_closely(module, can_wait=False, runs=runs)
@@ -232,10 +245,3 @@ def _look_while_compiling(context: Any) -> None:
 
 # Where the hook is the outermost that dynamo sees, it runs as it is.
 skip_in_dynamo(Watch.__call__.__code__)
-
-
-@functools.cache
-def _look_apart() -> Callable[..., None]:
-    """:meth:`Watch.look`, of which dynamo compiles no step."""
-    looked: Callable[..., None] = torch.compiler.disable(Watch.look)  # type: ignore[no-untyped-call]
-    return looked

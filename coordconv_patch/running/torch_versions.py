@@ -29,9 +29,11 @@ __all__ = [
     "at_least_float32",
     "default_device",
     "dynamic_axes",
+    "dynamo_callback",
     "is_exporting",
     "name_axes_",
     "onnx_exporter_hint",
+    "set_dynamo_callback",
     "skip_in_dynamo",
     "strict_export_hint",
 ]
@@ -68,6 +70,12 @@ else:  # may go with torch 2.9
         Before torch 2.10 its strict way, which is dynamo's, does not.
         """
         return is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""What compiles the functions that are called now; ``None``: nothing does."""
+set_dynamo_callback = torch._C._dynamo.eval_frame.set_eval_frame
+"""Sets that, which ``torch.compiler.disable`` does by functions of Python, compiled themselves."""
 
 
 def skip_in_dynamo(code: CodeType) -> None:

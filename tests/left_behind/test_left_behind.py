@@ -331,6 +331,16 @@ class TestErrors:
         with pytest.raises(PatchError, match=r"body\.0\.conv"):
             torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
 
+    def test_a_part_tells_after_the_compiled_whole_has_run(self) -> None:
+        model = trained(Net())
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            compiled(IMAGES)
+            compiled(IMAGES)  # not the call that compiles
+        fold_anew(model.body)
+        with pytest.raises(PatchError, match=r"body\.0\.conv"):
+            model.body(FEATURES)
+
     @pytest.mark.parametrize("strict", [None, *STRICT[1:]])
     def test_code_that_dynamo_goes_through_warns(self, strict: bool | None) -> None:
         """An error cannot come out of dynamo as it is."""
