@@ -24,7 +24,6 @@ from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
 from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
 from coordconv_patch.running.torch_versions import (
-    dynamo_callback,
     set_dynamo_callback,
     skip_in_dynamo,
 )
@@ -78,14 +77,15 @@ class Watch:
             from torch._dynamo.comptime import comptime
 
             comptime(_look_while_compiling)
-        elif (compiling := dynamo_callback()) is not None:
-            set_dynamo_callback(None)
-            try:
-                self.look(module, parts_look=True)
-            finally:
-                set_dynamo_callback(compiling)
-        else:
+            return
+        compiling = set_dynamo_callback(None)
+        if compiling is None:
             self.look(module, runs=True)
+            return
+        try:
+            self.look(module, parts_look=True)
+        finally:
+            set_dynamo_callback(compiling)
 
     def look(self, module: nn.Module, *, runs: bool = False, parts_look: bool = False) -> None:
         """Look at the module; closely only where it has changed.

@@ -29,7 +29,6 @@ __all__ = [
     "at_least_float32",
     "default_device",
     "dynamic_axes",
-    "dynamo_callback",
     "is_exporting",
     "name_axes_",
     "onnx_exporter_hint",
@@ -72,10 +71,9 @@ else:  # may go with torch 2.9
         return is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
-dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-"""What compiles the functions that are called now; ``None``: nothing does."""
 set_dynamo_callback = torch._C._dynamo.eval_frame.set_eval_frame
-"""Sets that, which ``torch.compiler.disable`` does by functions of Python, compiled themselves."""
+"""Sets what compiles the functions that are called, ``None``: nothing; returns what did before.
+``torch.compiler.disable`` does so by functions of Python, which would be compiled themselves."""
 
 
 def skip_in_dynamo(code: CodeType) -> None:
