@@ -124,10 +124,13 @@ def name_axes_(model: onnx_ir.Model, axes: Sequence[Mapping[int, Any]]) -> None:
                 names.setdefault(dim.value, name)
     values = [output for node in model.graph.all_nodes() for output in node.outputs]
     for value in (*model.graph.inputs, *values):
-        for index, dim in enumerate(value.shape or ()):
+        if value.shape is None:
+            continue
+        shape = value.shape.copy()  # it may be frozen
+        for index, dim in enumerate(shape):
             if not isinstance(dim, int) and dim.value in names:
-                assert value.shape is not None
-                value.shape[index] = names[dim.value]
+                shape[index] = names[dim.value]
+        value.shape = shape
 
 
 def as_captured_for_onnx(
