@@ -47,8 +47,9 @@ class BoundRun:
         self.device = device_of(session.get_providers()[0])
         self._session = session
         self._binding = session.io_binding()
-        for name, array in zip(names, arrays, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        # Kept: on the CPU they are views of the arrays, whose memory the binding does not hold.
+        self._inputs = [ort.OrtValue.ortvalue_from_numpy(a, self.device, 0) for a in arrays]
+        for name, value in zip(names, self._inputs, strict=True):
             self._binding.bind_ortvalue_input(name, value)
         outputs = [value.name for value in session.get_outputs()]
         for name in outputs:
@@ -58,8 +59,8 @@ class BoundRun:
         except Exception as error:
             shapes = dict(zip(names, [array.shape for array in arrays], strict=True))
             raise ExportError(f"ONNX Runtime cannot run the graph on {shapes}: {error}") from error
+        # The binding is not cleared in between: in ONNX Runtime 1.23 its outputs then dangle.
         self._outputs = self._binding.get_outputs()
-        self._binding.clear_binding_outputs()
         for name, value in zip(outputs, self._outputs, strict=True):
             self._binding.bind_ortvalue_output(name, value)
 

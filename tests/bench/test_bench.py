@@ -208,7 +208,6 @@ def test_on_a_gpu_inputs_and_outputs_are_bound_there_and_runs_wait_for_it(
         ("bind_ortvalue_input", "x", "x on cuda 0"),
         ("bind_output", "y", "cuda", 0),
         *once,
-        ("clear_binding_outputs",),
         ("bind_ortvalue_output", "y", "y on the device"),
     ]
     log.clear()
