@@ -146,13 +146,13 @@ def _take_over_permissions(written: list[Path], folder: Path, target: Path) -> N
         mode = stat.S_IMODE(probe.stat().st_mode)
         probe.unlink()
         for path in written:
-            path.chmod(mode)
+            os.chmod(path, mode)
         return
     for path in written:
         now = path.stat()
         if (now.st_uid, now.st_gid) != (existing.st_uid, existing.st_gid):
             _give(path, existing.st_uid, existing.st_gid)
-        path.chmod(stat.S_IMODE(existing.st_mode))
+        os.chmod(path, stat.S_IMODE(existing.st_mode))
 
 
 def _give(path: Path, user: int, group: int) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from concat_model import concatenating
+from old_torch import RUNTIME_1_23
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -178,6 +179,10 @@ def test_the_file_is_right_afterwards(
     tmp_path: Path,
 ) -> None:
     result = tmp_path / "result.onnx"
+    if RUNTIME_1_23 and tool is dynamic and name != "portable":  # its shape inference ends there
+        with pytest.raises(AssertionError):
+            tool(str(reports[name].path), str(result), reports[name])
+        return
     tool(str(reports[name].path), str(result), reports[name])
     inputs = [pictures(1, 60), pictures(2, 61)]
     inputs += [pictures(2, 62, (31, 18))] if name == "any size" else []
