@@ -23,10 +23,7 @@ from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
 from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
-from coordconv_patch.running.torch_versions import (
-    set_dynamo_callback,
-    skip_in_dynamo,
-)
+from coordconv_patch.running.torch_versions import set_dynamo_callback, skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
 
 __all__ = ["Watch", "watches_on"]

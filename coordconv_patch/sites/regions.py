@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -47,17 +46,14 @@ class Regions:
     Attributes:
         by_name: The regions by the names of their submodules, outer ones first.
         untraced: Why the whole model could not be traced; empty if it could.
+        modules: The model's modules by all of their names; the model itself is ``""``.
         names: All names that each module is registered under, in order of registration.
     """
 
     by_name: Mapping[str, Region]
     untraced: str
+    modules: Mapping[str, nn.Module] = field(repr=False, compare=False)
     names: Mapping[nn.Module, Sequence[str]] = field(repr=False, compare=False)
-
-    @cached_property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The model's modules by all of their names; the model itself is ``""``."""
-        return {name: module for module, names in self.names.items() for name in names}
 
     def around(self, name: str) -> Region | None:
         """The innermost region that a module lies in, itself not counted; ``None`` if in none."""
@@ -72,10 +68,12 @@ def trace_regions(model: nn.Module) -> Regions:
     """Trace a model by regions. The model is not changed."""
     regions: dict[str, Region] = {}
     failures: dict[str, str] = {}
-    names = _names_by_module(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
     if isinstance(model, torch.jit.ScriptModule):
-        return Regions(regions, "it is a TorchScript module", names)
-    known = Regions(regions, "", names).modules
+        return Regions(regions, "it is a TorchScript module", modules, names)
     waiting = [("", model)]
     with Progress("tracing", unit="modules") as progress:
         while waiting:
@@ -92,9 +90,9 @@ def trace_regions(model: nn.Module) -> Regions:
                 _LOG.debug("%s cannot be traced: %s", name or "the model", failures[name])
                 inner = _children(name, module, names)
             else:
-                inner = _leaves(known, regions[name])
+                inner = _leaves(modules, regions[name])
             waiting[:0] = [(part, module) for part, module in inner if may_hold_sites(module)]
-    return Regions(regions, failures.get("", ""), names)
+    return Regions(regions, failures.get("", ""), modules, names)
 
 
 def _children(
@@ -123,11 +121,3 @@ def may_hold_sites(module: nn.Module) -> bool:
         or not type(inner).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
         for inner in module.modules()
     )
-
-
-def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names that each module of a model is registered under, in order of registration."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
