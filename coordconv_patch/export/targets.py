@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onnx_ir.passes import InPlacePass
@@ -120,8 +121,14 @@ _OPENVINO = Target(
     lowering=BY_PROVIDER,
     provider=CPU,
     whole_constants=False,
-    # Coordinates that activations carry need no addition there either.
-    rewrites=(CarryCoordinates, FoldScales, ExpandCoordinates, OrderAdditions, FuseClips),
+    rewrites=(
+        # Coordinates that activations carry need no addition there either.
+        partial(CarryCoordinates, in_blocks=False),
+        FoldScales,
+        ExpandCoordinates,
+        OrderAdditions,
+        FuseClips,
+    ),
     computes_coordinates=True,
     batch_advice=(
         "OpenVINO computes coordinates once where it knows the batch (after model.reshape, too), "

@@ -17,6 +17,7 @@ convolutions themselves need no sum either: all their readers are linear, so V_P
 What it saves is a pass over every wide activation. ONNX Runtime's CPU kernels handle channels
 in blocks of 16, so coordinates ride for nothing where the last block has room for them, as in
 24 or 40 channels; elsewhere a further block costs about what it saves, and t is left alone.
+OpenVINO's kernels take any number of channels; there they ride everywhere.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ import numpy as np
 import onnx_ir as ir
 
 from coordconv_patch.export.graph_passes.refusals import RefusedError, RewriteResult, Tally
-from coordconv_patch.export.graph_passes.streams import Site, Sites, Stream, stream_from
+from coordconv_patch.export.graph_passes.streams import (
+    Site,
+    Sites,
+    Stream,
+    check_room,
+    stream_from,
+)
 from coordconv_patch.export.graph_passes.vocabulary import store_, stored_numbers
 
 __all__ = ["CarryCoordinates"]
@@ -41,7 +48,16 @@ class CarryCoordinates(ir.passes.InPlacePass):
 
     Meant for graphs as they are exported, before their additions are ordered. Leaves nodes that
     nothing reads any more.
+
+    Args:
+        in_blocks: Whether the runtime keeps activations in blocks of channels, as ONNX Runtime's
+            CPU kernels do: coordinates then ride only where the last block has room for them,
+            and the number of channels stays a multiple of 4.
     """
+
+    def __init__(self, in_blocks: bool = True) -> None:
+        super().__init__()
+        self._in_blocks = in_blocks
 
     def call(self, model: ir.Model) -> RewriteResult:
         graph, tally = model.graph, Tally("carry_coordinates")
@@ -50,17 +66,19 @@ class CarryCoordinates(ir.passes.InPlacePass):
             # What no such convolution reads need not carry anything.
             is_meant = any(sites.with_conv(*use) is not None for use in first.total.uses())
             with tally.attempt(first.conv) if is_meant else contextlib.suppress(RefusedError):
+                if self._in_blocks:
+                    check_room(first)
                 stream = stream_from(first, sites)
-                _carry_(graph, stream)
+                _carry_(graph, stream, _ALIGNMENT if self._in_blocks else 1)
                 sites.take(stream)
                 tally.count += len(stream.readers)
         return tally.result(model)
 
 
-def _carry_(graph: ir.Graph, stream: Stream) -> None:
+def _carry_(graph: ir.Graph, stream: Stream, alignment: int) -> None:
     first_weight = stored_numbers(stream.first.branch.inputs[1])
     channels, count = first_weight.shape[:2]
-    added = count + -(channels + count) % _ALIGNMENT
+    added = count + -(channels + count) % alignment
     identity = np.eye(added, count, dtype=np.float32).reshape(added, *first_weight.shape[1:])
     moved = {site: stored_numbers(site.branch.inputs[1]) for site in stream.narrow}
     for site, value in stream.readers:

@@ -20,7 +20,7 @@ from coordconv_patch.export.graph_passes.vocabulary import (
     values_without_inputs,
 )
 
-__all__ = ["Site", "Sites", "Stream", "stream_from"]
+__all__ = ["Site", "Sites", "Stream", "check_room", "stream_from"]
 
 _BLOCK = 16
 """Channels that ONNX Runtime's CPU kernels handle at a time, on processors with AVX-512."""
@@ -113,7 +113,6 @@ def stream_from(first: Site, sites: Sites) -> Stream:
     """The stream of a site; a RefusedError if something that reads it cannot take coordinates."""
     if not _is_ungrouped(first.conv):
         raise RefusedError("it is grouped")
-    _check_room(first)
     stream = Stream(first, terms={first.total: ()})
     pending = [first.total]
     while pending:
@@ -140,7 +139,7 @@ def stream_from(first: Site, sites: Sites) -> Stream:
     return stream
 
 
-def _check_room(site: Site) -> None:
+def check_room(site: Site) -> None:
     """Check that coordinates fit into the last block of the channels that a site puts out."""
     channels, count = stored_numbers(site.branch.inputs[1]).shape[:2]
     if channels % _BLOCK == 0 or channels % _BLOCK + count > _BLOCK:

@@ -19,10 +19,10 @@ def relu(graph: HandMadeGraph, value: ir.Value) -> ir.Value:
     return graph.node("Relu", value)
 
 
-def carried(model: ir.Model) -> int:
+def carried(model: ir.Model, in_blocks: bool = True) -> int:
     """How many branches were carried; the outputs are what they were, and the file is valid."""
     before = run(model)
-    result = CarryCoordinates()(model)
+    result = CarryCoordinates(in_blocks)(model)
     assert result.modified == (result.count > 0)
     RemoveUnusedNodesPass()(model)
     assert_close(run(model), before)
@@ -138,6 +138,17 @@ def test_an_activation_whose_last_block_has_room_takes_them(width: int) -> None:
     widened = channels_read(model)[1]
     assert widened % 4 == 0
     assert -(-widened // 16) == -(-width // 16)
+
+
+@pytest.mark.parametrize("width", [15, 16, 24, 31, 32])
+def test_without_blocks_every_activation_takes_them_and_nothing_more(width: int) -> None:
+    graph = HandMadeGraph()
+    stream = graph.site(graph.x, (8, width))
+    hidden = relu(graph, graph.site(stream, (width, 48)))
+    stream = graph.node("Add", stream, graph.site(hidden, (48, width)))
+    model = graph.model(relu(graph, graph.site(stream, (width, 48))))
+    assert carried(model, in_blocks=False) == 2
+    assert channels_read(model) == [8, width + 2, 48, width + 2]
 
 
 # --- what stays as it is ------------------------------------------------------------------------
