@@ -59,6 +59,12 @@ do not change; they are compared at every call, so the map is never stale. The f
 that adds a constant map after each convolution and checks nothing.
 """
 
+_FUNCTIONAL = """## Convolutions that are called as functions
+
+One `F.conv2d`, 3x3, 64 channels on 64 x 64, batch 1, one thread; "compiled" is `torch.compile`. The
+floor adds a constant map.
+"""
+
 _MAKING = """## Patching itself
 
 Beside `copy.deepcopy` of the model.
@@ -178,6 +184,13 @@ def _in_torch(results: Mapping[str, Any]) -> str:
     return f"{_TORCH}\n{table(headings, rows)}\n{_MAKING}\n{table(('', 'ratio'), costs)}"
 
 
+def _functional(results: Mapping[str, Any]) -> str:
+    rows = [
+        [key, *ratios(result, ("plain again", "all", "floor"))] for key, result in results.items()
+    ]
+    return f"{_FUNCTIONAL}\n{table(('', 'plain again', 'with coordinates', 'floor'), rows)}"
+
+
 def _export_cost(results: Mapping[str, Any]) -> str:
     rows = [[_TITLES[model], *ratios(result, ("all",))] for model, result in results.items()]
     return f"{_EXPORT}\n{table(('model', 'export and verification'), rows)}"
@@ -242,7 +255,14 @@ def _machines(names: Iterable[str]) -> str:
 def render() -> str:
     """The page."""
     onnx = record("onnx_runtime")["results"]
-    measured = ["onnx_runtime", "places", "training_and_eager", "export_cost", "scaling"]
+    measured = [
+        "onnx_runtime",
+        "places",
+        "training_and_eager",
+        "functional",
+        "export_cost",
+        "scaling",
+    ]
     has_gpu = (RESULTS / "on_gpu.json").is_file()
     return "\n".join(
         (
@@ -252,6 +272,7 @@ def render() -> str:
             _places(record("places")["results"]),
             _openvino(onnx),
             _in_torch(record("training_and_eager")["results"]),
+            _functional(record("functional")["results"]),
             _export_cost(record("export_cost")["results"]),
             _scaling(record("scaling")["results"]),
             on_gpu(record("on_gpu")["results"] if has_gpu else None),

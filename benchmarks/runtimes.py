@@ -393,7 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--environments", type=Path, metavar="FOLDER")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--install", action="store_true", help="install the runtimes, no more")
-    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each file, at least; 0: none")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timed runs of each file, at least; 0: none"
+    )
     parser.add_argument("--write-page", action="store_true", help="write docs/runtimes.md")
     options = parser.parse_args(arguments)
     if options.install:

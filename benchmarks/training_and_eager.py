@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import resource
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 from shared.models import MODELS, QUICK, BenchModel, images
 from shared.ports import BufferCoords, RuntimeCoords, ported
-from shared.record import make_parser, median_session, open_record, ratios_of, timed
+from shared.processes import in_fresh_process, median_process
+from shared.record import make_parser, open_record, ratios_of, timed
 from shared.show import draw_ratios, print_ratios
 from shared.variants import patched, patched_names, seeded
 from torch import Tensor, nn
@@ -96,12 +95,6 @@ def inference(model: nn.Module, shown: Tensor) -> Run:
     return run
 
 
-def _in_fresh_process(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function where no other model lives: their memory and garbage count for nothing."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
 def _peak_of(kind: str, name: str, threads: int, size: int) -> int:
     torch.set_num_threads(threads)
     model = variant(seeded(MODELS[name].make), kind, images(1, size))
@@ -115,7 +108,7 @@ def peak_memory(name: str, threads: int, size: int) -> dict[str, Any]:
     """Peak resident memory of three training steps, each kind in a fresh process; in kB."""
     peaks: dict[str, int] = {}
     for kind in (PLAIN, "first", "all", PORT):
-        peaks[kind] = _in_fresh_process(_peak_of, kind, name, threads, size)
+        peaks[kind] = in_fresh_process(_peak_of, kind, name, threads, size)
     return {
         "rounds": 1,
         "variants": {
@@ -133,22 +126,23 @@ def _measures(name: str, options: argparse.Namespace) -> dict[str, Callable[[str
     """What is measured of a model, by key."""
     model = MODELS[name]
     train_size = min(160, model.size)
+    count = 1 if options.quick else PROCESSES
     found: dict[str, Callable[[str], Any]] = {}
     if not options.skip_memory:
         # First, while this process is small: a child's peak counts from its parent's.
         found["memory of training, batch 8"] = lambda key: peak_memory(
             name, options.threads, train_size
         )
-    found[f"training step, batch 8, {train_size} px"] = lambda key: _median_process(
-        _training, name, train_size, options, key, quick=options.quick
+    found[f"training step, batch 8, {train_size} px"] = lambda key: median_process(
+        _training, name, train_size, options, key, processes=count
     )
     for batch, size in options.shapes or [(1, model.size), (4, model.size), (8, train_size)]:
-        found[f"eager, batch {batch}, {size} px"] = lambda key, b=batch, s=size: _median_process(
-            _eager, name, b, s, options, key, quick=options.quick
+        found[f"eager, batch {batch}, {size} px"] = lambda key, b=batch, s=size: median_process(
+            _eager, name, b, s, options, key, processes=count
         )
     if not options.skip_compile:
         found[f"compiled, batch 4, {model.size} px"] = lambda key: _compiled(model, options, key)
-    found["making"] = lambda key: _in_fresh_process(_making, name, options, key)
+    found["making"] = lambda key: in_fresh_process(_making, name, options, key)
     return {f"{name}, {what}": measure for what, measure in found.items()}
 
 
@@ -158,12 +152,6 @@ def _training(name: str, size: int, options: argparse.Namespace, key: str) -> An
     kinds = (PLAIN, "first", "all", PORT, "all, port, run time")
     runs = {kind: trainer(variant(plain, kind, example), 8, size) for kind in kinds}
     return timed(runs, PLAIN, options, key)
-
-
-def _median_process(measure: Callable[..., Any], *arguments: Any, quick: bool) -> dict[str, Any]:
-    """Measure in fresh processes, one in quick mode, and take the medians."""
-    count = 1 if quick else PROCESSES
-    return median_session([_in_fresh_process(measure, *arguments) for _ in range(count)])
 
 
 def _eager(name: str, batch: int, size: int, options: argparse.Namespace, key: str) -> Any:

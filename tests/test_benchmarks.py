@@ -23,7 +23,7 @@ import coordconv_patch as ccp
 from coordconv_patch.runtime.providers import CPU, make_session
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("onnx_runtime", "scaling", "export_cost", "places", "training_and_eager")
+SCRIPTS = ("onnx_runtime", "scaling", "export_cost", "places", "training_and_eager", "functional")
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,7 @@ EXPECTED = {
         },
         "tiny, making": {"forward", "deepcopy", "patch all", "plan all"},
     },
+    "functional": {key: {"plain", "plain again", "all", "floor"} for key in ("eager", "compiled")},
 }
 
 
