@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def measured(
     python: str,
     *,
     rounds: int = 0,
+    seconds: float = 0.0,
     forms: Iterable[str] = FORMS,
 ) -> dict[str, Any]:
     """The cells of one runtime and model: by form its difference from torch, or what failed.
@@ -235,7 +237,7 @@ def measured(
             except ccp.CoordConvPatchError as error:
                 cells[form] = {"refused": f"export: {error}"[:300]}
         alone = {
-            form: _ran(name, python, {form: path}, _images(form, batch, subject), folder, 0)[form]
+            form: _ran(name, python, {form: path}, _images(form, batch, subject), folder)[form]
             for form, path in files.items()
         }
         for form, output in alone.items():
@@ -254,7 +256,8 @@ def measured(
             if form != "any size" and "difference" in cells[form]
         }
         if rounds and "plain" in right:
-            timed = _ran(name, python, right, _images("plain", batch, subject), folder, rounds)
+            shown = _images("plain", batch, subject)
+            timed = _ran(name, python, right, shown, folder, rounds, seconds)
             plain = timed["plain"]
             for form, result in timed.items():
                 if not isinstance(result, str) and not isinstance(plain, str):
@@ -296,14 +299,16 @@ def _ran(
     files: Mapping[str, Path],
     images: Tensor,
     folder: Path,
-    rounds: int,
+    rounds: int = 0,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """By form: the output and the seconds of each round; or what failed, which all share."""
     np.save(folder / "images.npy", images.numpy())
     pairs = [
         part for form, path in files.items() for part in (str(path), str(folder / f"{form}.npy"))
     ]
-    command = [python, str(_RUNNERS), name, str(rounds), str(folder / "images.npy"), *pairs]
+    least = [str(rounds), str(seconds)]
+    command = [python, str(_RUNNERS), name, *least, str(folder / "images.npy"), *pairs]
     try:
         ran = subprocess.run(
             command,
@@ -320,10 +325,10 @@ def _ran(
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
         reason = (named or lines or [f"exit code {ran.returncode}"])[-1]
         return dict.fromkeys(files, re.sub(r"/[\w./-]*/", "", reason)[:300])
-    seconds = json.loads(ran.stdout.splitlines()[-1])
+    times_of = json.loads(ran.stdout.splitlines()[-1])
     return {
         form: (np.load(folder / f"{form}.npy"), times)
-        for form, times in zip(files, seconds, strict=True)
+        for form, times in zip(files, times_of, strict=True)
     }
 
 
@@ -402,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _install(options)
         return
     if options.quick:
-        options.models, options.rounds = ["tiny"], 2
+        options.models, options.rounds, options.seconds = ["tiny"], 2, 0.0
         options.runtimes = ["onnxruntime"]
     options.show = options.show or options.write_page
     pythons = {} if options.show else _pythons(options)
@@ -411,10 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = prepared(SUBJECTS[model])
         for name, python in pythons.items():
             for batch in (1, 2):
-                rounds = options.rounds if batch == 1 else 0
+                timed = batch == 1 and options.rounds > 0
+                least = {"rounds": options.rounds, "seconds": options.seconds} if timed else {}
                 record.measure(
                     f"{name} {model} {batch}",
-                    lambda *given, rounds=rounds: measured(*given, rounds=rounds),
+                    partial(measured, **least),
                     *(name, SUBJECTS[model], models, batch, python),
                 )
     table = page_table(record.results)

@@ -1,9 +1,10 @@
 """Run ONNX files in one runtime. Needs NumPy and that runtime, and nothing else of this project.
 
 So a runtime can stand in an environment of its own, where this script runs by itself; it writes
-the first output of each file, and prints the seconds of each run, the files taking turns:
+the first output of each file, and prints the seconds of each run, the files taking turns for so
+many rounds and seconds at least:
 
-    python benchmarks/shared/runners.py NAME ROUNDS IMAGES.npy [FILE.onnx OUTPUT.npy ...]
+    python benchmarks/shared/runners.py NAME ROUNDS SECONDS IMAGES.npy [FILE.onnx OUTPUT.npy ...]
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from typing import Any
 import numpy as np
 
 __all__ = ["RUNNERS", "Run", "main"]
-
-_SECONDS = 10.0
-"""How long files take turns if they are timed at all: short runs get more rounds than asked for."""
 
 Run = Callable[[], np.ndarray]
 """Computes the first output, in its order; raises what fails."""
@@ -249,15 +247,15 @@ def _called(command: list[str], folder: str | None = None) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    name, rounds, images, *files = arguments
+    name, least_rounds, least_seconds, images, *files = arguments
     given: Any = np.load(images)
     runs = [RUNNERS[name](Path(path).resolve(), given) for path in files[::2]]
     for run, output in zip(runs, files[1::2], strict=True):
         np.save(output, run())
     seconds: list[list[float]] = [[] for _ in runs]
     turns = list(zip(runs, seconds, strict=True))
-    end = time.perf_counter() + _SECONDS
-    while len(seconds[0]) < int(rounds) or (int(rounds) and time.perf_counter() < end):
+    end = time.perf_counter() + float(least_seconds)
+    while len(seconds[0]) < int(least_rounds) or time.perf_counter() < end:
         random.shuffle(turns)  # in one order, each finds the caches as the same other leaves them
         for run, times in turns:
             start = time.perf_counter()
