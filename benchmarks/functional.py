@@ -41,7 +41,7 @@ class Functional(nn.Module):
         return F.conv2d(x, self.weight, padding=1)
 
 
-class AddedMap(Functional):
+class FunctionalAndMap(Functional):
     """What any map costs at least: its addition."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def _measured(compiled: bool, options: argparse.Namespace, key: str) -> dict[str
         "plain": plain,
         "plain again": copy.deepcopy(plain),
         "all": patched(plain, "all", x),
-        "floor": AddedMap(),
+        "floor": FunctionalAndMap(),
     }
     runs: dict[str, Callable[[], None]] = {}
     for kind, model in kinds.items():

@@ -91,6 +91,52 @@ def test_a_runtime_that_is_missing_is_named_with_its_commands(tmp_path: Path) ->
     assert script.python_of("openvino", None) == sys.executable
 
 
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (["--quick"], {"rounds": 2, "seconds": 0.0}),
+        (["--rounds", "2", "--seconds", "0.5"], {"rounds": 2, "seconds": 0.5}),
+        (["--rounds", "0"], {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_script_times_by_its_options_and_measures_nothing_twice(
+    options: list[str],
+    least: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = importlib.import_module("runtimes")
+    measured, calls = script.measured, []
+
+    def two_forms(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        calls.append((arguments[0], arguments[3], settings))
+        return measured(*arguments, forms=("plain", "target"), **settings)
+
+    monkeypatch.setattr(script, "measured", two_forms)
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    script.PAGE.write_text("before\n<!-- matrix -->\nold\n<!-- end -->\nafter\n")
+    command = [*options, "--out", str(tmp_path / "record.json")]
+    command += ["--models", "tiny", "--runtimes", "onnxruntime"]
+    script.main(command)
+    assert calls == [("onnxruntime", 1, least), ("onnxruntime", 2, {})]
+    results = json.loads((tmp_path / "record.json").read_text())["results"]
+    for batch in (1, 2):
+        cells = results[f"onnxruntime tiny {batch}"]
+        assert list(cells) == ["plain", "target"]
+        assert all(cell["difference"] <= script.TOLERANCE for cell in cells.values())
+        assert all(("ratio" in cell) == bool(least and batch == 1) for cell in cells.values())
+
+    script.main(command)
+    assert len(calls) == 2
+    script.main(["--write-page", "--out", str(tmp_path / "record.json")])
+    table = script.page_table(results)
+    page = "before\n<!-- matrix -->\n" + table + "\n<!-- end -->\nafter\n"
+    assert script.PAGE.read_text() == page
+    assert capsys.readouterr().out.count(table) == 3
+
+
 def test_the_page_says_what_the_record_says() -> None:
     script = importlib.import_module("runtimes")
     record = json.loads((ROOT / "benchmarks" / "results" / "runtimes.json").read_text())
