@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.own_padding import PADS, OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.branch import CoordBranch, site_of_branch
-from coordconv_patch.layers.geometry import ConvGeometry
+from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ConvGeometry
 
 __all__ = [
     "ADDITIONS",
+    "CALLED_CONVS",
     "CONV_SIGNATURES",
     "FunctionInput",
     "branch_of",
@@ -68,6 +70,19 @@ CONV_SIGNATURES: dict[Any, tuple[str, ...]] = {
     _aten.convolution.default: _CONVOLUTION_ARGUMENTS,
 }
 """Functions that are convolutions, with the names of their positional arguments."""
+
+CALLED_CONVS: dict[Any, Any] = {
+    **{function: function for function in CONV_FUNCTIONS.values()},
+    **{
+        operator_: function
+        for function in CONV_FUNCTIONS.values()
+        for packet in [getattr(_aten, function.__name__)]
+        for operator_ in (packet, *(getattr(packet, name) for name in packet.overloads()))
+        if operator_ is packet or operator_ in CONV_SIGNATURES
+    },
+}
+"""Functions and operators that code calls for a convolution when it runs, and which one of
+:mod:`torch.nn.functional` takes the same arguments."""
 
 
 ADDITIONS = (operator.add, _aten.add.Tensor, _aten.add_.Tensor)
@@ -253,6 +268,8 @@ def _shape_and_dtype(
         return None, None
     if value.op == "get_attr":
         tensor = operator.attrgetter(str(value.target))(root)
+        if isinstance(tensor, UninitializedParameter):
+            raise PatchError("its weight is not initialised: run the model once before")
         return tuple(tensor.shape), tensor.dtype
     recorded = value.meta.get("val", value.meta.get("tensor_meta"))
     if recorded is None:

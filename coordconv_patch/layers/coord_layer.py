@@ -94,7 +94,9 @@ class CoordLayer(nn.Module):
             weight: The coordinate weight, which a parametrization computes at every access.
         """
         if torch.is_grad_enabled() and weight.requires_grad:
-            self._map_cache.clear()
+            # Code that torch.compile makes keeps no map, and in a checkpoint it may change nothing.
+            if not torch.compiler.is_compiling():
+                self._map_cache.clear()
         elif (
             type(weight) is nn.Parameter
             and (weight.is_cpu or self._map_cache.is_constant)

@@ -19,13 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.graphs.functional import CONV_SIGNATURES, call_geometry
+from coordconv_patch.graphs.functional import CALLED_CONVS, CONV_SIGNATURES, call_geometry
 from coordconv_patch.graphs.own_padding import OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.capture import is_transforming
 from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.owners.callers import (
+    is_for_its_own_weight,
+    is_in_another_graph,
+    runs_again,
+)
 from coordconv_patch.owners.owned_calls import OwnedCalls
 
 __all__ = ["ENTERED_CODE", "BranchMode", "OwnedSite"]
@@ -76,41 +81,55 @@ class BranchMode(TorchFunctionMode):
         owner: The owner.
         owned: What to look for.
         counts: Whether the calls looked for are counted.
+        method: Name of the method that runs without a forward, where nothing can be counted;
+            empty where it can.
     """
 
-    def __init__(self, owner: nn.Module, owned: Sequence[OwnedSite], counts: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, owned: Sequence[OwnedSite], counts: bool, method: str = ""
+    ) -> None:
         super().__init__()
         self.owner = owner
         self.counts = counts
+        self.method = method
         self.owned = [(site, site.key) for site in owned]
         # By attrgetter: a name may have dots, or be that of a parametrization.
         names = [key[0] for _, key in self.owned]
         self.stored = [None if name is None else operator.attrgetter(name)(owner) for name in names]
         self.seen = [0] * len(owned)
         self.strays: list[tuple[Any, Any]] = []
-        self.in_dynamo = torch.compiler.is_dynamo_compiling()  # which does not show F.pad to modes
-        self.trains = not self.in_dynamo and torch.is_grad_enabled()
+        self.stored_strays: list[tuple[Any, Any]] = []
+        self.trains = torch.is_grad_enabled()
         self.padded: deque[tuple[Any, dict[str, Any]]] | None = None
-        if not self.in_dynamo and any(key[3] for _, key in self.owned):
+        if any(key[3] for _, key in self.owned):
             self.padded = deque(maxlen=_MOST_PADS)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        in_dynamo = torch.compiler.is_dynamo_compiling()  # a part of an eager forward may be
+        if in_dynamo and func is checkpoint:
+            # What runs in there it would trace without this mode, and say nothing.
+            torch._dynamo.graph_break()
         output = func(*args, **kwargs)
         if func in _NAMES:
+            if not in_dynamo and is_in_another_graph(sys._getframe(1), self.owner):
+                return output  # the graph has the branch, traced under this mode
             return self._with_branches(_NAMES[func], args, kwargs, output)
-        if self.padded is not None and func is F.pad:
+        # Dynamo does not show F.pad to modes.
+        if self.padded is not None and not in_dynamo and func is F.pad:
             self.padded.append((output, pad_arguments(func, args, kwargs)))
         return output
 
     def _with_branches(self, name: str, args: Any, kwargs: Any, output: Any) -> Any:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        is_known = False
+        is_known, computed = False, None
         for index, (site, key) in enumerate(self.owned):
             stored, (_, _, indices, _, _, function, names) = self.stored[index], key
             if name != function:
                 continue
-            if weight is not stored if stored is not None else _is_stored(weight):
+            if stored is None:
+                computed = self._is_computed(weight) if computed is None else computed
+            if weight is not stored if stored is not None else not computed:
                 continue
             is_known = True
             position = self.seen[index]
@@ -121,19 +140,45 @@ class BranchMode(TorchFunctionMode):
                 for argument in kwargs:  # code that torch.compile made checks more for a union
                     arguments[argument] = kwargs[argument]
                 output = self._with_branch(site, key, arguments, output)
-        if not is_known and not _is_stored(weight):
-            self.strays.append((name, None if isinstance(weight, fx.Proxy) else weight.shape))
+        if not is_known:
+            self._note_stray(name, weight)
         return output
+
+    def _is_computed(self, weight: Any) -> bool:
+        """Whether a weight is computed, and not a parameter."""
+        if isinstance(weight, fx.Proxy):
+            return weight.node.op != "get_attr"
+        if isinstance(weight, nn.Parameter):
+            return False
+        # Called through __torch_function__ and _with_branches.
+        in_dynamo = torch.compiler.is_dynamo_compiling()
+        return in_dynamo or not is_for_its_own_weight(sys._getframe(3), weight)
+
+    def _note_stray(self, name: str, weight: Any) -> None:
+        """Remember a call that may be one of a site's, by a weight of another kind than then."""
+        shape = None if isinstance(weight, fx.Proxy) else weight.shape
+        if _is_stored(weight):
+            if self.counts and any(weight is own for own in self.owner._parameters.values()):
+                self.stored_strays.append((name, shape))
+        else:
+            self.strays.append((name, shape))
 
     def _with_branch(
         self, site: OwnedSite, key: tuple[Any, ...], arguments: dict[str, Any], output: Any
     ) -> Any:
+        if self.method:
+            raise PatchError(
+                f"{site.name} is told from other convolutions by its position in one forward pass "
+                f"of {_place(site)}, and {self.method}() was called without one: call the module "
+                "itself, or store the weight as a Parameter of its own"
+            )
         _, branch_name, _, amounts, terms, *_ = key
-        if not self.in_dynamo:
-            self._check_not_in_a_checkpoint(site)
+        in_dynamo = torch.compiler.is_dynamo_compiling()
+        if not in_dynamo:
+            self._check_runs_once(site)
         given = self._input(site, amounts, arguments)
         branch = self._branch(branch_name)
-        if not self.in_dynamo and isinstance(given, fx.Proxy):  # somebody traces
+        if not in_dynamo and isinstance(given, fx.Proxy):  # somebody traces
             return output + branch(given)
         if not _is_call_of(terms, arguments):
             shape, own = arguments["weight"].shape, site.owned.padding
@@ -149,7 +194,7 @@ class BranchMode(TorchFunctionMode):
         if added.dtype is not output.dtype:
             added = added.to(output.dtype)
         # In place, for nobody holds the output yet: it saves a copy of the activations.
-        if self.in_dynamo or torch.compiler.is_compiling() or is_transforming():
+        if in_dynamo or torch.compiler.is_compiling() or is_transforming():
             return output + added
         is_own = type(branch._parameters.get("coord_weight")) is nn.Parameter
         return output.add_(added) if is_own else output + added
@@ -184,16 +229,18 @@ class BranchMode(TorchFunctionMode):
 
         Raises:
             PatchError: If calls were counted, and are not as many as when the model was
-                patched, or a call by a computed weight may be one of a site whose stored
-                weight was not used itself.
+                patched; or if a site that was not used may have been called by a weight of
+                another kind: computed now where it was stored, or the other way round.
         """
+        if self.method:
+            return
         for (site, _), stored, seen in zip(self.owned, self.stored, self.seen, strict=True):
-            if stored is not None and not seen and self._has_stray_like(site, stored):
+            if not seen and self._has_stray_like(site, stored):
+                known, other = _WEIGHT_WAS_STORED if stored is not None else _WEIGHT_WAS_COMPUTED
                 raise PatchError(
-                    f"{site.name} is known by its stored weight, but {_place(site)} now calls "
-                    f"{site.owned.function} with one that it computes (another dtype, or a "
-                    "parametrization that was added since): unpatch the model, and patch it anew "
-                    "with example inputs that run this way"
+                    f"{site.name} is known by {known}, but {_place(site)} now calls "
+                    f"{site.owned.function} with one that {other}: unpatch the model, and patch "
+                    "it anew with example inputs that run this way"
                 )
             if self.counts and seen not in (0, site.owned.total):
                 raise PatchError(
@@ -204,33 +251,53 @@ class BranchMode(TorchFunctionMode):
                 )
 
     def _has_stray_like(self, site: OwnedSite, stored: Any) -> bool:
-        shape = None if isinstance(stored, fx.Proxy) else stored.shape
+        if stored is None:
+            shape, strays = torch.Size(site.geometry.weight_shape), self.stored_strays
+        else:
+            shape, strays = getattr(stored, "shape", None), self.strays
+            shape = None if isinstance(stored, fx.Proxy) else shape
         return any(
             name == site.owned.function and (shape is None or other is None or other == shape)
-            for name, other in self.strays
+            for name, other in strays
         )
 
-    def _check_not_in_a_checkpoint(self, site: OwnedSite) -> None:
-        """Refuse a checkpoint around code that would run again without the mode.
+    def _check_runs_once(self, site: OwnedSite) -> None:
+        """Refuse code that would run again without the mode, to compute gradients.
 
-        A checkpointed *method* of the owner enters the mode when it runs again; a function
-        inside of a method does not, and its gradients would be wrong without a word.
+        A checkpointed *method* of the owner enters the mode when it runs again, unless calls are
+        counted; a function inside of a method does not, and its gradients would be wrong
+        without a word.
         """
         if not self.trains or torch.compiler.is_compiling():
             return
         frame: FrameType | None = sys._getframe(1)
-        checkpointed = False
-        while frame is not None and frame.f_code not in ENTERED_CODE:
-            checkpointed |= frame.f_code in _CHECKPOINTS
+        while frame is not None and not self._is_entered_by(frame):
+            if how := runs_again(frame.f_code):
+                raise PatchError(
+                    f"{site.name}: {how} inside {_place(site)} runs it again without its "
+                    "coordinates: checkpoint the module"
+                    f"{'' if self.counts else ', or one of its methods'}"
+                )
             frame = frame.f_back
-        if checkpointed:
-            raise PatchError(
-                f"{site.name}: gradient checkpointing of a function inside {_place(site)} runs "
-                "it again without its coordinates: checkpoint the module, or one of its methods"
-            )
+
+    def _is_entered_by(self, frame: FrameType) -> bool:
+        """Whether what runs in a frame would enter the mode anew if it ran again."""
+        if frame.f_code not in ENTERED_CODE:
+            return False
+        found = frame.f_locals
+        return self in found["modes"] if self.counts else found["owner"] is self.owner
 
 
-_NAMES = {function: function.__name__ for function in CONV_FUNCTIONS.values()}
+_NAMES = {called: function.__name__ for called, function in CALLED_CONVS.items()}
+_WEIGHT_WAS_STORED = (
+    "its stored weight",
+    "it computes (another dtype, or a parametrization that was added since)",
+)
+_WEIGHT_WAS_COMPUTED = (
+    "its position among calls with computed weights",
+    "it stores (a parametrization was removed, or another dtype)",
+)
+"""How a site is known, and what it would be called with if that no longer holds."""
 _MOST_PADS = 8
 """Pads that are remembered until their convolution comes; each keeps its output alive."""
 
@@ -258,8 +325,8 @@ def _is_call_of(terms: tuple[Any, ...], arguments: Mapping[str, Any]) -> bool:
     stride, dilation = arguments.get("stride", 1), arguments.get("dilation", 1)
     given = (stride, dilation, arguments.get("output_padding", 0), arguments.get("padding", 0))
     for value, wanted in zip(given, expected, strict=True):
-        if not isinstance(value, str):  # it may be one number for all dimensions
-            numbers = (value,) if isinstance(value, int) else tuple(value)
+        if not isinstance(value, str):  # it may be one number for all dimensions, numpy's too
+            numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
             value = numbers * ndim if len(numbers) == 1 else numbers
         if value != wanted:
             return False
@@ -271,9 +338,6 @@ def _without_border(padded: Tensor, amounts: Sequence[tuple[int, int]]) -> Tenso
     for dim, (before, after) in enumerate(amounts, start=-len(amounts)):
         padded = padded.narrow(dim, before, padded.shape[dim] - before - after)
     return padded
-
-
-_CHECKPOINTS = frozenset({checkpoint.__code__, CheckpointFunction.forward.__code__})
 
 
 def _place(site: OwnedSite) -> str:

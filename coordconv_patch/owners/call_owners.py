@@ -16,13 +16,15 @@ where they are counted: what cannot be told apart raises, it is never guessed.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -63,6 +65,18 @@ class CallOwner(InPlaceMixin):
     def _methods_in_place(cls, below: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         return {name: _under_mode(below, name) for name in own_methods(below)}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the coordinates where somebody gives the module another class, or a forward.
+
+        Either one's convolution calls are looked at as those of the module's own code were.
+        """
+        if self._coord_sites and name in _CODE:
+            if name == "forward" and callable(value):
+                value = ForwardUnderMode(self, value)
+            elif name == "__class__" and not issubclass(value, CallOwner):
+                value = class_in_place(CallOwner, value)
+        super().__setattr__(name, value)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script calls first.
 
@@ -70,6 +84,26 @@ class CallOwner(InPlaceMixin):
             PatchError: If any calls have coordinates, with what to do instead.
         """
         return refuse_script(self) if self._coord_sites else self
+
+
+_CODE = frozenset({"forward", "__class__"})
+"""Attributes by which a module gets other code."""
+
+
+class ForwardUnderMode:
+    """A forward that was put on an instance after its calls got coordinates.
+
+    Args:
+        owner: The module.
+        forward: What was put there; it may call the forward that was there before.
+    """
+
+    def __init__(self, owner: CallOwner, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # code asks forwards for their signature
+        self.owner, self.forward = owner, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _run(self.owner, "forward", self.forward, args, kwargs)
 
 
 def own_methods(plain: type[nn.Module]) -> list[str]:
@@ -81,6 +115,9 @@ def own_methods(plain: type[nn.Module]) -> list[str]:
     bases = plain.__mro__[: plain.__mro__.index(nn.Module)]
     names = {name for base in bases for name in vars(base) if not name.startswith("__")}
     methods = {name for name in names if _is_plain_method(inspect.getattr_static(plain, name))}
+    # Called as ever, it would be the forward of the class below.
+    if inspect.getattr_static(plain, "__call__") is inspect.getattr_static(plain, "forward"):
+        methods.add("__call__")
     return sorted(methods | {"forward"})
 
 
@@ -92,47 +129,69 @@ def _is_plain_method(value: Any) -> bool:
 
 
 def _under_mode(plain: type[nn.Module], name: str) -> Callable[..., Any]:
-    is_forward = name == "forward"
-
     @functools.wraps(getattr(plain, name))
     def entered(self: CallOwner, *args: Any, **kwargs: Any) -> Any:
         method = getattr(plain, name)  # looked up anew: classes get other methods at run time
-        modes = _modes_for(self, is_forward)
-        if not modes:
-            return method(self, *args, **kwargs)
-        if len(modes) == 1:
-            with modes[0]:
-                output = method(self, *args, **kwargs)
-        else:
-            with modes[0], modes[1]:
-                output = method(self, *args, **kwargs)
-        for mode in modes:
-            mode.check()
-        return output
+        return _run(self, name, method, (self, *args), kwargs)
 
-    ENTERED_CODE.add(cast(FunctionType, entered).__code__)
     return entered
 
 
-def _modes_for(owner: CallOwner, is_forward: bool) -> list[BranchMode]:
+def _run(
+    owner: CallOwner,
+    name: str,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run one of an owner's methods under the modes that it needs."""
+    modes = _modes_for(owner, name)
+    if not modes:
+        return method(*args, **kwargs)
+    if len(modes) == 1:
+        with modes[0]:
+            output = method(*args, **kwargs)
+    else:
+        with modes[0], modes[1]:
+            output = method(*args, **kwargs)
+    for mode in modes:
+        mode.check()
+    return output
+
+
+ENTERED_CODE.add(_run.__code__)
+
+
+def _modes_for(owner: CallOwner, method: str) -> list[BranchMode]:
     """The modes that are to be entered for a call of one of an owner's methods.
 
-    Calls are counted in the forward alone. A method that runs inside of another one of the
-    same owner finds its modes there already.
+    Calls are counted in the forward alone: another method that runs without one may not make
+    any. A method that runs inside of another one of the same owner finds its modes there.
     """
     owned = owner._coord_sites
-    kinds = {site.counts for site in owned if is_forward or not site.counts}
+    kinds = {site.counts for site in owned}
     for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         if type(mode) is BranchMode and mode.owner is owner:
             kinds.discard(mode.counts)
+    alone = "" if method in ("forward", "__call__") else method
     return [
-        BranchMode(owner, [site for site in owned if site.counts is counts], counts)
+        BranchMode(
+            owner,
+            [site for site in owned if site.counts is counts],
+            counts,
+            alone if counts else "",
+        )
         for counts in sorted(kinds)
     ]
 
 
-def owner_obstacle(owner: nn.Module) -> str:
-    """Why the calls of a module cannot be watched; empty if they can."""
+def owner_obstacle(owner: nn.Module, weight: str | None = None) -> str:
+    """Why the calls of a module cannot be watched; empty if they can.
+
+    Args:
+        owner: The module.
+        weight: Name of the weight that it calls with; ``None`` where it is computed.
+    """
     name = type(owner).__name__
     if "forward" in vars(owner):
         return (
@@ -141,17 +200,42 @@ def owner_obstacle(owner: nn.Module) -> str:
         )
     if isinstance(owner, _ConvNd):
         return f"{name} is a convolution itself, and not a module that calls one"
-    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return (
-            f"{name} calls it and is a {_container(owner)}, whose members are run one by one, and "
-            "the branch would be one of them: make it a torch.nn convolution module"
-        )
+    if not callable(getattr(type(owner), "forward", None)):
+        return f"the forward of {name} is not a method, so its calls cannot be watched"
+    for module, does in ((owner, "calls it"), (_holder(owner, weight), "stores its weight")):
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{type(module).__name__} {does} and is TorchScript, which takes no new members"
+        if how := _runs_its_members(module):
+            return (
+                f"{type(module).__name__} {does} and {how}, whose members are run one by one, and "
+                "the branch would be one of them: make it a torch.nn convolution module"
+            )
     return ""
 
 
-def _container(owner: nn.Module) -> str:
-    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next(f"torch.nn.{kind.__name__}" for kind in kinds if isinstance(owner, kind))
+def _holder(owner: nn.Module, weight: str | None) -> nn.Module:
+    """The module that a branch is put into: that which stores the weight, or the owner."""
+    name = "" if weight is None else weight.rpartition(".")[0]
+    return owner.get_submodule(name) if name in dict(owner.named_modules()) else owner
+
+
+def _runs_its_members(module: nn.Module) -> str:
+    """How a module runs whatever its members are, in words; empty if it does not."""
+    for kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        if isinstance(module, kind):
+            return f"is a torch.nn.{kind.__name__}"
+    forward = inspect.unwrap(type(module).forward)
+    if isinstance(forward, FunctionType) and _LISTINGS.intersection(forward.__code__.co_names):
+        before = ""
+        for instruction in dis.get_instructions(forward):
+            of_itself = before == forward.__code__.co_varnames[0]
+            if of_itself and instruction.argval in _LISTINGS:
+                return f"goes through its own {instruction.argval}"
+            before = instruction.argval if instruction.opname.startswith("LOAD_FAST") else ""
+    return ""
+
+
+_LISTINGS = frozenset({"children", "named_children", "_modules", "modules", "named_modules"})
 
 
 def add_to_owner_(
@@ -187,9 +271,9 @@ def add_to_owner_(
             # torch takes a parametrized module back to its first base class when the last
             # parametrization is removed, so the owner's class goes beneath.
             base = class_in_place(CallOwner, cast("type[nn.Module]", before.__bases__[0]))
-            owner.__class__ = on_other_base(before, base)
+            _set_class(owner, on_other_base(before, base))
         else:
-            owner.__class__ = class_in_place(CallOwner, before)
+            _set_class(owner, class_in_place(CallOwner, before))
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
     before_it = cast(CallOwner, owner)._coord_sites
@@ -234,4 +318,11 @@ def remove_from_owner_(owner: CallOwner) -> None:
     is_parametrized = parametrize.is_parametrized(owner)
     plain: Any = class_without(CallOwner, before.__bases__[0] if is_parametrized else before)
     # It is a CallOwner no longer.
-    owner.__class__ = on_other_base(before, plain) if is_parametrized else plain
+    _set_class(owner, on_other_base(before, plain) if is_parametrized else plain)
+    if isinstance(own := vars(owner).get("forward"), ForwardUnderMode):
+        vars(owner)["forward"] = own.forward
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Whatever the class itself does when an attribute is set."""
+    object.__setattr__(module, "__class__", kind)

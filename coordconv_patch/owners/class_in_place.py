@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from coordconv_patch.errors import PatchError
+
 __all__ = ["InPlaceMixin", "class_in_place", "class_without"]
 
 
@@ -51,6 +53,9 @@ def class_in_place(mixin: type[InPlaceMixin], below: type[nn.Module]) -> type[In
     """The class with a mixin before another one; the same one every time.
 
     It has the name of the class below: code looks at the names of classes.
+
+    Raises:
+        PatchError: If the class below cannot have a subclass.
     """
     key = (mixin, below)
     if key not in _MADE:
@@ -61,7 +66,14 @@ def class_in_place(mixin: type[InPlaceMixin], below: type[nn.Module]) -> type[In
             "__doc__": below.__doc__,
         }
         metaclass: Any = type(below)
-        combined = metaclass(below.__name__, (mixin, below), own | mixin._methods_in_place(below))
+        own |= mixin._methods_in_place(below)
+        try:
+            combined = metaclass(below.__name__, (mixin, below), own)
+        except Exception as error:
+            raise PatchError(
+                f"{below.__qualname__} is given coordinates by a subclass of it, and has a "
+                f"metaclass that refuses one: {error}"
+            ) from error
         _MADE_FROM[combined] = key
         _MADE.setdefault(key, combined)  # another thread may have been faster
     return _MADE[key]

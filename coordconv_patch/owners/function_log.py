@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import (
+    CALLED_CONVS,
     CONV_SIGNATURES,
     call_geometry,
     join_names,
@@ -28,15 +29,13 @@ from coordconv_patch.graphs.functional import (
 )
 from coordconv_patch.graphs.own_padding import NOT_PADDED, OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.branch import CoordBranch
-from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ConvGeometry
+from coordconv_patch.layers.geometry import ConvGeometry
 from coordconv_patch.owners.owned_calls import OwnedCalls
 
 __all__ = ["FunctionLog", "FunctionSite", "common_caller"]
 
 _MOST_PADS = 8
 """Pads that are remembered until a convolution comes; each keeps its output alive."""
-
-_FUNCTIONS = frozenset(CONV_FUNCTIONS.values())
 
 Running = Sequence[tuple[str, int]]
 """The modules that are running, outermost first: their names, and the numbers of their runs."""
@@ -51,15 +50,15 @@ class FunctionSite:
         owned: Which calls they are.
         geometry: Their geometry; ``None`` where they have several.
         obstacle: Why the site cannot be patched; empty if it can.
-        weight: The weight, or one like it where it is computed; alive, so that no other
-            tensor has its identity.
+        weights: The weight, or those of its calls where it is computed anew; alive, so that no
+            other tensor has the identity of one.
     """
 
     name: str
     owned: OwnedCalls
     geometry: ConvGeometry | None
     obstacle: str
-    weight: Tensor = field(repr=False, compare=False)
+    weights: tuple[Tensor, ...] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ class FunctionLog:
             Of a convolution in a plain module's own code: its weight, and its input.
         """
         own = None
-        if func in _FUNCTIONS and running:
-            own = self._note_convolution(func, args, kwargs, running, in_graph)
+        if running and (function := CALLED_CONVS.get(func)) is not None:
+            own = self._note_convolution(function, args, kwargs, running, in_graph)
         elif func is F.pad and running:
             self._padded.append((output, pad_arguments(func, args, kwargs), running[-1][0]))
         self._constants.note(func, args, kwargs, output)
@@ -177,15 +176,34 @@ class FunctionLog:
 
     def sites(self) -> Iterator[FunctionSite]:
         """The functional sites of plain modules, in order of their first calls."""
-        groups: dict[int, list[_Event]] = {}
-        for event in self._events:
-            if event.is_own:
-                groups.setdefault(id(event.weight), []).append(event)
         taken: dict[str, int] = {}
-        for events in groups.values():
+        for events in self._events_by_site():
             site = self._site(events)
             count = taken[site.name] = taken.get(site.name, -1) + 1
             yield replace(site, name=f"{site.name}_{count}") if count else site
+
+    def _events_by_site(self) -> Iterator[list[_Event]]:
+        """Calls by one weight; and by weights that each run of a module computes anew."""
+        by_weight: dict[int, list[_Event]] = {}
+        for event in self._events:
+            if event.is_own:
+                by_weight.setdefault(id(event.weight), []).append(event)
+        by_place: dict[Any, list[_Event]] = {}
+        for weight, events in by_weight.items():
+            is_stored = weight in self._names or isinstance(events[0].weight, nn.Parameter)
+            place = None if is_stored else self._place_in_a_run(events)
+            by_place.setdefault(weight if place is None else place, []).extend(events)
+        yield from by_place.values()
+
+    def _place_in_a_run(self, events: Sequence[_Event]) -> tuple[Any, ...] | None:
+        """Where calls by one computed weight are in the run of their owner, if it is one run."""
+        owner = common_caller([[name for name, _ in event.running] for event in events])
+        if len({dict(event.running).get(owner) for event in events}) > 1:
+            return None
+        try:
+            return owner, events[0].function, self._positions(events, owner, False)
+        except PatchError:
+            return None
 
     def _site(self, events: Sequence[_Event]) -> FunctionSite:
         first = events[0]
@@ -200,6 +218,11 @@ class FunctionLog:
             owner = common_caller(stacks, holder)
             name = weight_site_name(stored, self._model.get_submodule(holder))
         obstacle = next((event.obstacle for event in events if event.obstacle), "")
+        if stored is None and isinstance(first.weight, nn.Parameter):
+            obstacle = obstacle or (
+                "its weight is a Parameter that the model does not register (it is kept in a list, "
+                "perhaps), so there is no place for that of its coordinates"
+            )
         geometries = {(event.geometry, event.padding) for event in events}
         if len(geometries) > 1:
             obstacle = obstacle or "one weight is used with several strides or paddings"
@@ -225,7 +248,7 @@ class FunctionLog:
             owned=OwnedCalls(owner, function, own_name, first.padding, indices, total),
             geometry=first.geometry if len(geometries) == 1 else None,
             obstacle=obstacle,
-            weight=first.weight,
+            weights=tuple({id(event.weight): event.weight for event in events}.values()),
         )
 
     def _positions(

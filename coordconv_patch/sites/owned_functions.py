@@ -59,11 +59,11 @@ def recorded_function_sites(
             class_name=seen.owned.function,
             geometry=seen.geometry,
             padding=seen.owned.padding.rule,
-            obstacle=seen.obstacle or owner_obstacle(owner),
+            obstacle=seen.obstacle or owner_obstacle(owner, seen.owned.weight),
             patched=geometry_of_calls(owner, seen.owned) is not None,
             region=regions.around(join_names(seen.owned.owner, "?")),
             owned=seen.owned,
-            weight=seen.weight,
+            weight=seen.weights[0],
         )
 
 
@@ -85,7 +85,7 @@ def _site_by_stored_weight(
         class_name=function,
         geometry=geometry,
         padding=padding,
-        obstacle=obstacle or owner_obstacle(owner),
+        obstacle=obstacle or owner_obstacle(owner, own_name),
         patched=geometry_of_calls(owner, owned) is not None,
         region=region,
         owned=owned,

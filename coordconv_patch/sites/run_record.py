@@ -65,6 +65,14 @@ def record_run(
     return recorder.record()
 
 
+def _shared(
+    around: Sequence[tuple[str, int]], other: Sequence[tuple[str, int]]
+) -> list[tuple[str, int]]:
+    """The runs of modules that two calls are both part of, outermost first."""
+    pairs = zip(around, other, strict=False)
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
 def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
     """A hook that does nothing in other threads, which may be running the same model."""
     thread = threading.get_ident()
@@ -134,12 +142,19 @@ class _CallRecorder(TorchFunctionMode):
         """What was noted."""
         functions = tuple(self._log.sites())
         # Functional sites are known by their weights until all of their calls are.
-        names: dict[int | str, str] = {id(site.weight): site.name for site in functions}
-        calls = {names.get(key, str(key)): calls for key, calls in self._calls.items()}
-        callers = {
-            names.get(key, str(key)): self._caller(around) for key, around in self._around.items()
+        names: dict[int | str, str] = {
+            id(weight): site.name for site in functions for weight in site.weights
         }
-        behind = {names.get(key, str(key)): name for key, name in self._roi_operators.items()}
+        calls: dict[str, list[Call]] = {}
+        around: dict[str, list[tuple[str, int]]] = {}
+        behind: dict[str, str] = {}
+        for key, made in self._calls.items():
+            name = names.get(key, str(key))
+            calls.setdefault(name, []).extend(made)
+            around[name] = _shared(around.get(name, self._around[key]), self._around[key])
+            if key in self._roi_operators:
+                behind.setdefault(name, self._roi_operators[key])
+        callers = {name: self._caller(shared) for name, shared in around.items()}
         return RunRecord(calls, callers, functions, behind)
 
     def _caller(self, around: Sequence[tuple[str, int]]) -> str | None:
@@ -180,10 +195,7 @@ class _CallRecorder(TorchFunctionMode):
         if behind := self._roi_flow.behind(source):
             self._roi_operators.setdefault(name, behind)
         around = self._around.setdefault(name, list(self._running))
-        shared = itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(around, self._running, strict=False)
-        )
-        self._around[name] = [one for one, _ in shared]
+        self._around[name] = _shared(around, self._running)
 
     def _after_module(
         self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor

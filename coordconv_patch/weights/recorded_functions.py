@@ -66,7 +66,7 @@ def _recorded_site(
         class_name=function.function,
         geometry=record.geometry,
         padding=function.padding.rule,
-        obstacle=owner_obstacle(owner),
+        obstacle=owner_obstacle(owner, function.weight),
         patched=geometry_of_calls(owner, function) is not None,
         owned=function,
         weight=weight,
