@@ -251,11 +251,10 @@ class BranchMode(TorchFunctionMode):
                 )
 
     def _has_stray_like(self, site: OwnedSite, stored: Any) -> bool:
-        if stored is None:
-            shape, strays = torch.Size(site.geometry.weight_shape), self.stored_strays
-        else:
-            shape, strays = getattr(stored, "shape", None), self.strays
-            shape = None if isinstance(stored, fx.Proxy) else shape
+        shape: Any = site.geometry.weight_shape
+        strays = self.stored_strays
+        if stored is not None:
+            shape, strays = None if isinstance(stored, fx.Proxy) else stored.shape, self.strays
         return any(
             name == site.owned.function and (shape is None or other is None or other == shape)
             for name, other in strays
