@@ -27,7 +27,7 @@ from coordconv_patch.patching.plan_warnings import (
     warn_of_unreached,
 )
 from coordconv_patch.patching.same_outputs import Promise
-from coordconv_patch.running.rollback import ModuleStates
+from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.sites.select import Where
 
@@ -141,15 +141,19 @@ def patch_(
 def _patch_and_check_(model: nn.Module, target: Model, decided: Plan, example_inputs: Any) -> Model:
     """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
-    before = None if promise is None else ModuleStates(target)
-    apply_plan_(target, decided)
-    _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
-    broken = None if promise is None else promise.broken()
-    if promise is not None and before is not None and broken is not None:
-        before.restore()
-        doubt = promise.explain(broken)
-        if doubt:
-            warnings.warn(doubt, stacklevel=3)
+    # Nothing stays half-changed, whatever ends this: an interrupt in the comparison, a warning
+    # that is an error.
+    with unchanged_on_failure(target) as before:
         apply_plan_(target, decided)
-    warn_of_unreached(decided, promise)
+        _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
+        broken = None if promise is None else promise.broken()
+        if promise is not None and broken is not None:
+            before.restore()
+            doubt = promise.explain(broken)
+            if doubt:
+                warnings.warn(doubt, stacklevel=3)
+            apply_plan_(target, decided)
+        if promise is not None and (unseen := promise.uncompared()):
+            warnings.warn(unseen, stacklevel=3)
+        warn_of_unreached(decided, promise)
     return target
