@@ -57,16 +57,11 @@ class ComparedRun:
 @contextlib.contextmanager
 def seeded(model: nn.Module, training: bool) -> Iterator[None]:
     """Every run draws the same random numbers, and leaves no trace."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with state_restored(model), in_mode(model, training=training):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with state_restored(model, runs=True), in_mode(model, training=training):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
 
 
 @contextlib.contextmanager
