@@ -25,6 +25,7 @@ from coordconv_patch.patching.plan_warnings import (
     warn_of_obstacles,
     warn_of_regions_of_interest,
     warn_of_unreached,
+    warn_of_unread,
 )
 from coordconv_patch.patching.same_outputs import Promise
 from coordconv_patch.running.rollback import unchanged_on_failure
@@ -82,7 +83,8 @@ def patch(
             ``None``: the paper's.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
             keyword arguments). Needed for ``"first"`` on models that torch.fx cannot
-            trace, and for convolution functions whose weight the code computes.
+            trace, or in whose trace another convolution may be missing that runs before, and for
+            convolution functions whose weight the code computes.
         check: With example inputs, compare the outputs of the copy with the model's bit for
             bit, in evaluation and in training mode: two forward passes of each. A mode in which
             the model itself fails on them is left out.
@@ -94,7 +96,9 @@ def patch(
         UserWarning: Of convolutions that a selector describes and that cannot be patched; of
             chosen ones that the example inputs do not reach, or in one mode only; and of those
             chosen otherwise than by name that see regions of interest, whose coordinates are
-            those of a box and not of the picture.
+            those of a box and not of the picture. Without example inputs, of weights that a trace
+            never reads beside those of chosen functional convolutions; with them, of outputs
+            that cannot be compared.
 
     Raises:
         SelectionError: If a selector matches nothing that can be patched.
@@ -105,6 +109,7 @@ def patch(
     with LOOK:
         decided = plan(module, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_unread(decided)
         warn_of_regions_of_interest(decided, module)
         target = module if module is not model else copied(module)
         return _patch_and_check_(module, target, decided, example_inputs if check else None)
@@ -134,6 +139,7 @@ def patch_(
     with LOOK:
         decided = plan(model, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_unread(decided)
         warn_of_regions_of_interest(decided, model)
         return _patch_and_check_(model, model, decided, example_inputs if check else None)
 
