@@ -161,7 +161,7 @@ def _difference_of_tensors(before: Tensor, after: Tensor) -> str:
     if not (before.is_floating_point() or before.is_complex()):
         return f"{int((before != after).sum())} of {before.numel()} values differ"
     wide = torch.complex128 if before.is_complex() else torch.float64
-    return _by_how_much((before.to(wide) - after.to(wide)).abs().cpu().numpy())
+    return _by_how_much((before.cpu().to(wide) - after.cpu().to(wide)).abs().numpy())
 
 
 def _difference_of_arrays(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> str:
