@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from coordconv_patch.concatenated.joins import CATS, cat_arguments
-from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.inputs import run_model, writable_inputs
 from coordconv_patch.running.silence import warnings_ignored
 from coordconv_patch.running.untouched import evaluation, state_restored
 
@@ -90,8 +90,9 @@ def record(model: nn.Module, example_inputs: Any, rewritable: Callable[[nn.Modul
         PatchError: If the forward pass fails.
     """
     recorder = _Recorder(model, rewritable)
-    with evaluation(model), state_restored(model), warnings_ignored(UserWarning), recorder:
-        run_model(model, example_inputs)
+    quiet = warnings_ignored(UserWarning)
+    with evaluation(model), state_restored(model, runs=True), quiet, recorder:
+        run_model(model, writable_inputs(example_inputs))
     return recorder.run
 
 

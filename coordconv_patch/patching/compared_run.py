@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.patching.output_values import values_in
-from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.inputs import run_model, writable_inputs
 from coordconv_patch.running.untouched import in_mode, state_restored
 
-__all__ = ["ComparedRun", "seeded", "writable_inputs"]
+__all__ = ["ComparedRun", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,11 @@ class ComparedRun:
 @contextlib.contextmanager
 def seeded(model: nn.Module, training: bool) -> Iterator[None]:
     """Every run draws the same random numbers, and leaves no trace."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with state_restored(model), in_mode(model, training=training):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with state_restored(model, runs=True), in_mode(model, training=training):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
 
 
 @contextlib.contextmanager
@@ -83,14 +78,3 @@ def _reached_noted(model: nn.Module, reached: set[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def writable_inputs(value: Any) -> Any:
-    """Example inputs that a model may write into, the tensors in containers copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if type(value) in (list, tuple):
-        return type(value)(map(writable_inputs, value))
-    if type(value) is dict:
-        return {key: writable_inputs(each) for key, each in value.items()}
-    return value

@@ -25,9 +25,10 @@ from coordconv_patch.patching.plan_warnings import (
     warn_of_obstacles,
     warn_of_regions_of_interest,
     warn_of_unreached,
+    warn_of_unread,
 )
 from coordconv_patch.patching.same_outputs import Promise
-from coordconv_patch.running.rollback import ModuleStates
+from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.sites.select import Where
 
@@ -82,7 +83,8 @@ def patch(
             ``None``: the paper's.
         example_inputs: A tensor, or a tuple of positional arguments (a dict last is
             keyword arguments). Needed for ``"first"`` on models that torch.fx cannot
-            trace, and for convolution functions whose weight the code computes.
+            trace, or in whose trace another convolution may be missing that runs before, and for
+            convolution functions whose weight the code computes.
         check: With example inputs, compare the outputs of the copy with the model's bit for
             bit, in evaluation and in training mode: two forward passes of each. A mode in which
             the model itself fails on them is left out.
@@ -94,7 +96,9 @@ def patch(
         UserWarning: Of convolutions that a selector describes and that cannot be patched; of
             chosen ones that the example inputs do not reach, or in one mode only; and of those
             chosen otherwise than by name that see regions of interest, whose coordinates are
-            those of a box and not of the picture.
+            those of a box and not of the picture. Without example inputs, of weights that a trace
+            never reads beside those of chosen functional convolutions; with them, of outputs
+            that cannot be compared.
 
     Raises:
         SelectionError: If a selector matches nothing that can be patched.
@@ -105,6 +109,7 @@ def patch(
     with LOOK:
         decided = plan(module, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_unread(decided)
         warn_of_regions_of_interest(decided, module)
         target = module if module is not model else copied(module)
         return _patch_and_check_(module, target, decided, example_inputs if check else None)
@@ -134,6 +139,7 @@ def patch_(
     with LOOK:
         decided = plan(model, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)
+        warn_of_unread(decided)
         warn_of_regions_of_interest(decided, model)
         return _patch_and_check_(model, model, decided, example_inputs if check else None)
 
@@ -141,15 +147,19 @@ def patch_(
 def _patch_and_check_(model: nn.Module, target: Model, decided: Plan, example_inputs: Any) -> Model:
     """Carry a plan out on a model or its copy; with example inputs, if outputs stay the same."""
     promise = None if example_inputs is None else Promise(model, target, example_inputs)
-    before = None if promise is None else ModuleStates(target)
-    apply_plan_(target, decided)
-    _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
-    broken = None if promise is None else promise.broken()
-    if promise is not None and before is not None and broken is not None:
-        before.restore()
-        doubt = promise.explain(broken)
-        if doubt:
-            warnings.warn(doubt, stacklevel=3)
+    # Nothing stays half-changed, whatever ends this: an interrupt in the comparison, a warning
+    # that is an error.
+    with unchanged_on_failure(target) as before:
         apply_plan_(target, decided)
-    warn_of_unreached(decided, promise)
+        _LOG.debug("patched %s", listing(site.name for site in decided.chosen))
+        broken = None if promise is None else promise.broken()
+        if promise is not None and broken is not None:
+            before.restore()
+            doubt = promise.explain(broken)
+            if doubt:
+                warnings.warn(doubt, stacklevel=3)
+            apply_plan_(target, decided)
+        if promise is not None and (unseen := promise.uncompared()):
+            warnings.warn(unseen, stacklevel=3)
+        warn_of_unreached(decided, promise)
     return target

@@ -10,8 +10,14 @@ from coordconv_patch.errors import listing
 from coordconv_patch.patching.plan import Plan
 from coordconv_patch.patching.plan_notes import roi_notes
 from coordconv_patch.patching.same_outputs import Promise
+from coordconv_patch.sites.other_ways import unread_weights
 
-__all__ = ["warn_of_obstacles", "warn_of_regions_of_interest", "warn_of_unreached"]
+__all__ = [
+    "warn_of_obstacles",
+    "warn_of_regions_of_interest",
+    "warn_of_unreached",
+    "warn_of_unread",
+]
 
 
 def warn_of_obstacles(decided: Plan) -> None:
@@ -42,6 +48,22 @@ def warn_of_regions_of_interest(decided: Plan, model: nn.Module) -> None:
         )
     for note in roi_notes(decided.site_map, model) if chosen else ():
         warnings.warn(note, stacklevel=3)
+
+
+def warn_of_unread(decided: Plan) -> None:
+    """Warn where a trace may have missed the functional convolutions that really run.
+
+    Convolution modules are found where they are not traced; functional ones are not.
+    """
+    traced = [site for site in decided.chosen if site.calls is None]
+    unread = {name for site in traced for name in unread_weights(site, decided.site_map)}
+    if unread:
+        warnings.warn(
+            f"a trace never reads {listing(sorted(unread))}. If the model convolves by these, the "
+            "trace has taken another way through its code, and these convolutions have no "
+            "coordinates: pass example_inputs=...",
+            stacklevel=3,
+        )
 
 
 def warn_of_unreached(decided: Plan, promise: Promise | None) -> None:

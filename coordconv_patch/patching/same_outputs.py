@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from coordconv_patch.errors import PatchError
-from coordconv_patch.patching.compared_run import ComparedRun, seeded, writable_inputs
+from coordconv_patch.errors import PatchError, listing
+from coordconv_patch.patching.compared_run import ComparedRun, seeded
 from coordconv_patch.patching.convolution_inputs import InputChecksums, first_with_other_input
-from coordconv_patch.patching.output_values import MISSING, difference_of
-from coordconv_patch.running.inputs import run_model
+from coordconv_patch.patching.output_values import MISSING, Uncompared, difference_of
+from coordconv_patch.running.inputs import run_model, writable_inputs
 
 __all__ = ["Difference", "Promise"]
 
@@ -85,6 +85,21 @@ class Promise:
         if broken is not None:
             self._inputs = self._inputs_of_convolutions(broken.mode)
         return broken
+
+    def uncompared(self) -> str:
+        """Which outputs could not be compared, for a warning; empty if all could."""
+        kinds = {
+            f"output{place}": value.kind
+            for run in self._after.values()
+            for place, value in (run.outputs or {}).items()
+            if isinstance(value, Uncompared)
+        }
+        if not kinds:
+            return ""
+        return (
+            "parts of the output could not be compared before and after patching: "
+            f"{listing(f'{place} ({kind})' for place, kind in kinds.items())}"
+        )
 
     def explain(self, broken: Difference) -> str:
         """Say of a broken promise what is different, and where that begins.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
 from coordconv_patch.errors import ExampleInputsError, PatchError
+from coordconv_patch.running.held_values import tensors_held_by
 
 __all__ = [
     "as_plain_dict",
@@ -22,6 +24,7 @@ __all__ = [
     "split_inputs",
     "takes_image_list",
     "tensors_in",
+    "writable_inputs",
 ]
 
 
@@ -72,6 +75,35 @@ def run_model(model: nn.Module, example_inputs: Any) -> Any:
             f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def writable_inputs(example_inputs: Any) -> Any:
+    """Example inputs that a model may write into: containers, objects and tensors copied.
+
+    Modules are not, nor what cannot be copied. A tensor that is given twice still is one.
+    """
+    copies: dict[int, Any] = {
+        # Not by the tensor's own way to be copied, which refuses those with a history.
+        id(each): _copied_tensor(each) if isinstance(each, Tensor) else each
+        for each in tensors_held_by(example_inputs)
+    }
+    return _copied(example_inputs, copies)
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of a value; of the parts that have copies already, these."""
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, copies) for each in value)
+    if type(value) is dict:
+        return {key: _copied(each, copies) for key, each in value.items()}
+    try:
+        return copy.deepcopy(value, copies)
+    except Exception:  # an open file, a lock: whatever its class raises
+        return value
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def in_signature_order(model: nn.Module, example_inputs: Any) -> Any:

@@ -37,14 +37,15 @@ class ModuleStates:
 
 
 @contextmanager
-def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+def unchanged_on_failure(model: nn.Module) -> Iterator[ModuleStates]:
     """While entered, an exception restores the model's modules: classes, attributes and hooks.
 
-    The values of tensors are not restored, see :func:`values_restored_on_failure`.
+    Gives what the modules were when it was entered. The values of tensors are not restored, see
+    :func:`values_restored_on_failure`.
     """
     before = ModuleStates(model)
     try:
-        yield
+        yield before
     except BaseException:
         before.restore()
         raise

@@ -10,16 +10,19 @@ because the flags that are right already are not touched.
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import CoordConvPatchError, PatchError
+from coordconv_patch.running.kept_tensors import KeptGradients, KeptTensors
 
 __all__ = ["LOOK", "Model", "copied", "evaluation", "in_mode", "state_restored"]
 
@@ -52,49 +55,69 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are put back."""
-    devices = _cuda_devices(model)
-    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices):
+    """Evaluation mode without gradients; training flags and random states are put back."""
+    with in_mode(model, training=False), torch.no_grad(), _random_states_restored(model):
         yield
 
 
 @contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind: attributes, buffers and random state.
+def _random_states_restored(model: nn.Module) -> Iterator[None]:
+    """Put back the random states of Python, NumPy and torch, there on the model's devices too."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(_cuda_devices(model)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
-    A traced one would leave proxies, and counts one more batch in every batch norm
-    whose own code does the counting.
+
+@contextmanager
+def state_restored(model: nn.Module, *, runs: bool = False) -> Iterator[None]:
+    """Undo what a look at a model leaves behind: attributes, buffers and random states.
+
+    A trace would leave proxies, and counts one more batch in every batch norm whose own code
+    does the counting.
+
+    Args:
+        model: The model.
+        runs: Whether it really runs, and may change its parameters and their gradients, as those
+            do that keep their weights small. A trace has proxies in their place. This takes
+            a copy of the parameters for as long.
     """
     with LOOK:
-        state = _State(model)
+        state = _State(model, runs)
         try:
-            with torch.random.fork_rng(_cuda_devices(model)):
+            with _random_states_restored(model):
                 yield
         finally:
             state.restore()
 
 
 class _State:
-    """What a forward pass may change of a model."""
+    """What a look may change of a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, runs: bool) -> None:
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.attributes = [held for module in modules for held in _attributes_of(module)]
         self.containers = _Containers()
         for module in modules:
             attributes = dict(vars(module))
             self.containers.note(v for k, v in attributes.items() if k not in _RESTORED_ABOVE)
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        parameters = list(model.parameters()) if runs else []
+        tensors = (*model.buffers(), *self.containers.tensors, *parameters)
+        self.tensors = KeptTensors(
+            each for each in tensors if runs or not isinstance(each, nn.Parameter)
+        )
+        self.gradients = KeptGradients(parameters)
 
     def restore(self) -> None:
         """Put back what has changed since."""
         for holder, contents in self.attributes:
             _restore(holder, contents)
         self.containers.restore()
-        with torch.no_grad():
-            for buffer, value in self.buffers:
-                if not buffer.is_meta and not _identical(buffer, value):
-                    buffer.resize_(value.shape).copy_(value)  # observers grow theirs in place
+        self.tensors.restore()
+        self.gradients.restore()
 
 
 def _attributes_of(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -125,10 +148,14 @@ class _Containers:
 
     def __init__(self) -> None:
         self.noted: dict[int, tuple[Any, Any]] = {}
+        self.tensors: list[Tensor] = []
+        """Those among the values, and in the containers."""
 
     def note(self, values: Iterable[Any]) -> None:
         """Remember the contents of every container among some values, and of those in it."""
         for value in values:
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
             if not isinstance(value, (dict, list, set, deque)) or id(value) in self.noted:
                 continue
             # Not copy.copy: a subclass may copy in its own way. Most are empty dicts of hooks.
@@ -161,13 +188,6 @@ def _is_same(left: Any, right: Any) -> bool:
     if isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right) == 2:
         return left[0] is right[0] and left[1] is right[1]
     return left is right
-
-
-def _identical(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values, NaN included."""
-    if left.shape != right.shape:
-        return False
-    return torch.equal(left, right) or torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from coordconv_patch.arguments import check_callable, check_word
 from coordconv_patch.errors import ArgumentError, SelectionError, listing
 from coordconv_patch.sites.detector_parts import Part, branches, mask_features, necks
+from coordconv_patch.sites.other_ways import may_run_before
 from coordconv_patch.sites.site import Site, SiteMap
 
 __all__ = ["PRESETS", "Placement", "first_site", "register_selector", "unusable"]
@@ -25,6 +26,13 @@ def first_site(site_map: SiteMap) -> list[Site]:
         )
     if first.order is None:
         raise SelectionError("no convolution is executed in the forward pass")
+    if first.calls is None and (others := may_run_before(first, site_map)):
+        raise SelectionError(
+            f"cannot tell which convolution runs first: a trace calls {first.name!r} first, and "
+            f"never calls {listing(others)}. A trace may take another way through the code than a "
+            "forward pass, where the code asks what kind of tensor it was given. Pass "
+            "example_inputs=..., or name the site"
+        )
     return [first]
 
 

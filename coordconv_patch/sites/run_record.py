@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from coordconv_patch.layers.geometry import Call
 from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
-from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.inputs import run_model, writable_inputs
 from coordconv_patch.running.silence import warnings_ignored
 from coordconv_patch.running.untouched import evaluation, state_restored
 from coordconv_patch.sites.node_by_node import NodeByNode
@@ -60,8 +60,8 @@ def record_run(
     recorder = _CallRecorder(model, modules, functions, FunctionLog(model))
     # The model's warnings would seem to come from here, where its functions are watched.
     quiet = warnings_ignored(UserWarning)
-    with evaluation(model), state_restored(model), blank_maps(model), quiet, recorder:
-        run_model(model, example_inputs)
+    with evaluation(model), state_restored(model, runs=True), blank_maps(model), quiet, recorder:
+        run_model(model, writable_inputs(example_inputs))
     return recorder.record()
 
 

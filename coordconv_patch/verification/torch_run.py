@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coordconv_patch.running.inputs import as_plain_dict, run_model, tensors_in
+from coordconv_patch.running.inputs import as_plain_dict, run_model, tensors_in, writable_inputs
 from coordconv_patch.running.untouched import evaluation
 from coordconv_patch.verification.detections import Fields, find_fields
 
@@ -25,7 +25,7 @@ class TorchRun:
 def run_torch(model: nn.Module, example_inputs: Any) -> TorchRun:
     """The model's outputs in evaluation mode; a PatchError if it fails on these inputs."""
     with evaluation(model):
-        outputs = as_plain_dict(run_model(model, example_inputs))
+        outputs = as_plain_dict(run_model(model, writable_inputs(example_inputs)))
     return TorchRun(tensors_in(outputs), find_fields(outputs))
 
 

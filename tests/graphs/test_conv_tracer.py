@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coordconv_patch as ccp
+from coordconv_patch.errors import SelectionError
 from coordconv_patch.graphs.conv_tracer import trace
 
 
@@ -29,9 +31,11 @@ class Particular(nn.Module):
 
 
 def test_a_traced_value_passes_for_a_tensor() -> None:
-    """Or "first" would choose a convolution that never runs."""
+    """Or a convolution that never runs would come first."""
     model = Particular()
-    assert [row.site.name for row in ccp.plan(model, "first").rows if row.chosen] == ["c"]
+    assert ccp.plan(model, "all").rows[0].site.name == "c"
+    with pytest.raises(SelectionError, match="never calls a, b"):  # which is not known for sure
+        ccp.plan(model, "first")
     calls = [node.target for node in trace(model).nodes if node.op == "call_module"]
     assert calls == ["c", "d"]
     image = torch.randn(1, 3, 4, 4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -176,6 +178,78 @@ def test_values_that_are_not_numbers_are_the_same(x: Tensor) -> None:
             return {"maps": zero / zero, "none": None, "nan": float("nan"), "text": "t"}
 
     ccp.patch(Dividing(), "a", example_inputs=x)
+
+
+class Watched(Net):
+    """Gives what a function makes of its maps, which depend on whether it is patched."""
+
+    def __init__(self, make: Callable[[Tensor], Any], *, same: bool = False) -> None:
+        super().__init__()
+        self.make, self.same = make, same
+
+    def forward(self, x: Tensor) -> Any:
+        factor = 1 if self.same else len(list(self.parameters()))
+        return self.make(self.a(x).detach() * factor)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Tensor.numpy,
+        Tensor.to_sparse,
+        Tensor.to_mkldnn,
+        lambda y: torch.nested.nested_tensor([y[0], y[1]]),
+        lambda y: collections.deque([y]),
+        lambda y: {float(y.sum())},
+    ],
+)
+def test_outputs_of_every_kind_are_compared(make: Callable[[Tensor], Any], x: Tensor) -> None:
+    model = Watched(make)
+    with pytest.raises(PatchError, match="Nothing was changed"):
+        ccp.patch_(model, "all", example_inputs=x)
+    assert not coord_layers(model)
+    ccp.patch_(Watched(make, same=True), "a", example_inputs=x)
+
+
+def test_outputs_that_cannot_be_compared_are_warned_of(x: Tensor) -> None:
+    with pytest.warns(
+        UserWarning, match=r"could not be compared.*output\['a'\] \(generator\)"
+    ) as seen:
+        ccp.patch(Watched(lambda y: {"a": (each for each in y)}), "a", example_inputs=x)
+    assert {each.filename for each in seen} == {__file__}
+
+
+def test_complex_values_that_are_not_numbers_are_the_same(
+    x: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Watched(lambda y: torch.complex(y * float("nan"), y), same=True)
+    ccp.patch(model, "a", example_inputs=x)
+    assert not recwarn.list
+
+
+class Interrupting(Net):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if coord_layers(self):
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_an_interrupt_in_the_comparison_leaves_the_model_plain(x: Tensor) -> None:
+    model = Interrupting()
+    names = list(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        ccp.patch_(model, "all", example_inputs=x)
+    assert not coord_layers(model)
+    assert list(model.state_dict()) == names
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_plain(x: Tensor) -> None:
+    model = Watched(iter, same=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="could not be compared"):
+            ccp.patch_(model, "a", example_inputs=x)
+    assert not coord_layers(model)
 
 
 # --- sites that are not reached -------------------------------------------------------------------
