@@ -332,8 +332,13 @@ def rank_command(
     where: options.Sites = None,
     by: Annotated[str | None, typer.Option(help="site or stage. [default: as few rows]")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of the model's own weights.")] = 1e-3,
-    steps: Annotated[int | None, typer.Option(help="Steps of a run. [default: by cost]")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each.")] = 2,
+    coord_lr: Annotated[
+        float | None, typer.Option(help="Of coordinate weights. [default: ten times --lr]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of a long run. [default: by cost]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Long runs of each.")] = 2,
     picture: Annotated[Path | None, typer.Option(help="Draw the gains: a .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -347,6 +352,7 @@ def rank_command(
         where or "all",
         by=by,  # type: ignore[arg-type]  # checked there
         lr=lr,
+        coord_lr=coord_lr,
         steps=steps,
         seeds=seeds,
     )

@@ -15,6 +15,8 @@ _FEWEST = 8
 _MOST = 64
 """All of them are kept in memory, and each measurement runs every held-out one."""
 _ONE_HELD_OUT_OF = 4
+_MOST_HELD_OUT = 8
+"""Measuring on more costs steps that training needs."""
 
 
 class Batches(NamedTuple):
@@ -22,7 +24,7 @@ class Batches(NamedTuple):
 
     Attributes:
         training: To train on.
-        held_out: To measure on; every fourth of all.
+        held_out: To measure on: a quarter of all, but eight at most.
     """
 
     training: Sequence[Any]
@@ -30,7 +32,7 @@ class Batches(NamedTuple):
 
 
 def split(batches: Iterable[Any]) -> Batches:
-    """Take the first 64 batches, and hold every fourth out.
+    """Take the first 64 batches, and hold every fourth out; of more than 32 fewer.
 
     Raises:
         ArgumentError: If they cannot be iterated over, or are fewer than 8.
@@ -44,8 +46,9 @@ def split(batches: Iterable[Any]) -> Batches:
     if len(taken) < _FEWEST:
         raise ArgumentError(
             f"batches: {len(taken)} of them are too few, because a quarter is held out: pass "
-            f"{_FEWEST} or more (24 are better, {_MOST} are the most that are used)"
+            f"{_FEWEST} or more ({_MOST} are the most that are used, and best)"
         )
-    held_out = taken[_ONE_HELD_OUT_OF - 1 :: _ONE_HELD_OUT_OF]
-    training = [one for index, one in enumerate(taken) if (index + 1) % _ONE_HELD_OUT_OF]
+    one_of = max(_ONE_HELD_OUT_OF, -(-len(taken) // _MOST_HELD_OUT))
+    held_out = taken[one_of - 1 :: one_of]
+    training = [one for index, one in enumerate(taken) if (index + 1) % one_of]
     return Batches(training, held_out)

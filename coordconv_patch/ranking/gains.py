@@ -1,26 +1,21 @@
 """Gains with their intervals: held-out losses of the plain runs less those with coordinates.
 
-Two things blur a gain: which order the training batches came in (S seeds), and which batches were
-held out (B of them). With d[s, b] the difference for one seed and one held-out batch::
-
-    gain = mean of d        variance = V / S + W / B
-
-V is the variance over the seeds of the batches' mean, W the variance over the batches of the seeds'
-mean. Three seeds tell little of V, so that of a part is no less than the mean over all parts. The
-intervals hold for all parts at once: with n of them each has the confidence 1 - 0.05 / n
-(Bonferroni), by Student's t with the fewer of n (S - 1) and B - 1 degrees of freedom.
+Two things blur a gain: which order the training batches came in (S runs), and which batches were
+held out (B of them). Two or three runs tell too little of the first to estimate it, so each
+run has an interval of its own, by Student's t over its B differences, and a gain's interval
+reaches from the lowest end of theirs to the highest: what lies above 0 did so in every
+run. The intervals hold for all parts at once: with n of them each has the confidence
+1 - 0.05 / n (Bonferroni).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-__all__ = ["Gain", "gains_of", "student_quantile"]
+__all__ = ["Gain", "gain_of", "student_quantile"]
 
 _ERROR_RATE = 0.05
 """Of all intervals together."""
@@ -44,26 +39,20 @@ class Gain:
         return f"{self.value:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
 
 
-def gains_of(differences: Sequence[Tensor], comparisons: int | None = None) -> list[Gain]:
-    """Gains of parts that were measured alike.
+def gain_of(differences: Tensor, comparisons: int = 1) -> Gain:
+    """The gain of one part.
 
     Args:
-        differences: For each part ``(S, B)``: losses without coordinates less those with them.
-        comparisons: How many intervals are to hold at once; ``None``: as many as there are parts.
+        differences: ``(S, B)``: losses without coordinates less those with them.
+        comparisons: How many intervals are to hold at once.
     """
-    together = torch.stack(list(differences)).double()
-    parts, seeds, batches = together.shape
-    values = together.mean((1, 2))
-    over_seeds = together.mean(2).var(1) if seeds > 1 else torch.zeros(parts)
-    over_seeds = over_seeds.maximum(over_seeds.mean())
-    over_batches = together.mean(1).var(1)
-    errors = (over_seeds / seeds + over_batches / batches).sqrt()
-    freedom = batches - 1 if seeds == 1 else min(parts * (seeds - 1), batches - 1)
-    factor = student_quantile(1 - _ERROR_RATE / (comparisons or parts) / 2, freedom)
-    return [
-        Gain(float(value), float(value - factor * error), float(value + factor * error))
-        for value, error in zip(values, errors, strict=True)
-    ]
+    differences = differences.double()
+    batches = differences.shape[1]
+    factor = student_quantile(1 - _ERROR_RATE / comparisons / 2, batches - 1)
+    means = differences.mean(1)
+    halves = factor * (differences.var(1) / batches).sqrt()
+    low, high = (means - halves).min(), (means + halves).max()
+    return Gain(float(differences.mean()), float(low), float(high))
 
 
 def student_quantile(probability: float, freedom: int) -> float:

@@ -14,15 +14,7 @@ from torch import Tensor
 from coordconv_patch.ranking.parts import Part
 from coordconv_patch.ranking.probe import Probe
 
-__all__ = ["gains_at", "losses_with", "runs_of"]
-
-
-def runs_of(parts: int, seeds: int) -> int:
-    """Training runs, and passes over the held-out batches, that a ranking takes.
-
-    Of each part, of the plain model, and of scrambled coordinates at the best part.
-    """
-    return (parts + 2) * seeds
+__all__ = ["gains_at", "losses_with"]
 
 
 def losses_with(probe: Probe, sites: Iterable[str], seeds: int) -> Tensor:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import ArgumentError, PatchError
-from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.ranking.probe import Loss
 from coordconv_patch.sites.stages import stages_of
 
-__all__ = ["By", "Part", "Reached", "parts_of", "reached_sites"]
+__all__ = ["By", "Part", "parts_of", "reached_sites"]
 
 By = Literal["site", "stage"]
 
@@ -40,40 +39,26 @@ class Part:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Reached:
-    """A site that runs while the loss is computed.
-
-    Attributes:
-        input_size: Spatial size of what it sees first, such as ``(H, W)``.
-        scale: Standard deviation of what the convolution gives then; of what it is given, where a
-            function and not a module gives it.
-    """
-
-    input_size: tuple[int, ...]
-    scale: float
-
-
 def reached_sites(
     patched: nn.Module, layers: dict[str, CoordLayer], loss: Loss, batch: Any
-) -> dict[str, Reached]:
+) -> dict[str, tuple[int, ...]]:
     """Which layers run while the loss of a batch is computed, in order.
+
+    Returns:
+        By site the spatial size of what it sees first, such as ``(H, W)``.
 
     Raises:
         PatchError: If none does.
         ArgumentError: If the loss is not a scalar tensor.
     """
-    reached: dict[str, Reached] = {}
+    reached: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str, layer: CoordLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def note(name: str, layer: CoordLayer, inputs: tuple[Any, ...]) -> None:
         size = tuple(inputs[0].shape[-len(layer.coord_geometry.kernel_size) :])
-        seen = inputs[0] if isinstance(layer, CoordBranch) else output
-        reached.setdefault(name, Reached(size, float(seen.float().std())))
+        reached.setdefault(name, size)
 
     handles = [
-        layer.register_forward_hook(
-            lambda module, inputs, output, name=name: note(name, module, inputs, output)
-        )
+        layer.register_forward_hook(lambda module, inputs, _, name=name: note(name, module, inputs))
         for name, layer in layers.items()
     ]
     try:
@@ -93,7 +78,7 @@ def reached_sites(
 
 
 def parts_of(
-    layers: dict[str, CoordLayer], reached: dict[str, Reached], by: By | None
+    layers: dict[str, CoordLayer], reached: dict[str, tuple[int, ...]], by: By | None
 ) -> tuple[Part, ...]:
     """The sites that were reached, alone or by stage; ``None``: by stage if they are many."""
     names: Sequence[str] = list(reached)
@@ -109,7 +94,7 @@ def parts_of(
         Part(
             name or "the model",
             sites,
-            reached[sites[0]].input_size,
+            reached[sites[0]],
             sum(layers[site].coord_weight.numel() for site in sites),
         )
         for name, sites in groups.items()

@@ -30,6 +30,7 @@ class Bar(NamedTuple):
         input_size: Spatial size of what it sees, such as ``(H, W)``.
         gain: What coordinates gained there.
         worthwhile: Whether its whole interval lies above 0.
+        finished: Whether it had long runs; drawn as an outline if not.
         scrambled: What scrambled coordinates gained there; ``None`` if that was not measured.
     """
 
@@ -37,6 +38,7 @@ class Bar(NamedTuple):
     input_size: tuple[int, ...]
     gain: Gain
     worthwhile: bool
+    finished: bool
     scrambled: Gain | None
 
 
@@ -66,6 +68,9 @@ def draw_ranking(bars: Sequence[Bar], path: str | os.PathLike[str]) -> None:
     _name_bars(axes, bars)
     axes.set_title(_headline(bars), loc="left", weight="bold", size=11, color=_INK)
     axes.set_ylabel("taken off the held-out loss", color=_MUTED)
+    if not all(bar.finished for bar in bars):
+        note = "outlines: after the short first round, no further"
+        axes.text(1, 1.0, note, transform=axes.transAxes, ha="right", size=9, color=_MUTED)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_MUTED)
     with replacement(path, ArgumentError) as temporary:
@@ -75,14 +80,16 @@ def draw_ranking(bars: Sequence[Bar], path: str | os.PathLike[str]) -> None:
 def _headline(bars: Sequence[Bar]) -> str:
     helpful = sorted((bar for bar in bars if bar.worthwhile), key=lambda bar: -bar.gain.value)
     if not helpful:
-        return "Coordinates help nowhere: every interval reaches 0"
+        return "Coordinates help nowhere: no long run's interval lies above 0"
     others = f" and {len(helpful) - 1} more" if len(helpful) > 1 else ""
     return f"Coordinates help at {helpful[0].name}{others}"
 
 
 def _draw_bar(axes: Any, place: int, bar: Bar) -> None:
     gain = bar.gain
-    axes.bar(place, gain.value, 0.7, color=_WORTHWHILE if bar.worthwhile else _OTHER)
+    color = _WORTHWHILE if bar.worthwhile else _OTHER
+    face = color if bar.finished else "white"
+    axes.bar(place, gain.value, 0.7, facecolor=face, edgecolor=color, lw=1.2)
     axes.plot([place, place], [gain.low, gain.high], color=_INK, lw=1.2)
     if bar.scrambled is None:
         return

@@ -11,9 +11,9 @@ far, and the statistics of the few pictures of one batch would blur what is meas
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,7 @@ from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.ranking.random_state import seed_all
 from coordconv_patch.training import coord_parameters_of
 
-__all__ = ["Loss", "Probe", "Recipe", "coordinate_rate"]
-
-_SHARE = 0.03
+__all__ = ["Loss", "Probe", "Recipe"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """A model and a batch to a scalar."""
@@ -47,17 +45,6 @@ class Recipe:
     steps: int
     lr: float
     coord_lr: Mapping[str, float]
-
-
-def coordinate_rate(scale: float, kernel_size: Sequence[int]) -> float:
-    """A learning rate for coordinate weights that suits a convolution.
-
-    Adam moves each weight by about its learning rate, so with coordinates from -1 to 1 a step moves
-    the output by at most the rate times the taps of the kernel. The rate lets that be 3 % of
-    ``scale``, the output's standard deviation: one rate for all convolutions would flood the first,
-    whose outputs are small, before later ones have moved (docs/where.md).
-    """
-    return _SHARE * (scale or 1.0) / math.prod(kernel_size)
 
 
 class Probe:
@@ -96,6 +83,12 @@ class Probe:
         for module in patched.modules():
             if isinstance(module, _NormBase) and module.track_running_stats:
                 module.eval()
+
+    def lasting(self, steps: int) -> Probe:
+        """The same one with runs of another length."""
+        other = copy.copy(self)
+        other.recipe = replace(self.recipe, steps=steps)
+        return other
 
     def losses(self, sites: Iterable[str], seed: int) -> Tensor:
         """Held-out losses, one a batch, after a run with coordinates at these sites; float64.

@@ -14,10 +14,11 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
 from coordconv_patch.ranking.batches import split
 from coordconv_patch.ranking.parts import By, parts_of, reached_sites
-from coordconv_patch.ranking.probe import Loss, Recipe, coordinate_rate
+from coordconv_patch.ranking.probe import Loss, Recipe
 from coordconv_patch.ranking.random_state import random_states_kept
 from coordconv_patch.ranking.ranking import Ranking
-from coordconv_patch.ranking.trial import Trial, steps_within
+from coordconv_patch.ranking.rounds import rounds_within
+from coordconv_patch.ranking.trial import Trial
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.sites.select import Where
 
@@ -25,6 +26,8 @@ __all__ = ["rank"]
 
 _BUDGET = 100
 """Plain training steps that a ranking may cost for each of its rows."""
+_COORD_RATES = 10
+"""Learning rates of the other weights, for those of coordinates, as the docs advise."""
 
 
 def rank(
@@ -37,14 +40,16 @@ def rank(
     coords: Coordinates | str | None = None,
     example_inputs: Any = None,
     lr: float = 1e-3,
+    coord_lr: float | None = None,
     steps: int | None = None,
     seeds: int = 2,
 ) -> Ranking:
     """Rank convolutions, or stages of them, by what coordinates there take off the loss.
 
-    Each is tried out: trained for a few dozen steps with coordinates there alone, on a copy, beside
-    a copy that is trained alike without any; then the two are compared on batches that neither was
-    trained on. Train the plain model first; a ranking of an untrained one tells how it begins.
+    Each is tried out: a copy is trained with coordinates there alone, beside a copy that is trained
+    alike without any; then the two are compared on batches that neither was trained on. All have
+    twenty steps; the best two, or the best quarter of many, start anew and have as many as the
+    budget allows. Train the plain model first; a ranking of an untrained one tells how it begins.
 
     Nothing of the model changes: not its weights, buffers, flags or hooks, nor the states of random
     generators. The copies are in the model's mode, but batch norms keep their statistics; and what
@@ -54,7 +59,7 @@ def rank(
         model: Any module that :func:`coordconv_patch.patch` takes; plain, or with coordinates
             elsewhere.
         batches: A list of batches or a DataLoader, of which the first 64 are used; 8 at least.
-            Every fourth is held out. They are kept in memory.
+            Every fourth is held out, eight at most. They are kept in memory.
         loss_fn: Called as ``loss_fn(model, batch)`` with a copy of the model; gives a tensor of
             one number.
         where: Which convolutions, see :func:`coordconv_patch.patch`.
@@ -62,11 +67,12 @@ def rank(
             there are more than 16 sites.
         coords: The convention of the coordinate channels; ``None``: the paper's.
         example_inputs: See :func:`coordconv_patch.patch`.
-        lr: Learning rate of Adam, for the model's own weights, as for fine-tuning. Coordinate
-            weights have one of their own at each site, by the scale of its output.
-        steps: Training steps of each run; ``None``: as many as make the whole ranking, its control
-            and all measurements cost 100 training steps of the plain model for each row.
-        seeds: Runs of each, with the training batches in different orders; 2 or more.
+        lr: Learning rate of Adam, for the model's own weights, as for fine-tuning.
+        coord_lr: That of the coordinate weights, as for fine-tuning; ``None``: ten times ``lr``.
+        steps: Training steps of each long run; ``None``: as many as make the whole ranking, its
+            control and all measurements cost 100 training steps of the plain model for each row.
+        seeds: Long runs of each, with the training batches in different orders; what is to be
+            worthwhile has to gain in every one. 2 or more.
 
     Returns:
         The rows with their gains and intervals. ``ranking.worthwhile()`` and ``ranking.top(n)`` are
@@ -85,6 +91,8 @@ def rank(
     check_is_module(model)
     check_callable("loss_fn", loss_fn)
     _check(by, lr, steps, seeds)
+    if coord_lr is not None:
+        check_number("coord_lr", coord_lr)
     taken, convention = split(batches), Coordinates.of(coords)
     with random_states_kept():
         patched = patch(model, where, coords=convention, example_inputs=example_inputs, check=False)
@@ -93,14 +101,11 @@ def rank(
         reached = reached_sites(patched, layers, loss_fn, taken.training[0])
         parts = parts_of(layers, reached, by)
         budget = _BUDGET * len(parts)
-        length = steps or steps_within(budget, len(parts), seeds, len(taken.held_out))
-        rates = {
-            name: coordinate_rate(site.scale, layers[name].coord_geometry.kernel_size)
-            for name, site in reached.items()
-        }
-        recipe = Recipe(length, lr, rates)
+        rounds = rounds_within(budget, len(parts), seeds, len(taken.held_out), steps)
+        coord_rate = _COORD_RATES * lr if coord_lr is None else coord_lr
+        recipe = Recipe(rounds.steps, lr, dict.fromkeys(reached, coord_rate))
         trial = Trial(
-            model, patched, parts, convention, loss_fn, taken, recipe, seeds, example_inputs
+            model, patched, parts, convention, loss_fn, taken, recipe, rounds, example_inputs
         )
         return trial.ranking([name for name in layers if name not in reached])
 

@@ -26,16 +26,20 @@ class RankedPart:
         part: The site or stage.
         gain: What coordinates there, and nowhere else, took off the held-out loss.
         depth: Its position in the order of execution, from 0.
+        steps: How many training steps it was tried for.
+        finished: Whether these were long runs, or the one short run of the first round.
     """
 
     part: Part
     gain: Gain
     depth: int
+    steps: int
+    finished: bool
 
     @property
     def worthwhile(self) -> bool:
-        """Whether the whole interval of its gain lies above 0."""
-        return self.gain.low > 0
+        """Whether the whole interval of its gain lies above 0, after long runs."""
+        return self.finished and self.gain.low > 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,13 +47,14 @@ class Ranking(Shown):
     """What :func:`coordconv_patch.rank` gives. ``print(ranking)`` shows a table.
 
     Attributes:
-        rows: The sites or stages, the largest gain first.
-        plain: Held-out loss without coordinates, before and after the same training.
+        rows: The sites or stages, the largest gain first; those of the first round alone come
+            after those with long runs.
+        plain: Held-out loss without coordinates, before and after a long run.
         scrambled: What scrambled coordinates gain at the best of the worthwhile ones, if there are
             any: what a code of places gains that knows no left, right or near.
         coords: The convention of the coordinate channels.
-        steps: Training steps of a run.
-        seeds: Runs of each.
+        steps: Training steps of a long run.
+        seeds: Long runs of each row that had any.
         cost: What the ranking took, in training steps of the plain model; a held-out batch
             counts a third.
         unreached: Sites that the loss does not run.
@@ -107,7 +112,7 @@ class Ranking(Shown):
 
     def view(self) -> View:
         """The rows, their verdict below."""
-        numbers = ("sites", "params", "gain", "low", "high")
+        numbers = ("sites", "params", "steps", "gain", "low", "high")
         counted = [Column(heading, is_number=True) for heading in numbers]
         columns = (Column("where"), Column("input", rank=1), *counted)
         rows = tuple(self._row(row) for row in self.rows)
@@ -125,6 +130,7 @@ class Ranking(Shown):
             "\u00d7".join(map(str, part.input_size)),
             str(len(part.sites)),
             f"{part.parameters:,}",
+            str(row.steps),
             *(f"{number:+.3g}" for number in (gain.value, gain.low, gain.high)),
         )
         return Row(cells, mark="+" if row.worthwhile else "", strong=row.worthwhile)
@@ -135,9 +141,13 @@ class Ranking(Shown):
             if self.unreached
             else ""
         )
+        long = sum(row.finished for row in self.rows)
+        short = len(self.rows) - long
+        first = f"one run of {self.rows[-1].steps} steps of each, then " if short else ""
+        last = f"of the best {long}" if short else "of each"
         return (
-            f"95 % intervals for all rows at once; {self.seeds} runs of {self.steps} steps each, "
-            f"in all as much as {self.cost:,.0f} plain training steps{unreached}"
+            f"95 % intervals for all rows at once; {first}{self.seeds} runs of {self.steps} steps "
+            f"{last}, in all as much as {self.cost:,.0f} plain training steps{unreached}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +164,7 @@ class Ranking(Shown):
             "rows": [
                 asdict(row.part)
                 | {"depth": row.depth, "gain": asdict(row.gain), "worthwhile": row.worthwhile}
+                | {"steps": row.steps, "finished": row.finished}
                 for row in self.rows
             ],
         }
@@ -172,6 +183,7 @@ class Ranking(Shown):
                 row.part.input_size,
                 row.gain,
                 row.worthwhile,
+                row.finished,
                 self.scrambled if row is best else None,
             )
             for row in sorted(self.rows, key=lambda row: row.depth)

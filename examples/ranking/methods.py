@@ -1,17 +1,24 @@
-"""Two methods that train: with coordinates at one part at a time, or at all and then one kept."""
+"""Methods that train, beside the ranking: at one part at a time, or at all and then one kept.
+
+The ranking itself (coordconv_patch/ranking) trains at one part at a time, too, but for so many
+steps only at the best of them, and at the rate of the fine-tuning that it is to foretell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coordconv_patch.ranking.one_by_one import gains_at, losses_with, runs_of
+from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.coord_layer import CoordLayer
+from coordconv_patch.ranking.one_by_one import gains_at, losses_with
 from coordconv_patch.ranking.parts import Part
-from coordconv_patch.ranking.probe import Probe
+from coordconv_patch.ranking.probe import Loss, Probe
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class OneByOne(_ByPlain):
     """Train with coordinates at one part alone, beside an equal run without any."""
 
     def runs(self, parts: int, seeds: int) -> int:
-        return runs_of(parts, seeds)
+        return (parts + 2) * seeds
 
     measurements = runs
 
@@ -99,3 +106,35 @@ def measured_with(probe: Probe, sites: Iterable[str], seed: int) -> Tensor:
 
 METHODS: dict[str, Method] = {"one by one": OneByOne(), "together": Together()}
 """Methods by name."""
+
+
+_SHARE = 0.03
+
+
+def scaled_rates(
+    patched: nn.Module, layers: Mapping[str, CoordLayer], loss: Loss, batch: Any
+) -> dict[str, float]:
+    """Learning rates of coordinate weights by site, each by the scale of its convolution's output.
+
+    Adam moves each weight by about its learning rate, so with coordinates from -1 to 1 a step
+    moves the output by at most the rate times the taps of the kernel. The rate lets that be 3 % of
+    the output's standard deviation; of the input's, where a function and no module convolves.
+    """
+    scales: dict[str, float] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen = inputs[0] if isinstance(layer, CoordBranch) else output
+        scales.setdefault(name, float(seen.float().std()))
+
+    handles = [
+        layer.register_forward_hook(lambda *given, name=name: note(name, *given))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        loss(patched, batch)
+    for handle in handles:
+        handle.remove()
+    return {
+        name: _SHARE * (scale or 1.0) / math.prod(layers[name].coord_geometry.kernel_size)
+        for name, scale in scales.items()
+    }

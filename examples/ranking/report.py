@@ -24,13 +24,13 @@ from not_so_clevr_pictures import new_figure, plain_axes, save
 from palette import BLUE, GRID, INK, MUTED, ORANGE
 from scipy.stats import rankdata
 
-from coordconv_patch.ranking.gains import gains_of
+from coordconv_patch.ranking.gains import gain_of
 
 RESULTS = Path(__file__).parent / "results"
 LEAST_GAIN = 0.1
 """A task has a gain if, at one of its sites or stages, the mean over the seeds is at least this
 part of the plain model's loss."""
-DEFAULT = "one by one"
+DEFAULT = "the ranking"
 SIGNAL = "gradient, signal over noise"
 FIRST, LAST = "first to run", "last to run"
 CEILING = "what the task's other seeds gained"
@@ -54,9 +54,11 @@ def load(path: Path = RESULTS / "validation.json") -> list[Run]:
 
 
 def relative_gains(run: Run) -> list[float]:
-    """What each part took off the test loss, as a part of the plain model's."""
-    plain = run["realised"]["plain"]
-    return [run["realised"]["gains"][part] / plain for part in run["parts"]]
+    """What each part took off the test loss, as a part of the plain model's; of all trainings."""
+    return [
+        mean(training["gains"][part] / training["plain"] for training in run["realised"])
+        for part in run["parts"]
+    ]
 
 
 def tasks_with_gain(runs: Sequence[Run]) -> set[str]:
@@ -82,6 +84,9 @@ def scores_of(run: Run, method: str) -> list[float] | None:
         return [-score for score in run["scores"][FIRST].values()]
     if method in run["scores"]:
         return [run["scores"][method][part] for part in run["parts"]]
+    if method == DEFAULT and method in run["trials"]:
+        order = [row["name"] for row in run["trials"][method]["rows"]]
+        return [-float(order.index(part)) for part in run["parts"]]
     if method in run["trials"]:
         gains = run["trials"][method]["gains"]
         return [float(np.mean(gains[part])) for part in run["parts"]]
@@ -95,10 +100,13 @@ def says_nowhere(run: Run, method: str) -> bool | None:
     if method not in run["trials"]:
         return None
     trial = run["trials"][method]
-    gains = gains_of([torch.tensor(trial["gains"][part]) for part in run["parts"]])
+    if method == DEFAULT:
+        return not any(row["worthwhile"] for row in trial["rows"])
+    parts = run["parts"]
+    gains = [gain_of(torch.tensor(trial["gains"][part]), len(parts)) for part in parts]
     helps = any(gain.low > 0 for gain in gains)
     if "all of them" in trial:
-        helps = helps and gains_of([torch.tensor(trial["all of them"])])[0].low > 0
+        helps = helps and gain_of(torch.tensor(trial["all of them"])).low > 0
     return not helps
 
 
