@@ -68,7 +68,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def ranking(model: nn.Module) -> ccp.Ranking:
-    return ccp.rank(model, pixels(), position_loss, lr=1e-2)
+    return ccp.rank(model, pixels(32), position_loss, lr=1e-2, coord_lr=3e-2)
 
 
 def test_it_names_the_sites_that_help_and_patch_takes_them(
@@ -91,7 +91,7 @@ def test_scrambled_coordinates_are_the_control(ranking: ccp.Ranking) -> None:
 
 
 def test_it_says_nowhere_where_places_do_not_matter(model: nn.Module) -> None:
-    ranking = ccp.rank(model, pixels(), brightness_loss, lr=1e-2)
+    ranking = ccp.rank(model, pixels(32), brightness_loss, lr=1e-2, coord_lr=3e-2)
     assert ranking.worthwhile() == []
     assert ranking.scrambled is None
     assert str(ranking).count("nowhere: no gain lies above 0") == 1
@@ -171,7 +171,7 @@ class Shared(nn.Module):
 def test_functional_and_shared_sites_count() -> None:
     torch.manual_seed(0)
     model = Shared()
-    ranking = ccp.rank(model, pixels(), position_loss, lr=1e-2)
+    ranking = ccp.rank(model, pixels(32), position_loss, lr=1e-2, coord_lr=3e-2)
     assert [row.part.name for row in sorted(ranking.rows, key=lambda row: row.depth)] == [
         "weight",
         "shared",
