@@ -19,6 +19,7 @@ from coordconv_patch.layers.new_weights import coords_with, groups_of, rows_of_e
 from coordconv_patch.layers.padding_follower import PaddingFollower
 from coordconv_patch.layers.replaced_forward import ReplacedForward
 from coordconv_patch.layers.weight_marks import WeightMark, is_plain
+from coordconv_patch.running.version_counters import version_of
 
 __all__ = [
     "CoordConv1d",
@@ -129,7 +130,7 @@ class CoordConvNd(PaddingFollower):
         weight, mark = self._parameters.get("weight"), self.weight_mark
         ends = self.training and not mode
         # Written through .data only, a weight keeps its version, and the mark is still needed.
-        if ends and weight is not None and mark is not None and weight._version != mark.version:
+        if ends and weight is not None and mark is not None and version_of(weight) != mark.version:
             self._mark_weight()
         return super().train(mode)
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from coordconv_patch.running.version_counters import version_of
+
 __all__ = ["Scaling", "WeightMark", "glance_at", "is_plain", "rows_of", "sample_of"]
 
 _MAX_ROWS = 32
@@ -87,8 +89,8 @@ class WeightMark:
             return cls(
                 sample_of(rows_of(weight, transposed=transposed, groups=groups)),
                 sample_of(rows_of(coord_weight, transposed=transposed, groups=1)),
-                weight._version,
-                coord_weight._version,
+                version_of(weight),
+                version_of(coord_weight),
                 has_bias,
             )
 

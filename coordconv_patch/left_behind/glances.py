@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.weight_marks import glance_at, is_plain
+from coordconv_patch.running.version_counters import version_of, versions_of
 
 __all__ = ["Glance"]
 
@@ -99,7 +100,7 @@ class Glance(NamedTuple):
         )
         marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
         return any(
-            mark is not None and weight._version == mark.version and not torch.equal(view, kept)
+            mark is not None and version_of(weight) == mark.version and not torch.equal(view, kept)
             for mark, weight, view, kept in zip(
                 marks, self.weights, self.views, before, strict=True
             )
@@ -114,8 +115,7 @@ class Glance(NamedTuple):
         return self._replace(values=self._values(), versions=self._versions())
 
     def _versions(self) -> list[int]:
-        coords = [owner.get("coord_weight") for owner in self.owners]
-        return [-1 if weight is None else weight._version for weight in coords]
+        return versions_of([owner.get("coord_weight") for owner in self.owners])
 
     def _values(self) -> list[Tensor]:
         return [torch.cat(views) for views in self._by_dtype()]

@@ -25,6 +25,7 @@ from coordconv_patch.left_behind.race import Race
 from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
 from coordconv_patch.running.torch_versions import set_dynamo_callback, skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
+from coordconv_patch.running.version_counters import version_of
 
 __all__ = ["Watch", "watches_on"]
 
@@ -120,7 +121,7 @@ class Watch:
                 coords = conv._parameters.get("coord_weight")
                 if mark is None or coords is None:
                     continue
-                if (weight._version, coords._version) != (mark.version, mark.coord_version):
+                if (version_of(weight), version_of(coords)) != (mark.version, mark.coord_version):
                     conv.weight_mark = mark_of(conv, weight)
             self._glance = glance.renewed()
 
