@@ -80,6 +80,20 @@ class Inventory:
             rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
             self.samples[name] = sample_of(rows)
 
+    def without_gone(self, module: nn.Module) -> Inventory:
+        """The same without layers and weights that are not in the module any more.
+
+        It makes no tensor, and puts no marks.
+        """
+        present, parameters = set(module.modules()), set(module.parameters())
+        layers = {name: layer for name, layer in self.layers.items() if layer in present}
+        weights, coords = (
+            {name: w for name, w in kept.items() if name in layers and w in parameters}
+            for kept in (self.weights, self.coords)
+        )
+        samples = {name: sample for name, sample in self.samples.items() if name in weights}
+        return Inventory(self.prefix, layers, weights, coords, samples)
+
     def last_weights_of(self, layers: Mapping[str, nn.Module]) -> LastWeights:
         """The weight and coordinate weight that layers had last, of those that can be read."""
         last: LastWeights = {}
