@@ -106,6 +106,14 @@ class Glance(NamedTuple):
             )
         )
 
+    def shows_new_bias(self) -> bool:
+        """Whether convolutions have got a bias since their weights were marked."""
+        marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
+        return any(
+            mark is not None and not mark.has_bias and conv._parameters.get("bias") is not None
+            for mark, conv in zip(marks, self.convs, strict=True)
+        )
+
     def shows_other_coords(self) -> bool:
         """Whether coordinate weights have changed, and autograd was told."""
         return self._versions() != self.versions

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,7 +14,7 @@ from coordconv_patch.graphs.norms import is_batch_norm
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.weight_marks import is_plain, rows_of, sample_of
+from coordconv_patch.layers.weight_marks import is_plain, is_same, rows_of, sample_of
 from coordconv_patch.left_behind.heir_modules import Heir, tensors_of, weights_being_exported
 from coordconv_patch.left_behind.last_weights import mark_of, site_of, weight_of
 
@@ -128,7 +127,7 @@ class Inventory:
                 weight = inner._parameters["weight"]
                 assert weight is not None
                 rows = rows_of(weight, transposed=inner.transposed, groups=inner.groups)
-                if before is not None and not _is_same(before, sample_of(rows)):
+                if before is not None and not is_same(before, sample_of(rows)):
                     coords = None if mark is None else mark.coords
                     changed.append(Heir(name, inner, weight, before, coords))
         yield from changed
@@ -136,7 +135,3 @@ class Inventory:
     def sites(self, layers: Mapping[str, str]) -> dict[str, str]:
         """What is said of layers, by their sites and not by their own names."""
         return {join_names(self.prefix, site_of(name)): what for name, what in layers.items()}
-
-
-def _is_same(before: Tensor, now: Tensor) -> bool:
-    return before.shape == now.shape and torch.equal(before.to(now), now)

@@ -1,4 +1,4 @@
-"""What has become of coordinates where layers are gone, doubled or scaled."""
+"""What has become of coordinates where layers are gone or doubled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.weight_marks import rows_of
 from coordconv_patch.left_behind.heir_modules import Heir, inheritance_of
 from coordconv_patch.left_behind.heirs import holds_part_of, is_published_form
 from coordconv_patch.left_behind.inventory import Inventory
@@ -18,13 +16,10 @@ from coordconv_patch.left_behind.last_weights import (
     is_coord_layer,
     is_trained,
     kernel_of,
-    layout_of,
-    mark_of,
-    weight_of,
 )
-from coordconv_patch.left_behind.messages import on_heirs, on_parts, on_scales, on_silent_scales
+from coordconv_patch.left_behind.messages import on_heirs, on_parts
 
-__all__ = ["check_gone", "check_scales", "doubles_of"]
+__all__ = ["check_gone", "doubles_of"]
 
 
 def check_gone(inventory: Inventory, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
@@ -98,44 +93,3 @@ def doubles_of(inventory: Inventory, module: nn.Module, present: set[nn.Module])
                 doubles[name] = heir
                 break
     return doubles
-
-
-def check_scales(
-    inventory: Inventory, module: nn.Module, *, norm_gone: bool, can_wait: bool
-) -> None:
-    """Check that no weights were scaled without their trained coordinate weights.
-
-    Args:
-        inventory: What the module had.
-        module: The module now.
-        norm_gone: Whether a batch norm is gone, which may have been folded in.
-        can_wait: Whether values on other devices may be waited for.
-
-    Raises:
-        PatchError: If they were, surely; of what may be meant it warns.
-    """
-    surely: dict[str, str] = {}
-    perhaps: dict[str, str] = {}
-    for name, layer in inventory.layers.items():
-        mark = layer.__dict__.get("weight_mark")
-        if mark is None or not isinstance(layer, CoordLayer):
-            continue
-        weight = weight_of(module, name, layer)
-        if weight is None or not (weight.is_cpu or can_wait):
-            continue
-        if not is_trained(layer._parameters.get("coord_weight")):
-            continue
-        now = mark_of(layer, weight)
-        transposed, groups = layout_of(layer)
-        rows = rows_of(weight, transposed=transposed, groups=groups)
-        scaling = None if now is None else mark.scaling_until(now, rows)
-        if scaling is None:
-            continue
-        if norm_gone or scaling.new_bias:
-            surely[name] = f"{scaling.least:.3g} to {scaling.largest:.3g}"
-        elif scaling.silent:
-            perhaps[name] = f"{scaling.least:.3g} to {scaling.largest:.3g}"
-    if surely:
-        raise PatchError(on_scales(inventory.sites(surely)))
-    if perhaps:
-        warnings.warn(on_silent_scales(inventory.sites(perhaps)), stacklevel=2)

@@ -30,12 +30,16 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
   (LoRA, FSDP, checkpointing): nothing.
 - Its output channels were scaled, its coordinate weight was not, and a batch norm is gone or a
   bias is new: an *error*, a batch norm was folded in.
-- The same, but batch norms and bias are as they were: through ``.data`` a *warning*, since it may
-  be the scale of the input; by an operation that autograd knows, nothing.
+- Its weight changed otherwise and its coordinate weight did not, a batch norm is gone and a bias is
+  new: an *error*, branches were merged into it. If it had a bias: through ``.data`` a *warning*.
+- Either of these since the last step of a training, which moved the coordinates: a *warning*, since
+  they may have been scaled and summed alike.
+- Its output channels were scaled, but batch norms and bias are as they were: through ``.data`` a
+  *warning*, since it may be the scale of the input; by an operation that autograd knows, nothing.
 - Its weight changed in any other way (training, weight decay, pruning, loading): nothing.
 
 An error comes again at each look until the model is mended, unpatched, or the loss is accepted
-with :func:`forget_left_behind_`; a warning comes once.
+with :func:`forget_left_behind_`; a warning comes once, or at each pickle, which changes nothing.
 
 What is not seen: a model built anew from the weights alone (there is nothing of this package in
 it), a GraphModule that somebody's symbolic trace made of the whole model, or one that went

@@ -23,7 +23,8 @@ from coordconv_patch.left_behind.inventory import Inventory
 from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
-from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
+from coordconv_patch.left_behind.verdicts import check_gone, doubles_of
+from coordconv_patch.left_behind.weight_changes import check_changes
 from coordconv_patch.running.torch_versions import set_dynamo_callback, skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
 from coordconv_patch.running.version_counters import version_of
@@ -116,7 +117,7 @@ class Watch:
                 self.look_closely(module, can_wait=False)
             return  # else a functional call, or a wrapper that brings the weights later
         others = glance.shows_other_values()
-        if others and glance.shows_silent_change():
+        if others and (glance.shows_silent_change() or glance.shows_new_bias()):
             self.look_closely(module, can_wait=False)
         elif others or glance.shows_other_coords():
             for conv, weight in zip(glance.convs, glance.weights, strict=True):
@@ -158,7 +159,7 @@ class Watch:
             check_gone(self.inventory, module, gone)
             norm_gone = any(is_batch_norm(layer) for layer in gone.values())
             can_wait = can_wait or norm_gone
-            check_scales(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
+            check_changes(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
             return doubles_of(self.inventory, module, present)
 
     def _warn_of(self, doubles: dict[str, Heir]) -> None:
