@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from coordconv_patch.errors import listing
 
 __all__ = [
     "on_doubles",
     "on_heirs",
+    "on_lost_hooks",
     "on_merges",
     "on_parts",
     "on_scales",
@@ -58,6 +59,15 @@ def on_scales(factors: Mapping[str, str]) -> str:
         f"trained coordinates were left behind at {_places(factors, 'by')}: the output channels "
         "of the weight were scaled, as by a batch norm that is folded in, and the coordinate "
         f"weight was not. Begin with the model as it was, and {_REPEAT}. {_ACCEPT}"
+    )
+
+
+def on_lost_hooks(sites: Iterable[str]) -> str:
+    """Of branches of chosen calls that nothing adds to them any more, by site."""
+    return (
+        f"trained coordinates do not run any more at {listing(sites)}: the forward hook that adds "
+        "them to the chosen calls was taken away, as by module._forward_hooks.clear(). Begin with "
+        f"the model as it was, and remove hooks by their own handles. {_ACCEPT}"
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.graphs.functional import join_names
+from coordconv_patch.layers.call_hooks import branches_without_hook
 from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.left_behind.heir_modules import Heir, inheritance_of
 from coordconv_patch.left_behind.heirs import holds_part_of, is_published_form
@@ -17,9 +19,9 @@ from coordconv_patch.left_behind.last_weights import (
     is_trained,
     kernel_of,
 )
-from coordconv_patch.left_behind.messages import on_heirs, on_parts
+from coordconv_patch.left_behind.messages import on_heirs, on_lost_hooks, on_parts
 
-__all__ = ["check_gone", "doubles_of"]
+__all__ = ["check_gone", "check_hooks", "doubles_of"]
 
 
 def check_gone(inventory: Inventory, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
@@ -65,6 +67,26 @@ def check_gone(inventory: Inventory, module: nn.Module, gone: Mapping[str, nn.Mo
         raise PatchError(on_heirs(inventory.sites(surely)))
     if perhaps:
         warnings.warn(on_parts(inventory.sites(perhaps)), stacklevel=2)
+
+
+def check_hooks(module: nn.Module, prefix: str = "") -> None:
+    """Check that every branch of chosen calls still has the hook which adds it to them.
+
+    Args:
+        module: The module now.
+        prefix: Its qualified name, for messages.
+
+    Raises:
+        PatchError: If a hook was taken away, and its branch was trained.
+    """
+    lost = [
+        join_names(prefix, name)
+        for name, inner in module.named_modules()
+        for branch in branches_without_hook(inner)
+        if is_coord_layer(branch) and is_trained(branch._parameters.get("coord_weight"))
+    ]
+    if lost:
+        raise PatchError(on_lost_hooks(lost))
 
 
 def doubles_of(inventory: Inventory, module: nn.Module, present: set[nn.Module]) -> dict[str, Heir]:

@@ -36,6 +36,7 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
   they may have been scaled and summed alike.
 - Its output channels were scaled, but batch norms and bias are as they were: through ``.data`` a
   *warning*, since it may be the scale of the input; by an operation that autograd knows, nothing.
+- It is a branch of chosen calls, and the hook that adds it to them is gone: an *error*.
 - Its weight changed in any other way (training, weight decay, pruning, loading): nothing.
 
 An error comes again at each look until the model is mended, unpatched, or the loss is accepted
@@ -57,7 +58,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.call_hooks import branches_without_hook
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
+from coordconv_patch.left_behind.verdicts import check_hooks
 from coordconv_patch.left_behind.watch_hook import Watch, watches_on
 from coordconv_patch.running.inputs import check_is_module
 
@@ -122,6 +125,7 @@ def check_left_behind(model: nn.Module) -> None:
     Raises:
         PatchError: If they were, surely; of what may be meant it warns.
     """
+    check_hooks(model)  # whoever took those away may have taken the watches too
     for module in list(model.modules()):
         for watch in watches_on(module):
             watch.look_closely(module)
@@ -143,6 +147,9 @@ def forget_left_behind_(model: nn.Module) -> nn.Module:
         PatchError: If the model is not a module.
     """
     check_is_module(model)
+    for module in model.modules():
+        for branch in branches_without_hook(module):
+            branch.__dict__["is_dismissed"] = True
     for module in reversed(list(model.modules())):
         for watch in watches_on(module):
             watch.take_stock(module)

@@ -23,7 +23,7 @@ from coordconv_patch.left_behind.inventory import Inventory
 from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
-from coordconv_patch.left_behind.verdicts import check_gone, doubles_of
+from coordconv_patch.left_behind.verdicts import check_gone, check_hooks, doubles_of
 from coordconv_patch.left_behind.weight_changes import check_changes
 from coordconv_patch.running.torch_versions import set_dynamo_callback, skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
@@ -113,7 +113,7 @@ class Watch:
     def _look_at_values(self, module: nn.Module, glance: Glance) -> None:
         """Look at the weights' values, and keep up with a training."""
         if glance.shows_other_weights():  # first: the memory of those that were may be freed (FSDP)
-            if all(is_plain(owner.get("weight")) for owner in glance.owners):
+            if all(map(is_plain, glance.weights_there())):
                 self.look_closely(module, can_wait=False)
             return  # else a functional call, or a wrapper that brings the weights later
         others = glance.shows_other_values()
@@ -126,7 +126,7 @@ class Watch:
                 if mark is None or coords is None:
                     continue
                 if (version_of(weight), version_of(coords)) != (mark.version, mark.coord_version):
-                    conv.weight_mark = mark_of(conv, weight)
+                    conv.__dict__["weight_mark"] = mark_of(conv, weight)
             self._glance = glance.renewed()
 
     @torch.no_grad()
@@ -156,6 +156,7 @@ class Watch:
             present = set(module.modules())
             layers = self.inventory.layers
             gone = {name: layer for name, layer in layers.items() if layer not in present}
+            check_hooks(module, self.inventory.prefix)
             check_gone(self.inventory, module, gone)
             norm_gone = any(is_batch_norm(layer) for layer in gone.values())
             can_wait = can_wait or norm_gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -51,20 +52,26 @@ def check_changes(
             continue
         if not is_trained(layer._parameters.get("coord_weight")):
             continue
-        message, what = _judged(layer, weight, norm_gone=norm_gone, fewer_norms=fewer_norms)
+        known = inventory.weights.get(name)
+        replaced = known is not None and known is not weight
+        message, what = _judged(
+            layer, weight, norm_gone=norm_gone, fewer_norms=fewer_norms, replaced=replaced
+        )
         if message is not None:
             found.setdefault(message, {})[name] = what
     _tell(inventory, found)
 
 
 def _judged(
-    layer: CoordLayer, weight: Tensor, *, norm_gone: bool, fewer_norms: bool
+    layer: CoordLayer, weight: Tensor, *, norm_gone: bool, fewer_norms: bool, replaced: bool
 ) -> tuple[_Message | None, str]:
     """What is to be said of a layer's weight, and what of it in particular."""
     mark: WeightMark | None = layer.__dict__["weight_mark"]
     now = mark_of(layer, weight)
     if mark is None or now is None or mark.weight.shape != now.weight.shape:
         return None, ""
+    if replaced:  # autograd was told nothing, whatever the other one counts
+        now = dataclasses.replace(now, version=mark.version)
     # A training moves the coordinates: whether they were scaled too, after it, nobody knows.
     is_known = not ((layer.training or mark.is_outdated) and mark.shows_trained_coords(now))
     transposed, groups = layout_of(layer)
