@@ -196,17 +196,29 @@ def _both_orders(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
-    """Whether a tensor with other numbers of channels holds many channels of a weight, scaled.
+    """Whether a tensor holds many channels of a weight, each scaled, in whatever order.
+
+    The output channels, that is. Of the input channels it may hold the first ones, all in
+    reverse order (BGR for RGB), or one that is the sum of all (a stem for grey images).
 
     Args:
         candidate: By output channel, shape ``(C_out', C_in', *kernel_size)``.
         rows: Shape ``(C_out, C_in, *kernel_size)``.
     """
-    inputs = min(candidate.shape[1], rows.shape[1])
-    if candidate.shape[2:] != rows.shape[2:] or candidate.shape[:2] == rows.shape[:2]:
+    if candidate.shape[2:] != rows.shape[2:]:
         return False
-    ours = _some(candidate, 64)[:, :inputs].flatten(1)
-    theirs = _in_double(rows[:, :inputs]).flatten(1)
+    inputs = min(candidate.shape[1], rows.shape[1])
+    forms = [rows[:, :inputs]]
+    if candidate.shape[1] == rows.shape[1]:
+        forms.append(rows.flip(1))
+    elif candidate.shape[1] == 1:
+        forms.append(rows.sum(1, keepdim=True))
+    return any(_hold_alike(candidate[:, :inputs], form) for form in forms)
+
+
+def _hold_alike(candidate: Tensor, rows: Tensor) -> bool:
+    """Whether many channels are multiples of channels of a weight with as many inputs."""
+    ours, theirs = _some(candidate, 64).flatten(1), _in_double(rows).flatten(1)
     if ours.shape[1] < 4 or min(len(ours), len(theirs)) < 2:
         return False
     cosines = F.normalize(ours) @ F.normalize(theirs).T

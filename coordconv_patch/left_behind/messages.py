@@ -47,9 +47,9 @@ def on_parts(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone, by site; with what has channels of their weight."""
     return (
         f"a coordinate convolution is gone at {_places(heirs, 'now in')}, and channels of its "
-        "weight are in a convolution with other numbers of channels, without its trained "
-        "coordinates. If that is meant, nothing is wrong; else patch the new convolution and copy "
-        "the rows of coord_weight over"
+        "weight are in a convolution with other channels, or in another order, without its "
+        "trained coordinates. If that is meant, nothing is wrong; else patch the new convolution "
+        "and copy the rows of coord_weight over"
     )
 
 

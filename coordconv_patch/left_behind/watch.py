@@ -24,8 +24,8 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
 - It is there, and so is a new module that has its weight, without its coordinates: an *error*
   after the forward if the new one ran, and the layer did not; a *warning* where there is no
   forward that decides (a save, an export, a compilation).
-- It is gone, and channels of its weight are in a new convolution with other numbers of channels:
-  a *warning*, since it may have been made wider or narrower on purpose.
+- It is gone, and channels of its weight are in a new convolution with other channels (wider, for
+  grey images) or in another order: a *warning*, since it may have been changed on purpose.
 - It is gone, and nothing has its weight (a new head, a branch removed), or it is inside a wrapper
   (LoRA, FSDP, checkpointing): nothing.
 - Its output channels were scaled, its coordinate weight was not, and a batch norm is gone or a
@@ -45,7 +45,9 @@ with :func:`forget_left_behind_`; a warning comes once, or at each pickle, which
 What is not seen: a model built anew from the weights alone (there is nothing of this package in
 it), a GraphModule that somebody's symbolic trace made of the whole model, or one that went
 through pickle, which keeps no hooks; a change of ``.data`` of a model inside another one that is
-compiled.
+compiled; what is outside of the watched parts where a method of the model is called and not the
+model; a fold through ``.data`` between the last step of a training and the first look, into a
+convolution that had a bias or is called by a function.
 """
 
 from __future__ import annotations

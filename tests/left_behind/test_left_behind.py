@@ -334,12 +334,23 @@ class TestWarnings:
         assert "through .data at stem.conv (by " in said[0]
         assert told(lambda: model(IMAGES)) == ("", [])
 
-    def test_a_convolution_made_wider(self) -> None:
+    @pytest.mark.parametrize(
+        ("inputs", "values"),
+        {
+            "wider": (4, lambda weight: F.pad(weight, [0] * 5 + [1])),
+            "for grey images": (1, lambda weight: weight.sum(1, keepdim=True)),
+            "for BGR": (3, lambda weight: weight.flip(1)),
+            "channels sorted": (3, lambda weight: weight[weight.abs().sum((1, 2, 3)).argsort()]),
+        }.values(),
+    )
+    def test_a_convolution_of_other_channels(
+        self, inputs: int, values: Callable[[Tensor], Tensor]
+    ) -> None:
         model = trained(Net())
-        new = nn.Conv2d(4, 8, 3, padding=1, bias=False)
-        new.weight.data[:, :3] = model.stem.conv.weight.data
+        new = nn.Conv2d(inputs, 8, 3, padding=1, bias=False)
+        new.weight.data = values(model.stem.conv.weight.data)
         model.stem.conv = new
-        error, said = told(lambda: model(torch.randn(1, 4, 8, 8)))
+        error, said = told(lambda: model(torch.randn(1, inputs, 8, 8)))
         assert error == ""
         assert len(said) == 1
         assert "gone at stem.conv (now in stem.conv (Conv2d))" in said[0]
