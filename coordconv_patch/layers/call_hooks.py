@@ -29,7 +29,13 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import ConvGeometry, Padding
 from coordconv_patch.layers.padding_probe import padding_of
 
-__all__ = ["add_to_calls_", "chosen_calls_of", "remove_from_calls_"]
+__all__ = [
+    "add_to_calls_",
+    "branches_without_hook",
+    "chosen_calls_of",
+    "places_of_hook",
+    "remove_from_calls_",
+]
 
 
 def add_to_calls_(
@@ -66,14 +72,35 @@ def chosen_calls_of(module: nn.Module) -> ChosenCalls | None:
     return None if hook is None else hook.count.chosen
 
 
+def places_of_hook(module: nn.Module) -> list[tuple[dict[Any, Any], Any, Any]]:
+    """What holds the hook that adds a branch to chosen calls of a convolution module.
+
+    A dict, the key in it and its value: of the hook, and of the module's dict of hooks. Empty
+    if there is no such hook.
+    """
+    hooks: Any = module._forward_hooks
+    places = [(hooks, key, hook) for key, hook in hooks.items() if isinstance(hook, _AddBranch)]
+    return [*places[:1], (module.__dict__, "_forward_hooks", hooks)] if places else []
+
+
+def branches_without_hook(module: nn.Module) -> list[CoordBranch]:
+    """The branch of chosen calls of a convolution module, if somebody took its hook away."""
+    branch = module._modules.get(BRANCH_NAME) if isinstance(module, _ConvNd) else None
+    if not isinstance(branch, CoordBranch) or _FOLLOWED not in branch.__dict__:
+        return []  # others are added by the module that calls the convolution's function
+    return [branch] if _branch_hook(module) is None else []
+
+
 def remove_from_calls_(model: nn.Module, conv: nn.Module) -> None:
-    """Inverse of :func:`add_to_calls_` for one convolution module of a model."""
+    """Inverse of :func:`add_to_calls_` for one convolution module of a model.
+
+    If somebody took the branch's own hook away, those on its caller stay: they only count.
+    """
     added = _branch_hook(conv)
-    assert added is not None
-    for module in model.modules():
+    for module in model.modules() if added is not None else ():
         for registered in _hook_dicts(module):
             for key, hook in list(registered[0].items()):
-                if isinstance(hook, _CountHook) and hook.count is added.count:
+                if isinstance(hook, _CountHook) and added and hook.count is added.count:
                     for each in registered:
                         each.pop(key, None)
     delattr(conv, BRANCH_NAME)

@@ -126,25 +126,28 @@ class CoordConvNd(PaddingFollower):
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; at the end of a training the weight's mark is renewed, see weight_marks."""
-        weight, mark = self._parameters.get("weight"), self.weight_mark
-        ends = self.training and not mode
-        # Written through .data only, a weight keeps its version, and the mark is still needed.
-        if ends and weight is not None and mark is not None and weight._version != mark.version:
-            self._mark_weight()
+        mark = self.weight_mark
+        if self.training and not mode and mark is not None:
+            now = self._mark_of_now()
+            self.weight_mark = mark if now is None else mark.after_training(now)
         return super().train(mode)
 
     def _mark_weight(self) -> None:
+        self.weight_mark = self._mark_of_now()
+
+    def _mark_of_now(self) -> WeightMark | None:
+        """A mark of the weights as they are; ``None`` if they are sharded, fake or computed."""
         weight, coords = self._parameters.get("weight"), self._parameters.get("coord_weight")
-        self.weight_mark = None
-        if is_plain(weight) and is_plain(coords):
-            filters, coord_filters = cast(Tensor, weight), cast(Tensor, coords)
-            self.weight_mark = WeightMark.of(
-                filters,
-                coord_filters,
-                transposed=self.transposed,
-                groups=groups_of(filters, filters, coord_filters, transposed=self.transposed),
-                has_bias=self._parameters.get("bias") is not None,
-            )
+        if not is_plain(weight) or not is_plain(coords):
+            return None
+        filters, coord_filters = cast(Tensor, weight), cast(Tensor, coords)
+        return WeightMark.of(
+            filters,
+            coord_filters,
+            transposed=self.transposed,
+            groups=groups_of(filters, filters, coord_filters, transposed=self.transposed),
+            has_bias=self._parameters.get("bias") is not None,
+        )
 
     def _coords_beside(self, new: nn.Parameter) -> nn.Parameter | None:
         """The coordinate weight that fits another weight Parameter; ``None``: as it is.

@@ -281,7 +281,8 @@ def _what_arrives(module: _ConvNd, forward: Callable[..., Tensor], probe: Tensor
     whose = _whose(module)
     spy = ConvSpy(module)
     # Evaluation mode, so that a parametrization (spectral norm) does not step its estimate.
-    with torch.no_grad(), in_mode(module, training=False), spy:
+    # Not in inference mode, whose tensors do not tell that they were changed.
+    with torch.inference_mode(False), torch.no_grad(), in_mode(module, training=False), spy:
         try:
             output = forward(probe)
         except Exception as error:

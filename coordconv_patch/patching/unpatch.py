@@ -12,7 +12,11 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.folding.other_libraries import release_folding_
 from coordconv_patch.followers.follower import release_
 from coordconv_patch.graphs.programs import from_exported, require_coord_layers
-from coordconv_patch.layers.call_hooks import chosen_calls_of, remove_from_calls_
+from coordconv_patch.layers.call_hooks import (
+    branches_without_hook,
+    chosen_calls_of,
+    remove_from_calls_,
+)
 from coordconv_patch.layers.conversion import revert_
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
@@ -113,7 +117,7 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
 def _revert_(model: nn.Module, module: nn.Module) -> None:
     if isinstance(module, CoordConvNd):
         revert_(module)
-    elif chosen_calls_of(module) is not None:
+    elif chosen_calls_of(module) is not None or branches_without_hook(module):
         remove_from_calls_(model, module)
     elif isinstance(module, CallOwner):
         remove_from_owner_(module)
