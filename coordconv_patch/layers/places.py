@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.grid_memo import GridMemo
 from coordconv_patch.layers.recomputation import checkpoints_around, is_in_backward
+from coordconv_patch.running.forks import fork_safe
 from coordconv_patch.running.per_context import PerContext
 
 __all__ = ["Placed", "Places", "entered", "maps_entered", "shared_places"]
@@ -201,7 +202,7 @@ class Places:
         return Places, (self.lasting,)
 
 
-_sharing = threading.Lock()
+_sharing = fork_safe(threading.Lock())
 
 
 def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
