@@ -187,9 +187,10 @@ def add_to_owner_(
             # torch takes a parametrized module back to its first base class when the last
             # parametrization is removed, so the owner's class goes beneath.
             base = class_in_place(CallOwner, cast("type[nn.Module]", before.__bases__[0]))
-            owner.__class__ = on_other_base(before, base)
+            made = on_other_base(before, base)
         else:
-            owner.__class__ = class_in_place(CallOwner, before)
+            made = class_in_place(CallOwner, before)
+        object.__setattr__(owner, "__class__", made)  # its own __setattr__ may refuse
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
     before_it = cast(CallOwner, owner)._coord_sites
@@ -234,4 +235,5 @@ def remove_from_owner_(owner: CallOwner) -> None:
     is_parametrized = parametrize.is_parametrized(owner)
     plain: Any = class_without(CallOwner, before.__bases__[0] if is_parametrized else before)
     # It is a CallOwner no longer.
-    owner.__class__ = on_other_base(before, plain) if is_parametrized else plain
+    restored = on_other_base(before, plain) if is_parametrized else plain
+    object.__setattr__(owner, "__class__", restored)
