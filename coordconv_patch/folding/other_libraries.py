@@ -11,6 +11,7 @@ becomes of them; see :mod:`coordconv_patch.folding.probes`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,7 @@ class FoldingMethod:
         method = getattr(type(self.module), self.name)
         if any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in pytree.tree_leaves((args, kwargs))):
             return method(self.module, *args, **kwargs)
+        self._check_not_shared()
         return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
 
     def _running_module(self) -> nn.Module | None:
@@ -85,6 +87,17 @@ class FoldingMethod:
                 if vars(inner).get(self.name) is self:
                     return inner
         return None
+
+    def _check_not_shared(self) -> None:
+        """Refuse a call that may have been one of a shallow copy, which shares this object."""
+        modules = (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
+        if sum(vars(each).get(self.name) is self for each in modules) > 1:
+            kind = type(self.module).__name__
+            raise PatchError(
+                f"{kind}.{self.name}: there is a shallow copy of this {kind}, and which of the two "
+                "is to be folded cannot be told: copy it with copy.deepcopy(...), or use "
+                f"fold_with(model, lambda plain: plain.{self.name}())"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__}.{self.name}, carrying coordinates"

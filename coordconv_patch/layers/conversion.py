@@ -105,7 +105,7 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
     try:
         cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
     except BaseException:
-        module.__class__ = before
+        object.__setattr__(module, "__class__", before)  # not told to the layer that it was
         raise
 
 

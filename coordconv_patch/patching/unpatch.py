@@ -29,6 +29,7 @@ from coordconv_patch.left_behind.watch import (
 from coordconv_patch.owners.call_owners import CallOwner, remove_from_owner_
 from coordconv_patch.patching.graph_edit import remove_branches_
 from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.running.wrappers import check_not_wrapped
 
@@ -73,16 +74,21 @@ def unpatch_(model: Model, *, discard: bool = False) -> Model:
     """
     with LOOK:
         _check_unpatchable(model, discard)
-        release_folding_(model)
-        release_(model)
-        release_watches_(model)
-        dismiss_(model)
-        for module in list(model.modules()):
-            _revert_(model, module)
-        for module in model.modules():
-            if isinstance(module, fx.GraphModule):
-                remove_branches_(module)
+        with unchanged_on_failure(model):
+            _unpatch_(model)
     return model
+
+
+def _unpatch_(model: nn.Module) -> None:
+    release_folding_(model)
+    release_(model)
+    release_watches_(model)
+    dismiss_(model)
+    for module in list(model.modules()):
+        _revert_(model, module)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            remove_branches_(module)
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
