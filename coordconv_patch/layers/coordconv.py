@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.concatenated_weight import taken_apart
@@ -55,8 +54,6 @@ class CoordConvNd(PaddingFollower):
     """Qualified name in the model that was patched, for messages."""
     weight_mark: WeightMark | None = None
     """What the weight was when it was last known to fit the coordinate weight."""
-    _plain_class: type[_ConvNd]
-    """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
     _is_loading: bool = False
     """Whether a state_dict is being loaded, which may assign a new weight."""
@@ -91,7 +88,10 @@ class CoordConvNd(PaddingFollower):
         Returns:
             Tensor of the shape and dtype that the plain convolution returns.
         """
-        output = super().forward(input, *args, **kwargs)
+        if self._watch is None:
+            output = super().forward(input, *args, **kwargs)
+        else:
+            output = self._watched_forward(input, *args, **kwargs)
         if output.layout is not torch.strided:
             return self._add_to_mkldnn(input, output)
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
@@ -102,7 +102,7 @@ class CoordConvNd(PaddingFollower):
         branch = self.map_for(input, output, weight)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
         # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
-        if type(weight) is nn.Parameter and self._output_is_fresh:
+        if type(weight) is nn.Parameter and self._output_is_fresh and self._watch is None:
             return output.add_(branch)
         return output + branch
 
@@ -263,7 +263,7 @@ class CoordConvNd(PaddingFollower):
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
         for name in (
-            *("_followed", "_must_follow", "_written_in_forward"),
+            *("_followed", "_must_follow", "_written_in_forward", "_watch"),
             *("site_name", "weight_mark", "_places"),
         ):
             self.__dict__.pop(name, None)
