@@ -149,6 +149,12 @@ class PaddingFollower(CoordLayer, _ConvNd):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and not issubclass(value, PaddingFollower):
+            raise PatchError(
+                f"{self._site_name} has coordinates, of which the class {value.__name__} knows "
+                "nothing: unpatch the model first, and patch it when its convolutions have their "
+                "classes"
+            )
         if name in _NUMBERS and not isinstance(value, (str, tuple)):
             value = each_axis(value, ndim_of(self))
         before = self.__dict__.get(name, _CHANGED)
