@@ -16,7 +16,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import DECLARED, output_padding_between
 from coordconv_patch.layers.new_weights import coords_with, groups_of, rows_of_each, why_refused
 from coordconv_patch.layers.padding_follower import PaddingFollower
-from coordconv_patch.layers.replaced_forward import ReplacedForward
+from coordconv_patch.layers.replaced_forward import ReplacedForward, look_at_forward
 from coordconv_patch.layers.weight_marks import WeightMark, is_plain
 
 __all__ = [
@@ -123,6 +123,12 @@ class CoordConvNd(PaddingFollower):
         if name == "forward" and "_map_cache" in self.__dict__ and callable(value):
             value = ReplacedForward(self, value)
         super().__setattr__(name, value)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; a forward that was put into the ``__dict__`` is looked at first."""
+        if "forward" in self.__dict__ and not torch.compiler.is_dynamo_compiling():
+            look_at_forward(self)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; at the end of a training the weight's mark is renewed, see weight_marks."""
@@ -264,7 +270,7 @@ class CoordConvNd(PaddingFollower):
             del self.__dict__[name]
         for name in (
             *("_followed", "_must_follow", "_written_in_forward", "_watch"),
-            *("site_name", "weight_mark", "_places"),
+            *("site_name", "weight_mark", "_places", "_accepted_forward"),
         ):
             self.__dict__.pop(name, None)
 
