@@ -123,6 +123,7 @@ def _looked_at(module: _ConvNd) -> Iterator[None]:
     that a parametrization (spectral norm) does not step its estimate.
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whose tensors know no versions
         stack.enter_context(state_restored(module))
         for part in filter(None, module._modules.values()):
             stack.enter_context(in_mode(part, training=False))

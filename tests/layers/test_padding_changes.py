@@ -691,6 +691,25 @@ def test_zeros_seen_first_do_not_hide_how_images_are_padded() -> None:
     assert_follows(model, CIRCULAR)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_look_works_in_inference_mode_under_autocast_and_at_large_sizes(
+    dtype: torch.dtype,
+) -> None:
+    model: Any = fill_(ccp.patch(nn.Sequential(ByDict(2, 4, 3)).to(dtype), "first")).eval()
+    for size in ((9, 251), (251, 9), (502, 300)):
+        x = torch.randn(1, 2, *size, dtype=dtype)
+        for mode in ("constant", "circular"):
+            model[0].settings["mode"] = mode
+            with torch.no_grad():
+                want = expected(model[0], x, [((1, 1, 1, 1), mode)])
+            with torch.inference_mode():
+                torch.testing.assert_close(model(x), want, rtol=2e-2, atol=2e-1)
+            model[0].settings["mode"] = "reflect"
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                model(x)
+            assert model[0].coord_padding.modes == ("reflect", "reflect")
+
+
 def test_a_look_leaves_random_numbers_and_statistics_alone() -> None:
     class Counting(nn.Conv2d):
         def __init__(self, *args: Any) -> None:
