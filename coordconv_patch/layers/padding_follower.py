@@ -149,7 +149,8 @@ class PaddingFollower(CoordLayer, _ConvNd):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__" and not issubclass(value, PaddingFollower):
+        has_coords = "_map_cache" in self.__dict__
+        if has_coords and name == "__class__" and not issubclass(value, PaddingFollower):
             raise PatchError(
                 f"{self._site_name} has coordinates, of which the class {value.__name__} knows "
                 "nothing: unpatch the model first, and patch it when its convolutions have their "
@@ -159,7 +160,7 @@ class PaddingFollower(CoordLayer, _ConvNd):
             value = each_axis(value, ndim_of(self))
         before = self.__dict__.get(name, _CHANGED)
         super().__setattr__(name, value)
-        if before is value or isinstance(value, Tensor) or "_map_cache" not in self.__dict__:
+        if before is value or isinstance(value, Tensor) or not has_coords:
             return
         self._note_change(name)
 
