@@ -103,7 +103,7 @@ class CoordLayer(nn.Module):
             and not (is_capturing() or is_transforming())
             and (self._places is None or self._places.now() is None)
         ):
-            if self.__dict__.get("_conv_forward") is not self._followed:
+            if not self._is_followed():
                 self._follow_padding()
             return self._map_cache.get(weight, input, output, self.compute_map)
         return self.compute_map(input, output, weight)
@@ -181,6 +181,10 @@ class CoordLayer(nn.Module):
         In pixels per spatial dimension; empty if the convolution is not transposed.
         """
         raise NotImplementedError
+
+    def _is_followed(self) -> bool:
+        """Whether the coordinates are padded as the plain forward pads now."""
+        return True
 
     def _follow_padding(self) -> None:
         """Let the coordinates be padded as the plain forward pads now."""
