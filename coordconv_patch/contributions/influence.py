@@ -16,6 +16,7 @@ from coordconv_patch.contributions.taps import Taps
 from coordconv_patch.errors import ArgumentError
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.uncompiled import uncompiled
 from coordconv_patch.running.untouched import copied, evaluation
 from coordconv_patch.running.wrappers import unwrapped
 
@@ -129,7 +130,8 @@ class _Look:
         if self.loss_fn is None:
             run_model(self.twin, batch)
             return 0.0
-        return _number(self.loss_fn(self.twin, batch))
+        with uncompiled():
+            return _number(self.loss_fn(self.twin, batch))
 
     def _see(self, site: str, output: Tensor, branch: Tensor) -> None:
         channel_dim = -1 - self.ndims[site]
