@@ -133,7 +133,7 @@ class Probe:
             loss = loss_of(self.loss, self.model, self.training[index])
             _check_has_gradient(loss)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             self.on_step()

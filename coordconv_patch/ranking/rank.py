@@ -19,7 +19,7 @@ from coordconv_patch.ranking.probe import Loss, Recipe, coordinate_rate
 from coordconv_patch.ranking.random_state import random_states_kept
 from coordconv_patch.ranking.ranking import Ranking
 from coordconv_patch.ranking.trial import Trial, steps_within
-from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.inputs import check_has_values, check_is_module
 from coordconv_patch.running.losses import check_loss_fn
 from coordconv_patch.sites.select import Where
 
@@ -85,6 +85,7 @@ def rank(
         >>> model = ccp.patch(model, where=ranking.worthwhile())         # doctest: +SKIP
     """
     check_is_module(model)
+    check_has_values(model)
     _check_trainable(model)
     check_loss_fn(loss_fn)
     _check(by, lr, steps, seeds)
@@ -111,10 +112,6 @@ def rank(
 
 def _check_trainable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise PatchError(
-                f"{name} is on the meta device and has no values to train: load the weights first"
-            )
         if parameter.dtype is torch.float16 and parameter.requires_grad:
             raise PatchError(
                 f"{name} is in float16, in which Adam's steps underflow to NaN: rank "

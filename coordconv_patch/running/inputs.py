@@ -16,6 +16,7 @@ from coordconv_patch.running.uncompiled import uncompiled
 
 __all__ = [
     "as_plain_dict",
+    "check_has_values",
     "check_is_module",
     "describe_inputs",
     "in_signature_order",
@@ -40,6 +41,21 @@ def check_is_module(model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise not_a_module("model", model)
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Check that a model's weights and buffers have values.
+
+    Raises:
+        PatchError: If one is on the meta device.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise PatchError(
+                f"{name} is on the meta device, where tensors have no values: load the model's "
+                "weights first (where accelerate has moved them away, "
+                "accelerate.hooks.remove_hook_from_submodules brings them back)"
+            )
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

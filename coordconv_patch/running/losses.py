@@ -78,6 +78,8 @@ def loss_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
             f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return a tensor of one "
             "number, such as its mean()"
         )
+    if loss.is_meta:
+        raise ArgumentError("loss_fn returned a tensor on the meta device, which has no value")
     if loss.is_complex():
         raise ArgumentError(
             f"loss_fn returned a tensor of {loss.dtype}: return a real number, such as its abs()"
