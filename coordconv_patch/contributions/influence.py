@@ -135,7 +135,7 @@ class _Look:
         if self.loss_fn is None:
             run_model(self.twin, batch)
             return 0.0
-        with uncompiled():
+        with uncompiled(self.twin):
             return finite_loss(self.loss_fn, self.twin, batch)
 
     def _see(self, site: str, output: Tensor, branch: Tensor) -> None:

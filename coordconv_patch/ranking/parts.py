@@ -82,7 +82,7 @@ def reached_sites(
     ]
     try:
         # Batch norms keep their statistics; and the compiler would trace the hooks.
-        with torch.no_grad(), state_restored(patched), uncompiled():
+        with torch.no_grad(), state_restored(patched), uncompiled(patched):
             value = loss_of(loss, patched, batch)
     finally:
         for handle in handles:

@@ -83,7 +83,7 @@ def run_model(model: nn.Module, example_inputs: Any) -> Any:
     """
     args, kwargs = split_inputs(example_inputs)
     try:
-        with uncompiled():
+        with uncompiled(model):
             return model(*args, **kwargs)
     except Exception as error:
         raise ExampleInputsError(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 
 import coordconv_patch as ccp
 from coordconv_patch.contributions.coordinate_maps import coordinate_maps
@@ -136,23 +135,23 @@ def test_a_compiled_model_is_exported(exporter: str, x: Tensor, tmp_path: Path) 
     assert ccp.verify_onnx(compiled, tmp_path / "model.onnx", x).difference < 1e-5
 
 
-def test_a_failing_run_leaves_the_compiler_on(x: Tensor) -> None:
-    model = compiled()
+@pytest.mark.parametrize("make", WAYS, ids=NAMES)
+def test_a_look_leaves_what_is_compiled_as_it_was(make: Callable[[], nn.Module], x: Tensor) -> None:
+    model = make()
+    model(x)
+    before = [dict(vars(module)) for module in model.modules()]
     with pytest.raises(ccp.ExampleInputsError, match="channels"):
         ccp.plan(model, "all", example_inputs=x[:, :2])
-    assert eval_frame._stance.stance == "default"
-    seen: list[str] = []
+    ccp.plan(model, "all", example_inputs=x)
+    for attributes, module in zip(before, model.modules(), strict=True):
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is value for name, value in attributes.items())
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        seen.append("compiled")
-        return graph.forward
 
-    function = torch.compile(torch.sin, backend=backend)
-    with uncompiled():
-        function(x)
-        assert not seen
-    function(x)
-    assert seen == ["compiled"]
+def test_another_model_stays_compiled_during_a_look(x: Tensor) -> None:
+    other = torch.compile(Net().eval(), backend="eager", fullgraph=True)
+    with uncompiled(compiled()):
+        assert other(x).shape == (2, 2, 6, 6)  # it would fail if it ran uncompiled
 
 
 def test_a_model_can_be_run_by_what_is_compiled(x: Tensor) -> None:
