@@ -11,6 +11,7 @@ becomes of them; see :mod:`coordconv_patch.folding.probes`.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import check_callable
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import CoordConvPatchError, PatchError, first_line
 from coordconv_patch.folding.method_names import folding_methods_of
 from coordconv_patch.folding.probes import Carrier, Probes
 from coordconv_patch.graphs.programs import require_coord_layers
@@ -39,6 +40,7 @@ from coordconv_patch.left_behind.watch import (
     watches_renewed,
 )
 from coordconv_patch.running.forward_stack import modules_in_forward
+from coordconv_patch.running.inputs import check_has_values
 from coordconv_patch.running.tracing_gate import tracing_alone
 from coordconv_patch.running.untouched import copied
 
@@ -145,16 +147,34 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
 
     Raises:
         PatchError: If the model is not patched, if other code has left coordinates behind, or
-            if the function does something with the weights that coordinates cannot follow.
+            if the function fails or does something with the weights that coordinates cannot follow.
     """
     check_callable("function", function)
     require_coord_layers(model)
+    check_has_values(model)
     check_left_behind(model)
     folded = copied(model, advice="folding works on a copy")
-    returned = _fold(folded, function)
+    returned = _fold(folded, functools.partial(_call, function))
     folded = returned if isinstance(returned, nn.Module) else folded
+    if not coord_layers(folded):
+        raise PatchError(
+            f"function returned a {type(folded).__name__} in which no weight depends on a "
+            "convolution that has coordinates: return the folded model, or fold in place"
+        )
     watch_(folded)
     return folded
+
+
+def _call(function: Callable[[Any], Any], plain: Any) -> Any:
+    """What a user's function returns; a PatchError that names it if it fails."""
+    try:
+        return function(plain)
+    except CoordConvPatchError:
+        raise
+    except Exception as error:
+        raise PatchError(
+            f"function failed on a plain copy of the model: {first_line(error)}"
+        ) from error
 
 
 def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:

@@ -649,3 +649,24 @@ class TestRefusals:
             block.fuse()
         assert isinstance(block.conv, CoordConvNd)
         assert isinstance(block.bn, nn.BatchNorm2d)
+
+
+def _fails(plain: Any) -> Any:
+    raise KeyError("stem")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_fails, "function failed on a plain copy of the model: KeyError: 'stem'"),
+        (lambda: None, "function failed on a plain copy of the model: TypeError"),
+        (nn.MSELoss, "function returned a MSELoss in which no weight depends on"),
+        (lambda plain: nn.Identity(), "function returned a Identity in which no weight"),
+    ],
+)
+def test_a_function_that_fails_or_loses_the_coordinates_is_told(
+    function: Any, message: str
+) -> None:
+    model = ccp.patch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "all")
+    with pytest.raises(ccp.PatchError, match=message):
+        ccp.fold_with(model, function)
