@@ -34,6 +34,7 @@ from coordconv_patch.channels.registry import blocks_from_fields, blocks_of
 from coordconv_patch.channels.scrambled_positions import scrambled_positions
 from coordconv_patch.errors import CoordinatesError, excerpt
 from coordconv_patch.layers.capture import is_capturing, is_transforming
+from coordconv_patch.layers.dtype_limits import check_fits
 from coordconv_patch.layers.field_combinations import SHORT_FIELDS, check_combination
 from coordconv_patch.layers.grid_cache import GridCache
 from coordconv_patch.layers.grid_size import plain_sizes
@@ -379,6 +380,7 @@ class Coordinates:
         """The grid as the cache keeps it."""
         if min(size) < 0:
             raise CoordinatesError(f"size={size}: an input has 0 pixels along an axis, or more")
+        check_fits(self, size, dtype, "a grid")
         # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
         # tensor made in inference mode could not be used for training later.
         with torch.inference_mode(False):
