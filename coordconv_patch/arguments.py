@@ -22,6 +22,7 @@ __all__ = [
     "check_names",
     "check_number",
     "check_path",
+    "check_text",
     "check_word",
     "given",
     "not_a_module",
@@ -119,6 +120,26 @@ def check_word(name: str, value: Any) -> None:
         raise ArgumentError(f"{given(name, value)}: write a word of letters, digits and _")
 
 
+def check_text(name: str, value: Any, example: str) -> None:
+    """Check that an argument is a text, such that a file can hold it.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        example: What may be written instead.
+
+    Raises:
+        ArgumentError: If it is not a string, or has half a character (a lone surrogate).
+    """
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ArgumentError(f"{given(name, value)}: write a text, such as {example!r}")
+
+
 def check_path(name: str, value: Any) -> Path:
     """An argument that names a file, as a path.
 
@@ -127,7 +148,8 @@ def check_path(name: str, value: Any) -> Path:
     """
     try:
         path = os.fspath(value)
-    except TypeError:
+        os.fsencode(path)  # a lone surrogate is a name that no file can have
+    except (TypeError, UnicodeEncodeError):
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise ArgumentError(f"{given(name, value)}: write a file name")
