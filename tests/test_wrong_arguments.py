@@ -174,7 +174,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
             lambda given, path: ccp.export_onnx(given.patched, path, X),
             lambda given, path: verify(given, path=path),
         )
-        for path in (None, 5, b"a.onnx", "", [], "a\0.onnx")
+        for path in (None, 5, b"a.onnx", "", [], "a\0.onnx", "a\ud800.onnx")
     ),
     # numbers
     *(
@@ -229,6 +229,15 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
         lambda given: ccp.load_coords(given.plain, given.coords, check_base="no"),
         "check_base='no' is a str: write True or False",
     ),
+    (lambda given: ccp.patch(given.plain, check="no"), "check='no' is a str: write True or False"),
+    (lambda given: ccp.patch_(given.plain, check=1), "check=1 is an int: write True or False"),
+    (
+        lambda given: ccp.save_coords(
+            given.patched, given.folder / "b.safetensors", include_batch_norm="no"
+        ),
+        "include_batch_norm='no' is a str: write True or False",
+    ),
+    (lambda _: ccp.scrambled(seed=None), "seed=None: write the seed of a permutation"),
     # the rest
     (lambda given: ccp.set_window_(given.patched, 5), "window=5: write a Window(...) or None"),
     (lambda given: ccp.set_window_(given.patched, (0, 8)), "window=(0, 8): write a Window"),
