@@ -26,6 +26,7 @@ __all__ = [
     "excerpt",
     "first_line",
     "listing",
+    "path_text",
 ]
 
 _LONGEST = 1000
@@ -90,6 +91,11 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     shown = ", ".join(_cut(name, 100) for name in names[:limit])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
+
+
+def path_text(path: object) -> str:
+    """A path for a message: whole, unless it is longer than paths are in earnest."""
+    return _cut(str(path), 500)
 
 
 def excerpt(value: object) -> str:

@@ -201,7 +201,7 @@ def test_a_plain_model_and_a_wrong_report_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is nothing to save"):
         ccp.save_pretrained(base(), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ArgumentError, match="report={} is a dict: pass what export_onnx, plan or an"):
+    with pytest.raises(ArgumentError, match=r"report=\{\} is a dict: pass what export"):
         ccp.save_pretrained(trained(), tmp_path / "b", report={})  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match=r"cannot write .*file"):
