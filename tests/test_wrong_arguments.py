@@ -251,6 +251,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
     (lambda _: ccp.from_exported(None), "program=None: from_exported takes a program"),
     (lambda given: ccp.fold_with(given.patched, "fuse"), "function='fuse' is a str: pass a functi"),
     (lambda given: ccp.fold_with(given.patched, None), "function=None: pass a function"),
+    (lambda given: ccp.fold_with(given.patched, nn.Conv2d), "function=Conv2d is a class: pass a f"),
 ]
 
 
@@ -300,3 +301,24 @@ def test_example_inputs_may_be_whatever_a_model_is_called_with() -> None:
     for inputs in ({"image": X}, [X], ([X],), ([X], 2.0), ([X], {"scale": 2.0})):
         plan = ccp.plan(Takes(), "first", example_inputs=inputs)
         assert [site.name for site in plan.chosen] == ["conv"]
+
+
+@pytest.mark.parametrize("compile_", [torch.jit.script, lambda net: torch.jit.trace(net, X)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, _: ccp.fold(model),
+        lambda model, _: ccp.fold(model, X),
+        lambda model, folder: ccp.export_onnx(model, folder / "a.onnx", X),
+        lambda model, folder: ccp.export_onnx(model, folder / "a.onnx", X, exporter="torchscript"),
+    ],
+    ids=["fold", "bake", "export", "export by TorchScript"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_models_of_torchscript_are_refused_by_name(
+    call: Callable[[nn.Module, Path], Any], compile_: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    model = compile_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+    with pytest.raises(CoordConvPatchError, match="the model is a TorchScript module"):
+        call(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []

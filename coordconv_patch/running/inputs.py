@@ -6,16 +6,18 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
-from coordconv_patch.errors import ExampleInputsError, PatchError
+from coordconv_patch.errors import CoordConvPatchError, ExampleInputsError, PatchError
 
 __all__ = [
     "as_plain_dict",
     "check_is_module",
+    "check_not_scripted",
     "describe_inputs",
     "in_signature_order",
     "run_model",
@@ -39,6 +41,21 @@ def check_is_module(model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise not_a_module("model", model)
+
+
+def check_not_scripted(model: nn.Module, failure: type[CoordConvPatchError], advice: str) -> None:
+    """Check that a model is not TorchScript's, whose code and parameters nobody may change.
+
+    Args:
+        model: The model.
+        failure: The error to raise.
+        advice: What to do instead.
+
+    Raises:
+        CoordConvPatchError: As ``failure`` says.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise failure(f"the model is a TorchScript module ({type(model).__name__}): {advice}")
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
