@@ -35,8 +35,8 @@ __all__ = ["check_fits", "convolved_dtype", "fitted", "limited"]
 def convolved_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that coordinates are convolved in with a weight, which autocast may change."""
     device = weight.device.type
-    # Autocast leaves float64 alone.
-    if weight.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+    # Autocast leaves float64 alone, and does not know the meta device.
+    if weight.dtype is torch.float64 or weight.is_meta or not torch.is_autocast_enabled(device):
         return weight.dtype
     return torch.get_autocast_dtype(device)
 
