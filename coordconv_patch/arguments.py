@@ -36,7 +36,10 @@ def given(name: str, value: Any) -> str:
     if isinstance(value, type):
         return f"{name}={value.__name__} is a class"
     plain = isinstance(value, (str, bytes, bool, int, float, list, tuple, dict, set))
-    text = repr(value) if plain else "..."
+    try:
+        text = repr(value) if plain else "..."
+    except Exception:  # of an item, or of an integer of thousands of digits
+        text = "..."
     if len(text) > 60:
         text = text[:57] + "..." if isinstance(value, (str, bytes)) else "..."
     shown = f"{name}={text}"

@@ -100,7 +100,10 @@ def path_text(path: object) -> str:
 
 def excerpt(value: object) -> str:
     """A value for a message, as ``repr`` shows it but short: of any type, size and depth."""
-    return _cut(_EXCERPT.repr(value), 200)
+    try:
+        return _cut(_EXCERPT.repr(value), 200)
+    except Exception:  # of a container whose items cannot be read
+        return f"<{type(value).__name__}>"
 
 
 def _cut(text: str, length: int) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.export.targets import register_target
+from coordconv_patch.lowering.registry import register_lowering
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -101,6 +103,16 @@ def export(given: Given, **arguments: Any) -> Any:
 def verify(given: Given, **arguments: Any) -> Any:
     arguments = {"path": given.folder / "a.onnx", "example_inputs": X} | arguments
     return ccp.verify_onnx(model=given.patched, **arguments)
+
+
+def in_turn(given: Given, places: Any) -> None:
+    with ccp.places_in_turn(given.patched, places):
+        given.patched(X)
+
+
+def placed(given: Given, **options: Any) -> None:
+    with ccp.places(given.patched, torch.zeros(2, 2, 3, **options)):
+        given.patched(X)
 
 
 class Fails:
@@ -238,6 +250,29 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
         "include_batch_norm='no' is a str: write True or False",
     ),
     (lambda _: ccp.scrambled(seed=None), "seed=None: write the seed of a permutation"),
+    # what is one of a kind, but not of the right one
+    (lambda _: ccp.Coordinates().grid(3), "size=3: write one length a dimension"),
+    (lambda _: ccp.Coordinates().grid(None), "size=None: write one length a dimension"),
+    (lambda _: ccp.Coordinates().grid(torch.tensor(3)), "size=tensor(3): write one length"),
+    (lambda _: ccp.Coordinates().grid((3, 3), dtype="float"), "dtype='float': coordinates are"),
+    (lambda _: ccp.Coordinates().grid((3, 3), dtype=torch.int8), "dtype=torch.int8: coordinates"),
+    (lambda _: ccp.Coordinates().grid((3, 3), device="zz"), "device='zz': RuntimeError: "),
+    (lambda _: ccp.Coordinates().grid((3, 3), device=[]), "device=[]: TypeError: "),
+    (lambda given: in_turn(given, torch.tensor(1)), "places=tensor(1): write a list of places"),
+    (lambda given: placed(given, device="meta"), "0 has places on the meta device"),
+    (lambda given: ccp.tile_predictor(given.patched, b"xy"), "image_size=b'xy': give images"),
+    (lambda given: ccp.tile_predictor(given.patched, "88"), "image_size='88': give images"),
+    *(
+        (lambda given, call=call: call(given, np.zeros(2)), message)  # type: ignore[misc]
+        for call, message in (
+            (
+                lambda given, side: ccp.load_concatenated(given.patched, {}, coordinates=side),
+                "coordinates=... is a ndarray: write 'last' or 'first'",
+            ),
+            (lambda given, name: export(given, exporter=name), "exporter=array([0., 0.]): write"),
+            (lambda given, name: export(given, lowering=name), "lowering=array([0., 0.]): write"),
+        )
+    ),
     # the rest
     (lambda given: ccp.set_window_(given.patched, 5), "window=5: write a Window(...) or None"),
     (lambda given: ccp.set_window_(given.patched, (0, 8)), "window=(0, 8): write a Window"),
@@ -322,3 +357,48 @@ def test_models_of_torchscript_are_refused_by_name(
     with pytest.raises(CoordConvPatchError, match="the model is a TorchScript module"):
         call(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Unreadable:
+    """Fails to be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("cannot be shown")
+
+
+class UnreadableList(list[Any]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("cannot be read")
+
+    __repr__ = Unreadable.__repr__
+    __len__ = __iter__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unreadable(), [Unreadable()], {1: Unreadable()}, UnreadableList(), 10**5000, "x" * 10**6],
+    ids=["object", "list", "dict", "odd list", "number", "text"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda given, value: ccp.Coordinates(order=value),
+        lambda given, value: ccp.Radius(normalized=value),
+        lambda given, value: ccp.unpatch(given.patched, discard=value),
+        lambda given, value: ccp.save_coords(given.patched, [value]),
+        lambda given, value: register_lowering(value),
+        lambda given, value: register_target(value),
+        lambda given, value: export(given, exporter=value),
+        lambda given, value: export(given, lowering=value),
+        lambda given, value: ccp.plot_coords(
+            given.patched, given.folder / "a.png", X, sites=[value]
+        ),
+    ],
+    ids=["order", "normalized", "flag", "path", "lowering", "target", "exporter", "form", "sites"],
+)
+def test_values_of_any_kind_have_short_messages(
+    call: Callable[[Given, Any], Any], value: Any, given: Given
+) -> None:
+    with pytest.raises(CoordConvPatchError) as caught:
+        call(given, value)
+    assert len(str(caught.value)) < 1000

@@ -16,20 +16,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from coordconv_patch.channels.positions import AxisPixels
 from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.pixel_positions import pixel_positions
+from coordconv_patch.layers.window import Window
 from coordconv_patch.running.torch_versions import is_exporting
 
-if TYPE_CHECKING:
-    from coordconv_patch.layers.coordinates import Coordinates
+__all__ = ["Convention", "check_fits", "convolved_dtype", "fitted", "limited"]
 
-__all__ = ["check_fits", "convolved_dtype", "fitted", "limited"]
+
+class Convention(Protocol):
+    """What is asked of a :class:`coordconv_patch.Coordinates`, whose module asks here itself."""
+
+    @property
+    def window(self) -> Window | None: ...
+
+    def values(self, positions: Sequence[AxisPixels]) -> list[Tensor]: ...
+
+    def __hash__(self) -> int: ...
 
 
 def convolved_dtype(weight: Tensor) -> torch.dtype:
@@ -41,7 +51,7 @@ def convolved_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def check_fits(coords: Coordinates, size: Sequence[object], dtype: torch.dtype, site: str) -> None:
+def check_fits(coords: Convention, size: Sequence[object], dtype: torch.dtype, site: str) -> None:
     """Check that the coordinates of an input fit a dtype.
 
     Not where the sizes are symbolic, nor where TorchDynamo looks on, see :func:`limited`.
@@ -114,7 +124,7 @@ def _fits(largest: float, dtype: torch.dtype) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _largest(coords: Coordinates, size: tuple[int, ...]) -> float:
+def _largest(coords: Convention, size: tuple[int, ...]) -> float:
     """The largest absolute coordinate of an input."""
     # In a thread of its own, where none of torch's modes hold that this one may be in: they make
     # tensors fake, record what is computed, or forbid to look at it.
@@ -122,7 +132,7 @@ def _largest(coords: Coordinates, size: tuple[int, ...]) -> float:
         return thread.submit(_compute_largest, coords, size).result()
 
 
-def _compute_largest(coords: Coordinates, size: tuple[int, ...]) -> float:
+def _compute_largest(coords: Convention, size: tuple[int, ...]) -> float:
     positions = pixel_positions(size, coords.window, torch.device("cpu"), torch.float64)
     return max(map(_largest_of, coords.values(positions)), default=0.0)
 

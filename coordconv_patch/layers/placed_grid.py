@@ -203,10 +203,15 @@ def check_one_place_a_sample(placed: Placed, input: Tensor, ndim: int, site: str
     """Check that places, and maps beside them, fit a layer's input.
 
     Raises:
-        PatchError: If there is not one for each sample, or one for all.
+        PatchError: If there is not one for each sample, or one for all, or they have no values.
     """
     samples = input.shape[0] if input.dim() == ndim + 2 else 1
     for name, tensor in (("places", placed.theta), *placed.maps.items()):
+        if tensor.is_meta and not input.is_meta:
+            raise PatchError(
+                f"{site} has {name} on the meta device, where tensors have no values: give a "
+                "tensor on the CPU or on the model's device"
+            )
         if tensor.shape[0] != 1 and tensor.shape[0] != samples:
             raise PatchError(
                 f"{site} gets {samples} samples, and there are {name} for {tensor.shape[0]}: give "
