@@ -22,8 +22,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.arguments import check_callable
-from coordconv_patch.errors import CoordConvPatchError, PatchError, first_line
+from coordconv_patch.arguments import check_callable, given
+from coordconv_patch.errors import ArgumentError, CoordConvPatchError, PatchError, first_line
 from coordconv_patch.folding.method_names import folding_methods_of
 from coordconv_patch.folding.probes import Carrier, Probes
 from coordconv_patch.graphs.programs import require_coord_layers
@@ -150,6 +150,8 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
             if the function fails or does something with the weights that coordinates cannot follow.
     """
     check_callable("function", function)
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        raise ArgumentError(f"{given('function', function)}: pass a function that folds a model")
     require_coord_layers(model)
     check_has_values(model)
     check_left_behind(model)

@@ -45,7 +45,7 @@ def tile_predictor(model: nn.Module, image_size: Sequence[int]) -> Callable[...,
         >>> sliding_window_inference(images, (128, 128), 4, predictor, with_coord=True)  # doctest: +SKIP
     """  # noqa: E501
     require_coord_layers(model)
-    if not isinstance(image_size, Sequence):
+    if not isinstance(image_size, Sequence) or isinstance(image_size, (str, bytes)):
         raise CoordinatesError(
             f"tile_predictor: image_size={excerpt(image_size)}: give images.shape[2:]"
         )

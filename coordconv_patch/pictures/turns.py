@@ -47,7 +47,8 @@ def places_in_turn(
         ...     tiles = [model(tile) for tile in torch.rand(1, 3, 64, 128).split(64, dim=3)]
     """
     layers = require_coord_layers(module)
-    if not isinstance(places, (Sequence, Tensor)):
+    is_number = isinstance(places, Tensor) and places.dim() == 0
+    if is_number or not isinstance(places, (Sequence, Tensor)):
         raise CoordinatesError(
             f"places_in_turn: places={excerpt(places)}: write a list of places, one for each call"
         )

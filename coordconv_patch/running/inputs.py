@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
-from coordconv_patch.errors import ExampleInputsError, PatchError
+from coordconv_patch.errors import CoordConvPatchError, ExampleInputsError, PatchError
 from coordconv_patch.running.held_values import tensors_held_by
 from coordconv_patch.running.uncompiled import uncompiled
 
@@ -20,6 +21,7 @@ __all__ = [
     "as_plain_dict",
     "check_has_values",
     "check_is_module",
+    "check_not_scripted",
     "describe_inputs",
     "in_signature_order",
     "run_model",
@@ -59,6 +61,21 @@ def check_has_values(model: nn.Module) -> None:
                 "weights first (where accelerate has moved them away, "
                 "accelerate.hooks.remove_hook_from_submodules brings them back)"
             )
+
+
+def check_not_scripted(model: nn.Module, failure: type[CoordConvPatchError], advice: str) -> None:
+    """Check that a model is not TorchScript's, whose code and parameters nobody may change.
+
+    Args:
+        model: The model.
+        failure: The error to raise.
+        advice: What to do instead.
+
+    Raises:
+        CoordConvPatchError: As ``failure`` says.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise failure(f"the model is a TorchScript module ({type(model).__name__}): {advice}")
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
