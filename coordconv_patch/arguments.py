@@ -22,6 +22,7 @@ __all__ = [
     "check_names",
     "check_number",
     "check_path",
+    "check_text",
     "check_word",
     "given",
     "not_a_module",
@@ -35,7 +36,10 @@ def given(name: str, value: Any) -> str:
     if isinstance(value, type):
         return f"{name}={value.__name__} is a class"
     plain = isinstance(value, (str, bytes, bool, int, float, list, tuple, dict, set))
-    text = repr(value) if plain else "..."
+    try:
+        text = repr(value) if plain else "..."
+    except Exception:  # of an item, or of an integer of thousands of digits
+        text = "..."
     if len(text) > 60:
         text = text[:57] + "..." if isinstance(value, (str, bytes)) else "..."
     shown = f"{name}={text}"
@@ -119,6 +123,26 @@ def check_word(name: str, value: Any) -> None:
         raise ArgumentError(f"{given(name, value)}: write a word of letters, digits and _")
 
 
+def check_text(name: str, value: Any, example: str) -> None:
+    """Check that an argument is a text, such that a file can hold it.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        example: What may be written instead.
+
+    Raises:
+        ArgumentError: If it is not a string, or has half a character (a lone surrogate).
+    """
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ArgumentError(f"{given(name, value)}: write a text, such as {example!r}")
+
+
 def check_path(name: str, value: Any) -> Path:
     """An argument that names a file, as a path.
 
@@ -127,7 +151,8 @@ def check_path(name: str, value: Any) -> Path:
     """
     try:
         path = os.fspath(value)
-    except TypeError:
+        os.fsencode(path)  # a lone surrogate is a name that no file can have
+    except (TypeError, UnicodeEncodeError):
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise ArgumentError(f"{given(name, value)}: write a file name")

@@ -26,6 +26,7 @@ __all__ = [
     "excerpt",
     "first_line",
     "listing",
+    "path_text",
 ]
 
 _LONGEST = 1000
@@ -92,9 +93,17 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
     return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
 
 
+def path_text(path: object) -> str:
+    """A path for a message: whole, unless it is longer than paths are in earnest."""
+    return _cut(str(path), 500)
+
+
 def excerpt(value: object) -> str:
     """A value for a message, as ``repr`` shows it but short: of any type, size and depth."""
-    return _cut(_EXCERPT.repr(value), 200)
+    try:
+        return _cut(_EXCERPT.repr(value), 200)
+    except Exception:  # of a container whose items cannot be read
+        return f"<{type(value).__name__}>"
 
 
 def _cut(text: str, length: int) -> str:

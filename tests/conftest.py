@@ -26,6 +26,15 @@ def _no_terminal() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _gradients_stay_on() -> Iterator[None]:
+    """A test that leaves them off, by contexts left out of order, breaks those that follow."""
+    yield
+    is_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert is_on, "gradients are off after this test"
+
+
 @pytest.fixture(autouse=BEFORE_2_9)
 def _compiled_anew() -> Iterator[None]:
     """Old versions count the compilations of all tests together, and give up at the ninth."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.export.targets import register_target
+from coordconv_patch.lowering.registry import register_lowering
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -103,6 +105,16 @@ def verify(given: Given, **arguments: Any) -> Any:
     return ccp.verify_onnx(model=given.patched, **arguments)
 
 
+def in_turn(given: Given, places: Any) -> None:
+    with ccp.places_in_turn(given.patched, places):
+        given.patched(X)
+
+
+def placed(given: Given, **options: Any) -> None:
+    with ccp.places(given.patched, torch.zeros(2, 2, 3, **options)):
+        given.patched(X)
+
+
 class Fails:
     """As a selector: fails on every site."""
 
@@ -174,7 +186,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
             lambda given, path: ccp.export_onnx(given.patched, path, X),
             lambda given, path: verify(given, path=path),
         )
-        for path in (None, 5, b"a.onnx", "", [], "a\0.onnx")
+        for path in (None, 5, b"a.onnx", "", [], "a\0.onnx", "a\ud800.onnx")
     ),
     # numbers
     *(
@@ -229,6 +241,38 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
         lambda given: ccp.load_coords(given.plain, given.coords, check_base="no"),
         "check_base='no' is a str: write True or False",
     ),
+    (lambda given: ccp.patch(given.plain, check="no"), "check='no' is a str: write True or False"),
+    (lambda given: ccp.patch_(given.plain, check=1), "check=1 is an int: write True or False"),
+    (
+        lambda given: ccp.save_coords(
+            given.patched, given.folder / "b.safetensors", include_batch_norm="no"
+        ),
+        "include_batch_norm='no' is a str: write True or False",
+    ),
+    (lambda _: ccp.scrambled(seed=None), "seed=None: write the seed of a permutation"),
+    # what is one of a kind, but not of the right one
+    (lambda _: ccp.Coordinates().grid(3), "size=3: write one length a dimension"),
+    (lambda _: ccp.Coordinates().grid(None), "size=None: write one length a dimension"),
+    (lambda _: ccp.Coordinates().grid(torch.tensor(3)), "size=tensor(3): write one length"),
+    (lambda _: ccp.Coordinates().grid((3, 3), dtype="float"), "dtype='float': coordinates are"),
+    (lambda _: ccp.Coordinates().grid((3, 3), dtype=torch.int8), "dtype=torch.int8: coordinates"),
+    (lambda _: ccp.Coordinates().grid((3, 3), device="zz"), "device='zz': RuntimeError: "),
+    (lambda _: ccp.Coordinates().grid((3, 3), device=[]), "device=[]: TypeError: "),
+    (lambda given: in_turn(given, torch.tensor(1)), "places=tensor(1): write a list of places"),
+    (lambda given: placed(given, device="meta"), "0 has places on the meta device"),
+    (lambda given: ccp.tile_predictor(given.patched, b"xy"), "image_size=b'xy': give images"),
+    (lambda given: ccp.tile_predictor(given.patched, "88"), "image_size='88': give images"),
+    *(
+        (lambda given, call=call: call(given, np.zeros(2)), message)  # type: ignore[misc]
+        for call, message in (
+            (
+                lambda given, side: ccp.load_concatenated(given.patched, {}, coordinates=side),
+                "coordinates=... is a ndarray: write 'last' or 'first'",
+            ),
+            (lambda given, name: export(given, exporter=name), "exporter=array([0., 0.]): write"),
+            (lambda given, name: export(given, lowering=name), "lowering=array([0., 0.]): write"),
+        )
+    ),
     # the rest
     (lambda given: ccp.set_window_(given.patched, 5), "window=5: write a Window(...) or None"),
     (lambda given: ccp.set_window_(given.patched, (0, 8)), "window=(0, 8): write a Window"),
@@ -242,6 +286,7 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
     (lambda _: ccp.from_exported(None), "program=None: from_exported takes a program"),
     (lambda given: ccp.fold_with(given.patched, "fuse"), "function='fuse' is a str: pass a functi"),
     (lambda given: ccp.fold_with(given.patched, None), "function=None: pass a function"),
+    (lambda given: ccp.fold_with(given.patched, nn.Conv2d), "function=Conv2d is a class: pass a f"),
 ]
 
 
@@ -291,3 +336,69 @@ def test_example_inputs_may_be_whatever_a_model_is_called_with() -> None:
     for inputs in ({"image": X}, [X], ([X],), ([X], 2.0), ([X], {"scale": 2.0})):
         plan = ccp.plan(Takes(), "first", example_inputs=inputs)
         assert [site.name for site in plan.chosen] == ["conv"]
+
+
+@pytest.mark.parametrize("compile_", [torch.jit.script, lambda net: torch.jit.trace(net, X)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, _: ccp.fold(model),
+        lambda model, _: ccp.fold(model, X),
+        lambda model, folder: ccp.export_onnx(model, folder / "a.onnx", X),
+        lambda model, folder: ccp.export_onnx(model, folder / "a.onnx", X, exporter="torchscript"),
+    ],
+    ids=["fold", "bake", "export", "export by TorchScript"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_models_of_torchscript_are_refused_by_name(
+    call: Callable[[nn.Module, Path], Any], compile_: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    model = compile_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+    with pytest.raises(CoordConvPatchError, match="the model is a TorchScript module"):
+        call(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unreadable:
+    """Fails to be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("cannot be shown")
+
+
+class UnreadableList(list[Any]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("cannot be read")
+
+    __repr__ = Unreadable.__repr__
+    __len__ = __iter__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unreadable(), [Unreadable()], {1: Unreadable()}, UnreadableList(), 10**5000, "x" * 10**6],
+    ids=["object", "list", "dict", "odd list", "number", "text"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda given, value: ccp.Coordinates(order=value),
+        lambda given, value: ccp.Radius(normalized=value),
+        lambda given, value: ccp.unpatch(given.patched, discard=value),
+        lambda given, value: ccp.save_coords(given.patched, [value]),
+        lambda given, value: register_lowering(value),
+        lambda given, value: register_target(value),
+        lambda given, value: export(given, exporter=value),
+        lambda given, value: export(given, lowering=value),
+        lambda given, value: ccp.plot_coords(
+            given.patched, given.folder / "a.png", X, sites=[value]
+        ),
+    ],
+    ids=["order", "normalized", "flag", "path", "lowering", "target", "exporter", "form", "sites"],
+)
+def test_values_of_any_kind_have_short_messages(
+    call: Callable[[Given, Any], Any], value: Any, given: Given
+) -> None:
+    with pytest.raises(CoordConvPatchError) as caught:
+        call(given, value)
+    assert len(str(caught.value)) < 1000

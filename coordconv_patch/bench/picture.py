@@ -8,9 +8,7 @@ import textwrap
 from typing import Any
 
 from coordconv_patch.bench.report import NAIVE, PLAIN, PLAIN_AGAIN, BenchGroup, BenchReport
-from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import replacement
-from coordconv_patch.files.picture_file import check_picture
+from coordconv_patch.files.picture_file import check_picture, write_figure
 
 __all__ = ["draw_bench"]
 
@@ -64,8 +62,7 @@ def draw_bench(
     figure.supxlabel(
         "\n".join(textwrap.wrap(caption, 55 * columns)), x=0.01, ha="left", size=8.5, color=_MUTED
     )
-    with replacement(path, ArgumentError) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    write_figure(figure, path)
 
 
 def _draw_group(axes: Any, group: BenchGroup) -> None:

@@ -14,7 +14,7 @@ from coordconv_patch.channels.axis_fields import axes_of, axis_values, check_axe
 from coordconv_patch.channels.block import ChannelBlock
 from coordconv_patch.channels.convention_fields import center_of, range_of
 from coordconv_patch.channels.positions import AxisPixels
-from coordconv_patch.errors import CoordinatesError
+from coordconv_patch.errors import CoordinatesError, excerpt
 
 __all__ = ["Radius"]
 
@@ -57,7 +57,7 @@ class Radius(ChannelBlock):
         check_centring(self.centring)
         object.__setattr__(self, "value_range", range_of(self.value_range))
         if type(self.normalized) is not bool:
-            raise CoordinatesError(f"normalized={self.normalized!r}: write True or False")
+            raise CoordinatesError(f"normalized={excerpt(self.normalized)}: write True or False")
         if self.center is not None:
             object.__setattr__(self, "center", center_of(self.center, self.axes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.errors import ModelSourceError, excerpt, first_line, path_text
 
 __all__ = ["load_checkpoint_"]
 
@@ -26,8 +27,8 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
     Raises:
         ModelSourceError: If the file cannot be read, or its names or shapes do not fit.
     """
-    if not path.is_file():
-        raise ModelSourceError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise ModelSourceError(f"there is no file {path_text(path)}")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
@@ -36,6 +37,11 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise ModelSourceError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # pickle.UnpicklingError of torch.load
+        if not _is_of_torch(path):
+            raise ModelSourceError(
+                f"{path} is not a file of torch.save ({first_line(error)}): write one of "
+                "model.state_dict()"
+            ) from error
         raise ModelSourceError(
             f"{path} holds more than tensors, which is not loaded for safety's sake: save "
             f"model.state_dict() instead ({type(error).__name__})"
@@ -45,13 +51,25 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
             state = state[key]
     if not isinstance(state, Mapping):
         raise ModelSourceError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    if isinstance(state, dict) and state and all(str(n).startswith("module.") for n in state):
+    strange = next((name for name in state if not isinstance(name, str)), None)
+    if strange is not None:
+        raise ModelSourceError(
+            f"{path} holds a {type(state).__name__} with {excerpt(strange)} among its names, not a "
+            "state_dict: save model.state_dict() instead"
+        )
+    if isinstance(state, dict) and state and all(n.startswith("module.") for n in state):
         consume_prefix_in_state_dict_if_present(state, "module.")  # of the metadata too
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         hint = _other_head(model, state)
         raise ModelSourceError(f"{path} does not fit the model: {error}{hint}") from error
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do: a ZIP archive, before torch 1.6 a pickle."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _other_head(model: nn.Module, state: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from coordconv_patch.cli.models import (
     save_program,
 )
 from coordconv_patch.cli.ranked_task import ranked_task
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.cli.sources import failures_told
+from coordconv_patch.errors import ArgumentError, path_text
 from coordconv_patch.files.atomic import obstacle_to_writing
 from coordconv_patch.files.picture_file import check_picture
 from coordconv_patch.layers.coord_layer import coord_layers
@@ -237,8 +239,8 @@ def verify_command(
     from coordconv_patch.runtime.providers import working_providers
     from coordconv_patch.verification.verify import verify_onnx
 
-    if not onnx_file.is_file():
-        raise ArgumentError(f"there is no file {onnx_file}")
+    if not os.path.isfile(onnx_file):
+        raise ArgumentError(f"there is no file {path_text(onnx_file)}")
     loaded = loaded_model(model, pretrained, input_shape, trust)
     patched = model_to_export(loaded, where, coords, radius, checkpoint, coord_weights)
     check = verify_onnx(
@@ -347,15 +349,17 @@ def rank_command(
         check_picture(picture)
     from coordconv_patch.ranking.rank import rank
 
-    ranking = rank(
-        *ranked_task(task),
-        where or "all",
-        by=by,  # type: ignore[arg-type]  # checked there
-        lr=lr,
-        coord_lr=coord_lr,
-        steps=steps,
-        seeds=seeds,
-    )
+    asked = ranked_task(task)
+    with failures_told(task, Path(task.rpartition(":")[0])):
+        ranking = rank(
+            *asked,
+            where or "all",
+            by=by,  # type: ignore[arg-type]  # checked there
+            lr=lr,
+            coord_lr=coord_lr,
+            steps=steps,
+            seeds=seeds,
+        )
     if picture is not None:
         ranking.plot(picture)
     if as_json:

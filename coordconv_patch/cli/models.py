@@ -101,11 +101,21 @@ def check_outputs_equal(loaded: LoadedModel, patched: nn.Module) -> str:
     """How much of the outputs is equal, in words; a PatchError if patching has changed them."""
     before = torch_outputs(loaded.model, loaded.example_inputs)
     after = torch_outputs(patched, loaded.example_inputs)
-    equal = len(before) == len(after) and all(map(torch.equal, before, after))
+    equal = len(before) == len(after) and all(map(_are_equal, before, after))
     if not equal:
         raise PatchError("the patched model's outputs are not those of the plain model")
     numbers = sum(tensor.numel() for tensor in after)
-    return f"{len(after)} outputs ({numbers:,} numbers) are bit-equal"
+    undefined = sum(int(tensor.isnan().sum()) for tensor in after)
+    but = f", but {undefined:,} of them are not numbers (NaN), before as after" if undefined else ""
+    return f"{len(after)} outputs ({numbers:,} numbers) are bit-equal{but}"
+
+
+def _are_equal(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """As torch.equal, which takes no NaN for another."""
+    if before.shape != after.shape or before.dtype is not after.dtype:
+        return False
+    is_nan = before.isnan()
+    return torch.equal(is_nan, after.isnan()) and torch.equal(before[~is_nan], after[~is_nan])
 
 
 def save_program(model: nn.Module, loaded: LoadedModel, path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from rich.markup import escape
 
@@ -15,6 +17,7 @@ from coordconv_patch.errors import (
     ExampleInputsError,
     ExportError,
     PatchError,
+    first_line,
 )
 
 __all__ = ["run"]
@@ -22,14 +25,39 @@ __all__ = ["run"]
 
 def run(command: Callable[[], Any]) -> None:
     """Run the command line; a user's mistake gets a message and an exit code, no traceback."""
+    if sys.stdout is None:
+        _fail("standard output is closed", 2)
     if hasattr(sys.stdout, "reconfigure"):  # a pipe on Windows may know no bars
         sys.stdout.reconfigure(errors="replace")
     try:
-        with told():
-            command()
+        try:
+            with told():
+                command()
+        finally:
+            sys.stdout.flush()
     except CoordConvPatchError as error:
-        errors.print(f"[bold red]error:[/] {escape(_in_words(error))}", highlight=False)
-        sys.exit(_exit_code(error))
+        _fail(_in_words(error), _exit_code(error))
+    except OSError as error:
+        failure = _output_failure()
+        if failure is None:
+            raise
+        _fail(f"standard output cannot be written: {first_line(failure)}", 1, error)
+
+
+def _fail(text: str, code: int, cause: BaseException | None = None) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+    raise SystemExit(code) from cause
+
+
+def _output_failure() -> OSError | None:
+    """Why what was printed cannot be written; it is thrown away then, so that Python can end."""
+    try:
+        print(flush=True)  # the error may be another one: only what fails again is told
+    except OSError as error:
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return error
+    return None
 
 
 def _in_words(error: CoordConvPatchError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from coordconv_patch.cli.loaded import LoadedModel
-from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.errors import ModelSourceError, path_text
 from coordconv_patch.export.dynamo import dynamic_shapes
 from coordconv_patch.graphs.programs import from_exported
+from coordconv_patch.running.silence import output_silenced
 
 __all__ = ["model_of_program"]
 
 
 def model_of_program(path: Path, trusted: bool) -> LoadedModel:
     """The GraphModule of a program in a file, which must be trusted; or a ModelSourceError."""
-    if not path.is_file():
-        raise ModelSourceError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise ModelSourceError(f"there is no file {path_text(path)}")
     if not trusted:
         raise ModelSourceError(
             f"{path} is not loaded: torch unpickles parts of a .pt2 file, and that runs any code "
@@ -28,7 +30,8 @@ def model_of_program(path: Path, trusted: bool) -> LoadedModel:
             "Python: trusted=True)"
         )
     try:
-        program: ExportedProgram = torch.export.load(path)
+        with output_silenced():  # of a damaged file torch logs a traceback of its own
+            program: ExportedProgram = torch.export.load(path)
     except Exception as error:
         raise ModelSourceError(
             f"{path} is not a torch.export program ({type(error).__name__}: {error}); "

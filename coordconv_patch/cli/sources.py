@@ -6,6 +6,9 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.cli.loaded import LoadedModel, random_image
 from coordconv_patch.cli.model_sources import MODEL_SOURCES, model_source
 from coordconv_patch.cli.program_file import model_of_program
 from coordconv_patch.cli.zoo_models import close_names
-from coordconv_patch.errors import ModelSourceError
+from coordconv_patch.errors import (
+    ArgumentError,
+    CoordConvPatchError,
+    ModelSourceError,
+    excerpt,
+    first_line,
+    path_text,
+)
 from coordconv_patch.running.inputs import takes_image_list
 
-__all__ = ["load_model", "parse_shape", "result_of_function"]
+__all__ = ["failures_told", "load_model", "parse_shape", "result_of_function"]
 
 
 def load_model(
@@ -55,11 +66,17 @@ def load_model(
     else:
         known = ", ".join(f"{known}:NAME" for known in MODEL_SOURCES)
         raise ModelSourceError(
-            f"model {source!r}: write {known}, path/to/file.py:FUNCTION or model.pt2"
+            f"model {excerpt(source)}: write {known}, path/to/file.py:FUNCTION or model.pt2"
         )
     if input_shape is None:
         return loaded
-    example: Any = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        example: Any = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise ModelSourceError(
+            f"shape {excerpt(input_shape)}: an input of that size cannot be made here "
+            f"({first_line(error)})"
+        ) from error
     if takes_image_list(loaded.example_inputs):
         example = ([example],)
     return dataclasses.replace(loaded, example_inputs=example)
@@ -73,6 +90,13 @@ def _model_of_function(source: str) -> LoadedModel:
             f"{source} returned a {type(model).__name__}; it must return a torch.nn.Module, or "
             "one and its example inputs"
         )
+    try:
+        check_example_inputs(example)
+    except ArgumentError as error:
+        raise ModelSourceError(
+            f"{source} returned a model, and {excerpt(example)} as its example inputs: return a "
+            "tensor, or a tuple of arguments"
+        ) from error
     example = random_image((1, 3, 224, 224)) if example is None else example
     return LoadedModel(model.eval(), example, True)
 
@@ -85,21 +109,17 @@ def result_of_function(source: str) -> Any:
     """
     file_name, _, function_name = source.rpartition(":")
     path = Path(file_name)
-    if not path.is_file():
-        raise ModelSourceError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise ModelSourceError(f"there is no file {path_text(path)}")
     module = _run_file(path)
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value)]
         close = close_names(function_name, names)
         hint = f"; {close}" if close else ""
-        raise ModelSourceError(f"{path} has no function {function_name!r}{hint}")
-    try:
+        raise ModelSourceError(f"{path} has no function {excerpt(function_name)}{hint}")
+    with failures_told(source, path, "; it must take no arguments"):
         return function()
-    except Exception as error:
-        raise ModelSourceError(
-            f"{source} failed: {type(error).__name__}: {error}; it must take no arguments"
-        ) from error
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -112,12 +132,46 @@ def _run_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     sys.path.insert(0, os.fspath(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ModelSourceError(f"{path} failed: {type(error).__name__}: {error}") from error
+        with failures_told(str(path), path):
+            spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
     return module
+
+
+@contextmanager
+def failures_told(source: str, path: Path, hint: str = "") -> Iterator[None]:
+    """While entered, what a user's own code raises becomes an error that names it.
+
+    Args:
+        source: What failed, for the message.
+        path: The file that the code is in, whose line is told where it is known.
+        hint: What else to say.
+
+    Raises:
+        ModelSourceError: If the code fails, or ends the process.
+    """
+    try:
+        yield
+    except CoordConvPatchError:
+        raise
+    except SystemExit as error:
+        raise ModelSourceError(
+            f"{source} ends the process (sys.exit({excerpt(error.code)})){_line_of(error, path)}: "
+            'write that below `if __name__ == "__main__":`'
+        ) from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ModelSourceError(f"{source} failed: {said}{_line_of(error, path)}{hint}") from error
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """Where a file raised an error; empty if it did not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [
+        frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)
+    ]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -127,5 +181,5 @@ def parse_shape(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise ModelSourceError(f"shape {text!r}: write numbers like 1,3,224,224")
+        raise ModelSourceError(f"shape {excerpt(text)}: write numbers like 1,3,224,224")
     return shape

@@ -75,7 +75,7 @@ def _taken_apart(
     model: nn.Module, state_dict: Mapping[str, Any], coordinates: Side
 ) -> dict[str, Any]:
     """A checkpoint as one of the patched model; raises WeightsError if it does not fit it."""
-    if coordinates not in ("last", "first"):
+    if not isinstance(coordinates, str) or coordinates not in ("last", "first"):
         raise ArgumentError(f"{given('coordinates', coordinates)}: write 'last' or 'first'")
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(f"{given('state_dict', state_dict)}: pass a state_dict")

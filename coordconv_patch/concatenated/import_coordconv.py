@@ -19,7 +19,7 @@ from coordconv_patch.concatenated.rewrite import joins_of, rewrite_
 from coordconv_patch.concatenated.same_outputs import OutputsBefore
 from coordconv_patch.concatenated.sightings import may_be_rewritten
 from coordconv_patch.errors import PatchError
-from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.inputs import check_has_values, check_is_module
 from coordconv_patch.running.rollback import ModuleStates
 from coordconv_patch.running.untouched import LOOK, copied
 from coordconv_patch.running.wrappers import check_not_wrapped
@@ -88,6 +88,7 @@ class _Findings:
 def _findings(model: nn.Module, example_inputs: Any, check: bool) -> _Findings:
     check_flag("check", check)
     check_is_module(model)
+    check_has_values(model)
     check_example_inputs(example_inputs)
     check_not_wrapped(model)
     if example_inputs is None:

@@ -16,6 +16,7 @@ from coordconv_patch.concatenated.recorded_run import record
 from coordconv_patch.concatenated.sightings import convolution_in, may_be_rewritten
 from coordconv_patch.errors import PatchError
 from coordconv_patch.graphs.functional import join_names
+from coordconv_patch.layers.geometry import ndim_of
 
 __all__ = ["recognise_alone"]
 
@@ -61,7 +62,7 @@ def recognise_one(module: nn.Module, conv: _ConvNd) -> Recognition:
 
 
 def _runs(holder: nn.Module, conv: _ConvNd, channels: int) -> Iterator[RunPair]:
-    ndim = len(conv.kernel_size)
+    ndim = ndim_of(conv)
     for sizes in _SIZES:
         size = sizes[:ndim][::-1]
         generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from coordconv_patch.concatenated.joins import CATS, cat_arguments
 from coordconv_patch.running.inputs import run_model, writable_inputs
 from coordconv_patch.running.silence import warnings_ignored
 from coordconv_patch.running.untouched import evaluation, state_restored
+from coordconv_patch.running.version_counters import version_of
 
 __all__ = ["CatCall", "ModuleCall", "Run", "record"]
 
@@ -157,7 +158,7 @@ class _Recorder(TorchFunctionMode):
             if len(given) != 1 or not all(isinstance(each, Tensor) for each in (*given, output)):
                 return
             owners, around = self._stack()
-            call = ModuleCall(name, owners, around, given[0], output, output._version)
+            call = ModuleCall(name, owners, around, given[0], output, version_of(output))
             if isinstance(module, _ConvNd):
                 self.run.convolutions.append(call)
             if kept:

@@ -33,8 +33,9 @@ def coordinate_maps(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
     Raises:
         PatchError: If the model is not patched, cannot be copied, or fails on the inputs.
     """
+    model = unwrapped(model)
     layers = require_coord_layers(model)
-    twin = copied(unwrapped(model), advice="a copy of the model is looked at")
+    twin = copied(model, advice="a copy of the model is looked at")
     maps: dict[str, Tensor] = {}
 
     def keep(site: str, output: Tensor, branch: Tensor) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from coordconv_patch.arguments import check_callable, check_example_inputs, given
+from coordconv_patch.arguments import check_example_inputs
 from coordconv_patch.contributions.moments import Moments
 from coordconv_patch.contributions.report import Influence, SiteInfluence
 from coordconv_patch.contributions.taps import Taps
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.running.inputs import run_model
+from coordconv_patch.running.losses import LossFunction, check_loss_fn, finite_loss, iterated
+from coordconv_patch.running.uncompiled import uncompiled
 from coordconv_patch.running.untouched import copied, evaluation
 from coordconv_patch.running.wrappers import unwrapped
 
 __all__ = ["influence"]
-
-LossFunction = Callable[[nn.Module, Any], Any]
-"""Gets the model and a batch, returns one number."""
 
 
 def influence(
@@ -49,7 +49,8 @@ def influence(
             gets is the copy. ``None``: only the shares are measured.
 
     Raises:
-        PatchError: If the model is not patched, or cannot be copied, or fails on a batch.
+        PatchError: If the model is not patched, or cannot be copied, or fails on a batch; or if
+            ``loss_fn`` fails; or if the loss or what a site gives is not finite.
         ArgumentError: If there is no batch, or the loss is not one number.
 
     Example:
@@ -118,6 +119,11 @@ class _Look:
             None if of_input is None else of_input.variance,
             None if of_coords is None else of_coords.variance,
         )
+        if not all(math.isfinite(variance or 0.0) for variance in variances):
+            raise PatchError(
+                f"{name or 'the convolution'} gives values that are not finite on these batches, "
+                "so there is nothing to compare: check the batches and the model"
+            )
         if losses is None or without is None or of_input is None:
             return SiteInfluence(name, *variances)
         rises = [off - on for on, off in zip(losses, without, strict=True)]
@@ -129,7 +135,8 @@ class _Look:
         if self.loss_fn is None:
             run_model(self.twin, batch)
             return 0.0
-        return _number(self.loss_fn(self.twin, batch))
+        with uncompiled(self.twin):
+            return finite_loss(self.loss_fn, self.twin, batch)
 
     def _see(self, site: str, output: Tensor, branch: Tensor) -> None:
         channel_dim = -1 - self.ndims[site]
@@ -147,34 +154,11 @@ def _batches(batches: Any, loss_fn: Any) -> list[Any]:
         ArgumentError: If there is none, or it is one batch and not several.
     """
     if loss_fn is not None:
-        check_callable("loss_fn", loss_fn)
-    if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
-        raise ArgumentError(
-            f"{given('batches', batches)}: pass a list of batches, such as [images]"
-        )
-    kept = list(batches)
+        check_loss_fn(loss_fn)
+    kept = list(iterated(batches))
     if not kept:
         raise ArgumentError("batches: there is none, pass at least one")
     if loss_fn is None:
         for batch in kept:
             check_example_inputs(batch, optional=False)
     return kept
-
-
-def _number(loss: Any) -> float:
-    """A loss as a float.
-
-    Raises:
-        ArgumentError: If it is not one number.
-    """
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ArgumentError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return one number, such as "
-            "its mean()"
-        )
-    try:
-        return float(loss)
-    except (TypeError, ValueError):
-        raise ArgumentError(
-            f"{given('the return value of loss_fn', loss)}: return one number"
-        ) from None

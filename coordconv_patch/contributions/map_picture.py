@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coordconv_patch.arguments import check_example_inputs, check_names, given
+from coordconv_patch.arguments import check_example_inputs, check_names
 from coordconv_patch.contributions.coordinate_maps import coordinate_maps
-from coordconv_patch.errors import ArgumentError, SelectionError, listing
-from coordconv_patch.files.atomic import replacement
-from coordconv_patch.files.picture_file import check_picture
+from coordconv_patch.errors import ArgumentError, SelectionError, excerpt, listing
+from coordconv_patch.files.picture_file import check_picture, write_figure
 
 __all__ = ["draw_maps", "plot_coords"]
 
@@ -20,6 +19,8 @@ _INK, _MUTED = "#1F2933", "#6B7280"
 _COLOURS = "PuOr"
 """Orange below 0, white at 0, purple above; told apart with any colour vision."""
 _MOST_SITES = 8
+_MOST_CHANNELS = 256
+"""In a row; matplotlib before 3.10 draws less than 2^16 pixels along an axis."""
 _GAP = 0.06
 """Between two maps, as a part of a map's longer side."""
 
@@ -45,7 +46,7 @@ def plot_coords(
             arguments); the maps have the sizes that these give.
         sites: Names of the sites to show, in this order; ``None``: the 8 whose maps vary most, in
             order of execution.
-        channels: The most channels to show of a site.
+        channels: The most channels to show of a site, at most 256.
 
     Raises:
         PatchError: If the model is not patched, cannot be copied, or fails on the inputs.
@@ -60,8 +61,14 @@ def plot_coords(
     path = check_picture(path)
     check_example_inputs(example_inputs, optional=False)
     check_names("sites", sites)
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ArgumentError(f"{given('channels', channels)}: write how many to show, 1 or more")
+    if (
+        isinstance(channels, bool)
+        or not isinstance(channels, int)
+        or not 1 <= channels <= _MOST_CHANNELS
+    ):
+        raise ArgumentError(
+            f"channels={excerpt(channels)}: write how many to show, 1 to {_MOST_CHANNELS}"
+        )
     maps = coordinate_maps(model, example_inputs)
     shown = _strongest(maps) if sites is None else _named(maps, sites)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,8 +85,7 @@ def plot_coords(
         axes.set_title(text, loc="left", size=9.5, color=_INK)
     legend = "What coordinates add. Purple: above the channel's mean, orange: below"
     figure.supxlabel(legend, x=0.01, ha="left", size=8.5, color=_MUTED)
-    with replacement(path, ArgumentError) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    write_figure(figure, path)
 
 
 def draw_maps(axes: Any, maps: Tensor, *, channels: int, columns: int) -> tuple[int, float]:
@@ -154,8 +160,8 @@ def _named(maps: Mapping[str, Tensor], sites: Sequence[str]) -> list[str]:
     for site in sites:
         if site not in maps:
             raise SelectionError(
-                f"sites: {site!r} has no coordinates, or the model did not call it; those that "
-                f"have are {listing(maps)}"
+                f"sites: {excerpt(site)} has no coordinates, or the model did not call it; those "
+                f"that have are {listing(maps)}"
             )
     if not sites:
         raise ArgumentError("sites=[]: name at least one, or leave sites out")

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import replacement
-from coordconv_patch.files.picture_file import check_picture
+from coordconv_patch.files.picture_file import check_picture, write_figure
 
 __all__ = ["draw_influence"]
 
@@ -72,8 +70,7 @@ def draw_influence(bars: Bars, path: str | os.PathLike[str]) -> None:
     panels[0].tick_params(axis="y", labelsize=8.5, colors=_INK)
     panels[0].invert_yaxis()  # the axis is shared
     figure.supxlabel(bars.caption, x=0.01, ha="left", size=8.5, color=_MUTED)
-    with replacement(path, ArgumentError) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    write_figure(figure, path)
 
 
 def _draw_shares(axes: Any, sites: Sequence[str], shares: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ from coordconv_patch.demo.backbone import to_input
 from coordconv_patch.demo.report import DemoReport
 from coordconv_patch.demo.task import Pictures, photograph
 from coordconv_patch.errors import ExportError
-from coordconv_patch.files.atomic import replacement
+from coordconv_patch.files.picture_file import write_figure
 
 __all__ = ["draw"]
 
@@ -61,8 +61,7 @@ def draw(
     _draw_histogram(middle, held_out, answers)
     _draw_shares(right, report)
     _draw_maps(maps, report, coordinate_maps(patched, held_out.images[:1]))
-    with replacement(path, ExportError) as temporary:
-        figure.savefig(temporary, format="png")
+    write_figure(figure, path, ExportError)
 
 
 def _draw_header(part: Any, report: DemoReport) -> None:

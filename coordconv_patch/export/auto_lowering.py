@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, excerpt
 from coordconv_patch.lowering.registry import LOWERINGS
 from coordconv_patch.lowering.site import LoweringSite
 from coordconv_patch.runtime.providers import CPU
@@ -66,8 +66,8 @@ def accepted_lowerings() -> tuple[str, ...]:
 def check_lowering(lowering: str, dynamic_size: bool) -> None:
     """Raise an ArgumentError if there is no such lowering, or it cannot have the axes asked for."""
     choices = accepted_lowerings()
-    if lowering not in choices:
-        raise ArgumentError(f"lowering={lowering!r}: write {', '.join(map(repr, choices))}")
+    if not isinstance(lowering, str) or lowering not in choices:
+        raise ArgumentError(f"lowering={excerpt(lowering)}: write {', '.join(map(repr, choices))}")
     of_any_size = [name for name, form in LOWERINGS.items() if not form.fixes_size]
     if dynamic_size and lowering not in ("auto", *of_any_size):
         raise ArgumentError(

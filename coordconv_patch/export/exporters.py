@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir
 from torch import nn
 
-from coordconv_patch.errors import ArgumentError, ExportError, first_line
+from coordconv_patch.errors import ArgumentError, ExportError, excerpt, first_line
 from coordconv_patch.export.axes import ExportRequest
 from coordconv_patch.export.dynamo import export_dynamo
 from coordconv_patch.export.opset import can_ask_for, require_opset
@@ -54,8 +54,8 @@ class Exported:
 def check_exporter(exporter: Any) -> None:
     """Raise an ArgumentError unless this is the name of an exporter, or ``"auto"``."""
     *others, last = map(repr, ("auto", *EXPORTERS))
-    if exporter not in ("auto", *EXPORTERS):
-        raise ArgumentError(f"exporter={exporter!r}: write {', '.join(others)} or {last}")
+    if not isinstance(exporter, str) or exporter not in ("auto", *EXPORTERS):
+        raise ArgumentError(f"exporter={excerpt(exporter)}: write {', '.join(others)} or {last}")
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:

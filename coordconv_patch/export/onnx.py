@@ -41,7 +41,13 @@ from coordconv_patch.layers.given_maps import given_blocks
 from coordconv_patch.layers.window import Window
 from coordconv_patch.left_behind.watch import check_left_behind
 from coordconv_patch.patching.placed_model import PLACES, PlacedModel
-from coordconv_patch.running.inputs import check_is_module, in_signature_order
+from coordconv_patch.running.inputs import (
+    check_has_values,
+    check_is_module,
+    check_not_scripted,
+    in_signature_order,
+)
+from coordconv_patch.running.wrappers import unwrapped
 from coordconv_patch.runtime.providers import working_providers
 from coordconv_patch.verification.check import Check
 from coordconv_patch.verification.verify import Verifier
@@ -123,6 +129,11 @@ def export_onnx(
     path = check_path("path", path)
     _check_path(path)
     check_is_module(model)
+    check_not_scripted(
+        model, ExportError, "export the model that it was made of, or call torch.onnx.export"
+    )
+    check_has_values(model)
+    model = unwrapped(model)  # torch.jit.trace refuses what torch.compile gives
     check_example_inputs(example_inputs, optional=False)
     check_flag("dynamic_batch", dynamic_batch)
     check_flag("dynamic_size", dynamic_size)

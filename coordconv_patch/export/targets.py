@@ -14,7 +14,7 @@ from typing import Any
 
 from onnx_ir.passes import InPlacePass
 
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, excerpt
 from coordconv_patch.export.graph_passes.carry_coordinates import CarryCoordinates
 from coordconv_patch.export.graph_passes.expand_coordinates import ExpandCoordinates
 from coordconv_patch.export.graph_passes.fold_scales import FoldScales
@@ -197,10 +197,10 @@ def register_target(target: Target) -> None:
         export_onnx(model, "model.onnx", images, target="tract")
     """
     if not isinstance(target, Target):
-        raise ArgumentError(f"target={target!r}: write a Target")
+        raise ArgumentError(f"target={excerpt(target)}: write a Target")
     if not isinstance(target.name, str) or not target.name.isidentifier() or target.name in _OWN:
         raise ArgumentError(
-            f"the target's name={target.name!r}: write an identifier other than "
+            f"the target's name={excerpt(target.name)}: write an identifier other than "
             f"{', '.join(map(repr, sorted(_OWN)))}"
         )
     TARGETS[target.name] = target

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coordconv_patch.errors import CoordConvPatchError
+from coordconv_patch.errors import CoordConvPatchError, path_text
 from coordconv_patch.files.workplace import locked, names_in, workplace
 
 __all__ = ["obstacle_to_writing", "os_errors_reported", "part_name", "replacement"]
@@ -32,7 +32,7 @@ _DIGEST_DIGITS = 16
 def obstacle_to_writing(path: Path) -> str:
     """Why a file cannot be written there, for a message; empty if it can."""
     obstacle = _obstacle(path)
-    return f"cannot write {path}: {obstacle}" if obstacle else ""
+    return f"cannot write {path_text(path)}: {obstacle}" if obstacle else ""
 
 
 def part_name(name: str, digest: str) -> str:
@@ -56,7 +56,7 @@ def replacement(path: Path, failure: type[CoordConvPatchError]) -> Iterator[Path
         CoordConvPatchError: As ``failure`` says, if the file cannot be written: the target is not a
             regular file, its folder does not exist, or any other ``OSError``; it names the path.
     """
-    with os_errors_reported(f"cannot write {path}", failure):
+    with os_errors_reported(f"cannot write {path_text(path)}", failure):
         obstacle = obstacle_to_writing(path)
         if obstacle:
             raise failure(obstacle)
@@ -92,7 +92,7 @@ def _obstacle(path: Path) -> str:
         mode = target.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         folder = target.parent if path.is_symlink() else path.parent
-        return "" if folder.is_dir() else f"the folder {folder} does not exist"
+        return "" if folder.is_dir() else f"the folder {path_text(folder)} does not exist"
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         return _reason(error)
     if stat.S_ISDIR(mode):

@@ -32,7 +32,7 @@ from coordconv_patch.layers.coordconv import CoordConvNd
 from coordconv_patch.layers.geometry import TORCH_CONVS
 from coordconv_patch.layers.padding_probe import ConvSpy
 from coordconv_patch.left_behind.watch import check_left_behind, release_watches_, watch_
-from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.inputs import check_has_values, check_is_module, check_not_scripted
 from coordconv_patch.running.untouched import copied
 from coordconv_patch.sites.regions import Region, trace_regions
 
@@ -77,6 +77,8 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         ExampleInputsError: If the model fails on the example inputs.
     """
     check_is_module(model)
+    check_not_scripted(model, PatchError, "fold the model that it was made of, before scripting")
+    check_has_values(model)
     check_left_behind(model)
     folded = copied(model, advice="folding works on a copy")
     release_watches_(folded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 
 from torch import nn
@@ -64,6 +65,17 @@ def register_folding_method(name: str) -> None:
 
 
 def folding_methods_of(module: nn.Module) -> list[str]:
-    """The names of the methods of a module's class that fold it."""
+    """The names of the methods of a module's class that fold it.
+
+    Static methods, class methods and functions without a ``self``, as ``fuse = torch.add`` gives,
+    do not get the module, so it is not they who fold it.
+    """
     kind = type(module)
-    return [name for name in tuple(_FOLDING_METHODS) if callable(getattr(kind, name, None))]
+    return [name for name in tuple(_FOLDING_METHODS) if _is_method(kind, name)]
+
+
+def _is_method(kind: type[nn.Module], name: str) -> bool:
+    if not callable(getattr(kind, name, None)):
+        return False
+    attribute = inspect.getattr_static(kind, name)
+    return hasattr(attribute, "__get__") and not isinstance(attribute, (staticmethod, classmethod))

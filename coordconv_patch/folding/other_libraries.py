@@ -11,6 +11,8 @@ becomes of them; see :mod:`coordconv_patch.folding.probes`.
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +22,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from coordconv_patch.arguments import check_callable
-from coordconv_patch.errors import PatchError
+from coordconv_patch.arguments import check_callable, given
+from coordconv_patch.errors import ArgumentError, CoordConvPatchError, PatchError, first_line
 from coordconv_patch.folding.method_names import folding_methods_of
 from coordconv_patch.folding.probes import Carrier, Probes
 from coordconv_patch.graphs.programs import require_coord_layers
@@ -38,6 +40,7 @@ from coordconv_patch.left_behind.watch import (
     watches_renewed,
 )
 from coordconv_patch.running.forward_stack import modules_in_forward
+from coordconv_patch.running.inputs import check_has_values
 from coordconv_patch.running.tracing_gate import tracing_alone
 from coordconv_patch.running.untouched import copied
 
@@ -73,6 +76,7 @@ class FoldingMethod:
         method = getattr(type(self.module), self.name)
         if any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in pytree.tree_leaves((args, kwargs))):
             return method(self.module, *args, **kwargs)
+        self._check_not_shared()
         return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
 
     def _running_module(self) -> nn.Module | None:
@@ -85,6 +89,17 @@ class FoldingMethod:
                 if vars(inner).get(self.name) is self:
                     return inner
         return None
+
+    def _check_not_shared(self) -> None:
+        """Refuse a call that may have been one of a shallow copy, which shares this object."""
+        modules = (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
+        if sum(vars(each).get(self.name) is self for each in modules) > 1:
+            kind = type(self.module).__name__
+            raise PatchError(
+                f"{kind}.{self.name}: there is a shallow copy of this {kind}, and which of the two "
+                "is to be folded cannot be told: copy it with copy.deepcopy(...), or use "
+                f"fold_with(model, lambda plain: plain.{self.name}())"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__}.{self.name}, carrying coordinates"
@@ -132,16 +147,36 @@ def fold_with(model: nn.Module, function: Callable[[Any], Any]) -> Any:
 
     Raises:
         PatchError: If the model is not patched, if other code has left coordinates behind, or
-            if the function does something with the weights that coordinates cannot follow.
+            if the function fails or does something with the weights that coordinates cannot follow.
     """
     check_callable("function", function)
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        raise ArgumentError(f"{given('function', function)}: pass a function that folds a model")
     require_coord_layers(model)
+    check_has_values(model)
     check_left_behind(model)
     folded = copied(model, advice="folding works on a copy")
-    returned = _fold(folded, function)
+    returned = _fold(folded, functools.partial(_call, function))
     folded = returned if isinstance(returned, nn.Module) else folded
+    if not coord_layers(folded):
+        raise PatchError(
+            f"function returned a {type(folded).__name__} in which no weight depends on a "
+            "convolution that has coordinates: return the folded model, or fold in place"
+        )
     watch_(folded)
     return folded
+
+
+def _call(function: Callable[[Any], Any], plain: Any) -> Any:
+    """What a user's function returns; a PatchError that names it if it fails."""
+    try:
+        return function(plain)
+    except CoordConvPatchError:
+        raise
+    except Exception as error:
+        raise PatchError(
+            f"function failed on a plain copy of the model: {first_line(error)}"
+        ) from error
 
 
 def _fold(model: nn.Module, function: Callable[[Any], Any]) -> Any:

@@ -23,13 +23,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.branch import BRANCH_NAME, CoordBranch
-from coordconv_patch.layers.capture import is_capturing
+from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.geometry import ConvGeometry, Padding
-from coordconv_patch.layers.padding_probe import padding_of
+from coordconv_patch.layers.forward_watch import ForwardWatch
+from coordconv_patch.layers.geometry import ConvGeometry, Padding, ndim_of
+from coordconv_patch.layers.padding_probe import TORCHS_OWN, padding_of, pads_as_torch, pads_by
 
-__all__ = ["add_to_calls_", "chosen_calls_of", "remove_from_calls_"]
+__all__ = [
+    "add_to_calls_",
+    "branches_without_hook",
+    "chosen_calls_of",
+    "places_of_hook",
+    "remove_from_calls_",
+]
 
 
 def add_to_calls_(
@@ -66,14 +73,35 @@ def chosen_calls_of(module: nn.Module) -> ChosenCalls | None:
     return None if hook is None else hook.count.chosen
 
 
+def places_of_hook(module: nn.Module) -> list[tuple[dict[Any, Any], Any, Any]]:
+    """What holds the hook that adds a branch to chosen calls of a convolution module.
+
+    A dict, the key in it and its value: of the hook, and of the module's dict of hooks. Empty
+    if there is no such hook.
+    """
+    hooks: Any = module._forward_hooks
+    places = [(hooks, key, hook) for key, hook in hooks.items() if isinstance(hook, _AddBranch)]
+    return [*places[:1], (module.__dict__, "_forward_hooks", hooks)] if places else []
+
+
+def branches_without_hook(module: nn.Module) -> list[CoordBranch]:
+    """The branch of chosen calls of a convolution module, if somebody took its hook away."""
+    branch = module._modules.get(BRANCH_NAME) if isinstance(module, _ConvNd) else None
+    if not isinstance(branch, CoordBranch) or _FOLLOWED not in branch.__dict__:
+        return []  # others are added by the module that calls the convolution's function
+    return [branch] if _branch_hook(module) is None else []
+
+
 def remove_from_calls_(model: nn.Module, conv: nn.Module) -> None:
-    """Inverse of :func:`add_to_calls_` for one convolution module of a model."""
+    """Inverse of :func:`add_to_calls_` for one convolution module of a model.
+
+    If somebody took the branch's own hook away, those on its caller stay: they only count.
+    """
     added = _branch_hook(conv)
-    assert added is not None
-    for module in model.modules():
+    for module in model.modules() if added is not None else ():
         for registered in _hook_dicts(module):
             for key, hook in list(registered[0].items()):
-                if isinstance(hook, _CountHook) and hook.count is added.count:
+                if isinstance(hook, _CountHook) and added and hook.count is added.count:
                     for each in registered:
                         each.pop(key, None)
     delattr(conv, BRANCH_NAME)
@@ -150,6 +178,8 @@ class _AddBranch(_CountHook):
             _follow_padding(count.name, cast(_ConvNd, conv), branch)
         branch.check_channels(output, branch.coord_weight)
         source = args[0] if args else kwargs["input"]
+        if not (is_capturing() or is_transforming()):
+            _check_padding(count.name, cast(_ConvNd, conv), branch, source)
         return output + branch(source).to(output.dtype)
 
 
@@ -166,7 +196,36 @@ def _padding_marks(conv: nn.Module) -> tuple[Any, ...]:
         conv.stride,
         conv.dilation,
         conv.__dict__.get("_conv_forward"),
+        _has_torchs_methods(type(conv)),
     )
+
+
+def _has_torchs_methods(kind: Any) -> bool:
+    """Whether torch wrote what a class of convolutions computes, which may be replaced any time."""
+    return any(
+        kind.forward is forward and kind._conv_forward is conv_forward
+        for forward, conv_forward in TORCHS_OWN.values()
+    )
+
+
+def _check_padding(name: str, conv: _ConvNd, branch: CoordBranch, source: Tensor) -> None:
+    """Look once for each input size and mode whether a class of its own pads by its rule."""
+    weight = conv._parameters.get("weight")
+    if pads_as_torch(conv, conv.forward) or weight is None or weight.is_meta:
+        return
+    watch: ForwardWatch = branch.__dict__.setdefault("_watch", ForwardWatch())
+    size = tuple(source.shape[-ndim_of(conv) :])
+    key = (size, conv.training, branch.coord_padding)
+    if watch.knows(key, []):
+        return
+    if not pads_by(conv, conv.forward, size, branch.coord_padding):
+        _follow_padding(name, conv, branch)
+        if not pads_by(conv, conv.forward, size, branch.coord_padding):
+            raise PatchError(
+                f"{name} pads an input of size {size} by another rule than smaller ones; the "
+                "coordinates of its chosen calls could not follow. Unpatch the model first"
+            )
+    watch.note((size, conv.training, branch.coord_padding), [])
 
 
 def _follow_padding(name: str, conv: _ConvNd, branch: CoordBranch) -> None:

@@ -105,7 +105,8 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
     try:
         cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
     except BaseException:
-        module.__class__ = before
+        # A coordinate layer refuses to be given such a class.
+        object.__setattr__(module, "__class__", before)
         raise
 
 
@@ -123,4 +124,5 @@ def revert_(module: CoordConvNd) -> None:
     before, plain = type(module), module._plain_class
     if parametrize.is_parametrized(module):
         plain = on_other_base(before, plain)
-    module.__class__ = plain  # type: ignore[assignment]  # it is a CoordConvNd no longer
+    # It is a CoordConvNd no longer, which it would refuse to anybody else.
+    object.__setattr__(module, "__class__", plain)

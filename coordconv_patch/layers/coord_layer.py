@@ -24,10 +24,11 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.compiled_map import map_by_lines, suits_lines
 from coordconv_patch.layers.coordinate_map import coordinate_map, grid_for
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.dtype_limits import check_fits, convolved_dtype, limited
 from coordconv_patch.layers.geometry import ConvGeometry, Convolution, Padding
 from coordconv_patch.layers.load_in_progress import load_in_progress
 from coordconv_patch.layers.map_cache import MapCache
-from coordconv_patch.layers.placed_grid import check_one_place_a_sample, placed_grid
+from coordconv_patch.layers.placed_grid import GridTarget, check_one_place_a_sample, placed_grid
 from coordconv_patch.layers.places import Placed, Places
 from coordconv_patch.layers.saved_convention import convention_refusal, tell_convention
 from coordconv_patch.layers.unsupported import refuse_mkldnn, refuse_script
@@ -103,7 +104,7 @@ class CoordLayer(nn.Module):
             and not (is_capturing() or is_transforming())
             and (self._places is None or self._places.now() is None)
         ):
-            if self.__dict__.get("_conv_forward") is not self._followed:
+            if not self._is_followed():
                 self._follow_padding()
             return self._map_cache.get(weight, input, output, self.compute_map)
         return self.compute_map(input, output, weight)
@@ -165,12 +166,18 @@ class CoordLayer(nn.Module):
 
         Returns:
             Shape ``(1, C_out, *output_size)``, with places ``(N, C_out, *output_size)``.
+
+        Raises:
+            CoordinatesError: If a coordinate is too large for the dtype that it is convolved in.
         """
         weight = self.coord_weight if weight is None else weight
+        convolved = convolved_dtype(weight)
         if placed is None:
-            grid = grid_for(weight, self.coords, input_size)
+            check_fits(self.coords, input_size, convolved, self._site_name)
+            grid = limited(grid_for(weight, self.coords, input_size), convolved)
         else:
-            grid = placed_grid(self.coords, placed, input_size, weight.device, weight.dtype)
+            target = GridTarget(weight.device, weight.dtype, convolved, self._site_name)
+            grid = placed_grid(self.coords, placed, input_size, target)
         return coordinate_map(grid, weight, self._convolution, self.coord_padding, output_padding)
 
     def output_padding_of(
@@ -181,6 +188,10 @@ class CoordLayer(nn.Module):
         In pixels per spatial dimension; empty if the convolution is not transposed.
         """
         raise NotImplementedError
+
+    def _is_followed(self) -> bool:
+        """Whether the coordinates are padded as the plain forward pads now."""
+        return True
 
     def _follow_padding(self) -> None:
         """Let the coordinates be padded as the plain forward pads now."""

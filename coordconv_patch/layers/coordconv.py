@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.concatenated_weight import taken_apart
@@ -17,7 +16,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import DECLARED, output_padding_between
 from coordconv_patch.layers.new_weights import coords_with, groups_of, rows_of_each, why_refused
 from coordconv_patch.layers.padding_follower import PaddingFollower
-from coordconv_patch.layers.replaced_forward import ReplacedForward
+from coordconv_patch.layers.replaced_forward import ReplacedForward, look_at_forward
 from coordconv_patch.layers.weight_marks import WeightMark, is_plain
 
 __all__ = [
@@ -55,8 +54,6 @@ class CoordConvNd(PaddingFollower):
     """Qualified name in the model that was patched, for messages."""
     weight_mark: WeightMark | None = None
     """What the weight was when it was last known to fit the coordinate weight."""
-    _plain_class: type[_ConvNd]
-    """The class that the layer has without coordinates."""
     __signature__: inspect.Signature
     _is_loading: bool = False
     """Whether a state_dict is being loaded, which may assign a new weight."""
@@ -91,7 +88,10 @@ class CoordConvNd(PaddingFollower):
         Returns:
             Tensor of the shape and dtype that the plain convolution returns.
         """
-        output = super().forward(input, *args, **kwargs)
+        if self._watch is None:
+            output = super().forward(input, *args, **kwargs)
+        else:
+            output = self._watched_forward(input, *args, **kwargs)
         if output.layout is not torch.strided:
             return self._add_to_mkldnn(input, output)
         # Microseconds count here: there may be fifty convolutions in ten milliseconds. A look
@@ -102,7 +102,7 @@ class CoordConvNd(PaddingFollower):
         branch = self.map_for(input, output, weight)
         # In place where nobody can hold the output yet: it saves a copy of the activations.
         # Functional calls bring a tensor instead of the parameter, a vmapped one perhaps.
-        if type(weight) is nn.Parameter and self._output_is_fresh:
+        if type(weight) is nn.Parameter and self._output_is_fresh and self._watch is None:
             return output.add_(branch)
         return output + branch
 
@@ -124,27 +124,36 @@ class CoordConvNd(PaddingFollower):
             value = ReplacedForward(self, value)
         super().__setattr__(name, value)
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; a forward that was put into the ``__dict__`` is looked at first."""
+        if "forward" in self.__dict__ and not torch.compiler.is_dynamo_compiling():
+            look_at_forward(self)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> Any:
         """As torch's; at the end of a training the weight's mark is renewed, see weight_marks."""
-        weight, mark = self._parameters.get("weight"), self.weight_mark
-        ends = self.training and not mode
-        # Written through .data only, a weight keeps its version, and the mark is still needed.
-        if ends and weight is not None and mark is not None and weight._version != mark.version:
-            self._mark_weight()
+        mark = self.weight_mark
+        if self.training and not mode and mark is not None:
+            now = self._mark_of_now()
+            self.weight_mark = mark if now is None else mark.after_training(now)
         return super().train(mode)
 
     def _mark_weight(self) -> None:
+        self.weight_mark = self._mark_of_now()
+
+    def _mark_of_now(self) -> WeightMark | None:
+        """A mark of the weights as they are; ``None`` if they are sharded, fake or computed."""
         weight, coords = self._parameters.get("weight"), self._parameters.get("coord_weight")
-        self.weight_mark = None
-        if is_plain(weight) and is_plain(coords):
-            filters, coord_filters = cast(Tensor, weight), cast(Tensor, coords)
-            self.weight_mark = WeightMark.of(
-                filters,
-                coord_filters,
-                transposed=self.transposed,
-                groups=groups_of(filters, filters, coord_filters, transposed=self.transposed),
-                has_bias=self._parameters.get("bias") is not None,
-            )
+        if not is_plain(weight) or not is_plain(coords):
+            return None
+        filters, coord_filters = cast(Tensor, weight), cast(Tensor, coords)
+        return WeightMark.of(
+            filters,
+            coord_filters,
+            transposed=self.transposed,
+            groups=groups_of(filters, filters, coord_filters, transposed=self.transposed),
+            has_bias=self._parameters.get("bias") is not None,
+        )
 
     def _coords_beside(self, new: nn.Parameter) -> nn.Parameter | None:
         """The coordinate weight that fits another weight Parameter; ``None``: as it is.
@@ -263,8 +272,8 @@ class CoordConvNd(PaddingFollower):
         for name in ("coords", "coord_padding", "_map_cache", "__module__"):
             del self.__dict__[name]
         for name in (
-            *("_followed", "_must_follow", "_written_in_forward"),
-            *("site_name", "weight_mark", "_places"),
+            *("_followed", "_must_follow", "_written_in_forward", "_watch"),
+            *("site_name", "weight_mark", "_places", "_accepted_forward"),
         ):
             self.__dict__.pop(name, None)
 

@@ -34,9 +34,10 @@ from coordconv_patch.channels.registry import blocks_from_fields, blocks_of
 from coordconv_patch.channels.scrambled_positions import scrambled_positions
 from coordconv_patch.errors import CoordinatesError, excerpt
 from coordconv_patch.layers.capture import is_capturing, is_transforming
+from coordconv_patch.layers.dtype_limits import check_fits
 from coordconv_patch.layers.field_combinations import SHORT_FIELDS, check_combination
 from coordconv_patch.layers.grid_cache import GridCache
-from coordconv_patch.layers.grid_size import plain_sizes
+from coordconv_patch.layers.grid_size import check_grid_arguments, plain_sizes
 from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.layers.presets import PRESET_NAMES, preset_fields
 from coordconv_patch.layers.usual_blocks import usual_blocks
@@ -225,11 +226,10 @@ class Coordinates:
 
         Raises:
             CoordinatesError: If ``size`` does not have 1 to 3 dimensions, or not as
-                many as the window, if it is not of whole numbers, or ``dtype`` not
-                of floats.
+                many as the window, if it is not of whole numbers, ``dtype`` not of
+                floats, or ``device`` not one.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise CoordinatesError(f"dtype={dtype}: coordinates are fractions, write a float dtype")
+        check_grid_arguments(size, device, dtype)
         shared = self.shared_grid(size, device=device, dtype=dtype)
         if is_capturing() or is_transforming():
             return shared  # made for this call
@@ -379,6 +379,7 @@ class Coordinates:
         """The grid as the cache keeps it."""
         if min(size) < 0:
             raise CoordinatesError(f"size={size}: an input has 0 pixels along an axis, or more")
+        check_fits(self, size, dtype, "a grid")
         # Float64 does not exist on every device (MPS), so the grid is made on the CPU; and a
         # tensor made in inference mode could not be used for training later.
         with torch.inference_mode(False):

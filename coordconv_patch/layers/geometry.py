@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, cast, get_args
@@ -27,6 +28,8 @@ __all__ = [
     "Convolution",
     "Padding",
     "PaddingRule",
+    "each_axis",
+    "ndim_of",
     "output_padding_between",
     "pad_amounts",
     "pad_by_axis",
@@ -138,18 +141,22 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, module: _ConvNd) -> ConvGeometry:
-        """The geometry of a convolution module, read from its attributes."""
+        """The geometry of a convolution module, read from its attributes.
+
+        These may be one number for all dimensions, which torch convolves by as well.
+        """
+        ndim, padding = ndim_of(module), module.padding
         return cls(
             transposed=module.transposed,
             in_channels=module.in_channels,
             out_channels=module.out_channels,
-            kernel_size=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
-            dilation=tuple(module.dilation),
+            kernel_size=each_axis(module.kernel_size, ndim),
+            stride=each_axis(module.stride, ndim),
+            padding=padding if isinstance(padding, str) else each_axis(padding, ndim),
+            dilation=each_axis(module.dilation, ndim),
             groups=module.groups,
             padding_mode=module.padding_mode,
-            output_padding=tuple(module.output_padding) if module.transposed else (),
+            output_padding=each_axis(module.output_padding, ndim) if module.transposed else (),
         )
 
     @property
@@ -247,6 +254,28 @@ class Call:
 
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
+
+
+def ndim_of(module: _ConvNd) -> int:
+    """Spatial dimensions of a convolution module: its ``kernel_size`` may be one number."""
+    for base, ndim in zip(TORCH_CONVS, (1, 2, 3, 1, 2, 3), strict=True):
+        if isinstance(module, base):
+            return ndim
+    return len(module.kernel_size)
+
+
+def each_axis(value: Any, ndim: int) -> tuple[int, ...]:
+    """A convolution's number, which may be one for all dimensions or one for each.
+
+    Args:
+        value: An integer, NumPy's too, or a sequence of them, of one or of ``ndim``.
+        ndim: Number of spatial dimensions.
+    """
+    try:
+        return (operator.index(value),) * ndim
+    except TypeError:
+        values = tuple(map(operator.index, value))
+    return values * ndim if len(values) == 1 else values
 
 
 def _short(values: str | Sequence[int]) -> str:

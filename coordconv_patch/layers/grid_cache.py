@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
+from coordconv_patch.running.forks import fork_safe
+
 __all__ = ["GridCache"]
 
 _OVERHEAD = 1024
@@ -30,7 +32,7 @@ class GridCache:
         self.max_bytes = max_bytes
         self._tensors: dict[Hashable, Tensor] = {}
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
         self.lookup: Callable[[Hashable], Tensor | None] = self._tensors.get
         """The tensor kept under a key, or ``None``."""
 

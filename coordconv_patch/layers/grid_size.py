@@ -1,17 +1,46 @@
-"""The sizes that a coordinate grid may be asked for."""
+"""What a coordinate grid may be asked for: sizes, and what else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from coordconv_patch.channels.convention_fields import is_whole
-from coordconv_patch.errors import CoordinatesError, excerpt
+from coordconv_patch.errors import CoordinatesError, excerpt, first_line
+from coordconv_patch.layers.capture import is_capturing
 
-__all__ = ["plain_sizes"]
+__all__ = ["check_grid_arguments", "plain_sizes"]
+
+
+def check_grid_arguments(size: object, device: object, dtype: object) -> None:
+    """Check what somebody asks a grid for; not while a graph is captured.
+
+    Raises:
+        CoordinatesError: If the size is not a sequence, the device not one of torch's, or the dtype
+            not one of floats.
+    """
+    if is_capturing():
+        return
+    is_sequence = isinstance(size, Iterable) and not (isinstance(size, Tensor) and size.dim() == 0)
+    if not is_sequence:
+        raise CoordinatesError(
+            f"size={excerpt(size)}: write one length a dimension, such as (9, 9)"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CoordinatesError(
+            f"dtype={excerpt(dtype)}: coordinates are fractions, write a float dtype, such as "
+            "torch.float32"
+        )
+    if device is not None:
+        try:
+            torch.device(cast("str", device))
+        except (RuntimeError, TypeError) as error:
+            raise CoordinatesError(
+                f"device={excerpt(device)}: {first_line(error)}: write a device, such as 'cpu'"
+            ) from error
 
 
 def plain_sizes(size: Sequence[object]) -> tuple[int, ...] | None:

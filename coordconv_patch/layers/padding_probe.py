@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -33,16 +33,33 @@ from coordconv_patch.layers.geometry import (
     TORCH_CONVS,
     ConvGeometry,
     Padding,
+    each_axis,
     flat_amounts,
+    ndim_of,
     pad_amounts,
     pad_by_axis,
+    pad_modes,
 )
-from coordconv_patch.running.untouched import in_mode
+from coordconv_patch.running.function_modes import own_modes_set_aside
+from coordconv_patch.running.untouched import in_mode, state_restored
 
-__all__ = ["ConvSpy", "padding_of", "pads_as_torch"]
+__all__ = ["TORCHS_OWN", "ConvSpy", "padding_of", "pads_as_torch", "pads_by"]
 
-_TORCHS_OWN = {base: (base.forward, getattr(base, "_conv_forward", None)) for base in TORCH_CONVS}
-"""The methods that torch's convolutions had when this module was imported."""
+
+def _if_torchs(method: Any) -> Any:
+    """A method if torch wrote it; ``None`` if somebody had replaced it before."""
+    code = getattr(method, "__code__", None)
+    is_torchs = code is not None and code.co_filename == _ConvNd.extra_repr.__code__.co_filename
+    return method if is_torchs else None
+
+
+TORCHS_OWN = {
+    base: (_if_torchs(base.forward), _if_torchs(base._conv_forward)) for base in TORCH_CONVS
+}
+"""The ``forward`` and the ``_conv_forward`` that torch wrote for each of its convolutions."""
+
+_MOST_NUMBERS = 251
+"""Numbers in an image of any size: as many as bfloat16 holds exactly, and a prime."""
 
 _MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -66,8 +83,56 @@ def padding_of(module: _ConvNd, forward: Callable[..., Tensor] | None = None) ->
             f"{_whose(module)} overrides the forward of a transposed convolution; "
             "patch the module that it stands for instead"
         )
-    with _attributes_restored(module):
+    with _looked_at(module):
         return min(_candidates(module, forward), key=_simplicity)
+
+
+def pads_by(
+    module: _ConvNd, forward: Callable[..., Tensor], size: tuple[int, ...], padding: Padding
+) -> bool:
+    """Whether a module pads an input of one size by a padding, in the mode that it is in.
+
+    Args:
+        module: The module.
+        forward: Its forward, bound to it.
+        size: Spatial size of the input.
+        padding: The padding.
+
+    Raises:
+        PatchError: If the forward fails, or does what no coordinate branch can follow.
+    """
+    numbers: Any = 0
+    for axis, (length, factor) in enumerate(zip(size, (1, 7, 31), strict=False)):
+        line = torch.arange(length) * factor
+        numbers = numbers + line.reshape(-1, *(1,) * (len(size) - 1 - axis))
+    with _looked_at(module):
+        weight = module.weight
+        probe = (numbers % _MOST_NUMBERS + 1).to(weight.device, weight.dtype).expand(1, 1, *size)
+        arrived = _what_arrives(module, forward, probe.expand(-1, module.in_channels, *size))
+    geometry = ConvGeometry.of(module)
+    modes = pad_modes(padding, geometry)
+    expected = pad_by_axis(probe, pad_amounts(padding, size, geometry), modes)
+    return expected.shape[2:] == arrived.shape[2:] and bool((expected == arrived).all())
+
+
+@contextmanager
+def _looked_at(module: _ConvNd) -> Iterator[None]:
+    """While entered, a module's forward can be watched; then everything is as it was.
+
+    The module keeps its mode, because it may pad by that; its parts are in evaluation mode, so
+    that a parametrization (spectral norm) does not step its estimate.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whose tensors know no versions
+        stack.enter_context(state_restored(module))
+        for part in filter(None, module._modules.values()):
+            stack.enter_context(in_mode(part, training=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(own_modes_set_aside())
+        device = module.weight.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _candidates(module: _ConvNd, forward: Callable[..., Tensor]) -> set[Padding]:
@@ -83,18 +148,6 @@ def _candidates(module: _ConvNd, forward: Callable[..., Tensor]) -> set[Padding]
             )
     assert candidates
     return candidates
-
-
-@contextmanager
-def _attributes_restored(module: _ConvNd) -> Iterator[None]:
-    """Undo what a forward writes into its module: the padding that it worked out, say."""
-    before = dict(vars(module))
-    try:
-        yield
-    finally:
-        for name in set(vars(module)) - set(before):
-            del vars(module)[name]
-        vars(module).update(before)
 
 
 def _simplicity(padding: Padding) -> int:
@@ -117,10 +170,12 @@ def pads_as_torch(module: _ConvNd, forward: Callable[..., Tensor]) -> bool:
     """Whether a module computes what its torch.nn base class does, so that it needs no probe."""
     return any(
         isinstance(module, base)
+        and own_forward is not None
+        and own_conv_forward is not None
         and _is_bound(forward, own_forward, module)
         and getattr(type(module), "_conv_forward", None) is own_conv_forward
         and _is_bound(vars(module).get("_conv_forward"), own_conv_forward, module)
-        for base, (own_forward, own_conv_forward) in _TORCHS_OWN.items()
+        for base, (own_forward, own_conv_forward) in TORCHS_OWN.items()
     )
 
 
@@ -141,7 +196,8 @@ def _declared_padding(module: _ConvNd) -> Padding:
     """
     if module.transposed or str(module.padding_mode) in ("zeros", "constant"):
         return DECLARED
-    ndim = len(module.kernel_size)
+    geometry = ConvGeometry.of(module)
+    ndim = geometry.ndim
     flat = [int(amount) for amount in module._reversed_padding_repeated_twice]
     if len(flat) != 2 * ndim:
         raise PatchError(
@@ -149,7 +205,7 @@ def _declared_padding(module: _ConvNd) -> Padding:
             f"{ndim} spatial dimensions, the last dimension first"
         )
     amounts = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if list(amounts) == pad_amounts(DECLARED, (0,) * ndim, module):
+    if list(amounts) == pad_amounts(DECLARED, (0,) * ndim, geometry):
         return DECLARED
     return _padding("fixed", amounts, (module.padding_mode,) * ndim)
 
@@ -161,11 +217,12 @@ def _padding(rule: Any, amounts: tuple[tuple[int, int], ...], modes: tuple[str, 
 
 def _probe_sizes(module: _ConvNd) -> Iterator[tuple[int, ...]]:
     """Input sizes on which the padding rules give different answers."""
-    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    geometry = ConvGeometry.of(module)
+    reach = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
     for extra in (0, 1, 2, 3):
         yield tuple(
             length + step + (extra + dim) % 4
-            for dim, (length, step) in enumerate(zip(reach, module.stride, strict=True))
+            for dim, (length, step) in enumerate(zip(reach, geometry.stride, strict=True))
         )
 
 
@@ -188,8 +245,9 @@ def _fitting_paddings(
         list(_paddings_along(_indices(arrived[axis, 0], axis), length))
         for axis, length in enumerate(size)
     ]
-    same = tuple(pad_amounts(Padding("same"), size, module))
-    declared = tuple(pad_amounts(DECLARED, size, module))
+    geometry = ConvGeometry.of(module)
+    same = tuple(pad_amounts(Padding("same"), size, geometry))
+    declared = tuple(pad_amounts(DECLARED, size, geometry))
     declared_mode = str(module.padding_mode).replace("constant", "zeros")
     for found in itertools.product(*along_axes):
         amounts = tuple((axis.before, axis.after) for axis in found)
@@ -266,7 +324,7 @@ class ConvSpy(TorchFunctionMode):
 
     def __init__(self, module: _ConvNd) -> None:
         super().__init__()
-        self.functions = (CONV_FUNCTIONS[len(module.kernel_size), module.transposed], torch.conv2d)
+        self.functions = (CONV_FUNCTIONS[ndim_of(module), module.transposed], torch.conv2d)
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -278,10 +336,9 @@ class ConvSpy(TorchFunctionMode):
 
 def _what_arrives(module: _ConvNd, forward: Callable[..., Tensor], probe: Tensor) -> Tensor:
     """What a module's convolution computes on when the module gets a probe, padding included."""
-    whose = _whose(module)
+    whose, expected = _whose(module), ConvGeometry.of(module)
     spy = ConvSpy(module)
-    # Evaluation mode, so that a parametrization (spectral norm) does not step its estimate.
-    with torch.no_grad(), in_mode(module, training=False), spy:
+    with spy:
         try:
             output = forward(probe)
         except Exception as error:
@@ -301,9 +358,9 @@ def _what_arrives(module: _ConvNd, forward: Callable[..., Tensor], probe: Tensor
         )
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     call = dict(zip(names, args, strict=False)) | kwargs
-    ndim = len(module.kernel_size)
+    ndim = expected.ndim
     for name in ("stride", "dilation"):
-        if _spread(call.get(name, 1), ndim) != tuple(getattr(module, name)):
+        if each_axis(call.get(name, 1), ndim) != getattr(expected, name):
             raise PatchError(
                 f"the forward of {whose} convolves with {name}={call.get(name, 1)}, its "
                 f"attribute says {getattr(module, name)}"
@@ -311,12 +368,7 @@ def _what_arrives(module: _ConvNd, forward: Callable[..., Tensor], probe: Tensor
     if tuple(call["weight"].shape) != tuple(module.weight.shape):
         raise PatchError(f"the forward of {whose} convolves with a weight of another shape")
     padding = call.get("padding", 0)
-    declared = padding if isinstance(padding, str) else _spread(padding, ndim)
-    geometry = dataclasses.replace(ConvGeometry.of(module), padding=declared)
+    declared = padding if isinstance(padding, str) else each_axis(padding, ndim)
+    geometry = dataclasses.replace(expected, padding=declared)
     amounts = pad_amounts(DECLARED, call["input"].shape[2:], geometry)
     return F.pad(call["input"], flat_amounts(amounts))
-
-
-def _spread(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """An argument that may be one number for all dimensions, or one for each."""
-    return (value,) * ndim if isinstance(value, int) else tuple(value)

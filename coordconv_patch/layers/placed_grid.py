@@ -15,7 +15,7 @@ tell all, so nothing of a picture's size is computed but their sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +27,34 @@ from coordconv_patch.channels.scrambled_positions import scrambled_positions
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing
 from coordconv_patch.layers.coordinates import Coordinates
+from coordconv_patch.layers.dtype_limits import fitted
 from coordconv_patch.layers.places import Placed
 from coordconv_patch.running.torch_versions import at_least_float32
 
-__all__ = ["check_one_place_a_sample", "placed_grid"]
+__all__ = ["GridTarget", "check_one_place_a_sample", "placed_grid"]
+
+
+class GridTarget(NamedTuple):
+    """What coordinate channels are wanted for.
+
+    Attributes:
+        device: Where they are wanted.
+        dtype: Their dtype.
+        convolved: The dtype that they are convolved in, which autocast may have chosen.
+        site: The layer, for messages.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    convolved: torch.dtype
+    site: str
 
 
 def placed_grid(
     coords: Coordinates,
     placed: Placed,
     size: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
+    target: GridTarget,
 ) -> Tensor:
     """The coordinate channels of each sample; others get the same tensor, so only read it.
 
@@ -46,18 +62,20 @@ def placed_grid(
         coords: The convention.
         placed: The places, rows and columns in the order x, y, z.
         size: Spatial size of a layer's input, d lengths in pixels; may be symbolic.
-        device: Where the channels are wanted.
-        dtype: Their dtype.
+        target: What the channels are wanted for.
 
     Returns:
         Shape ``(N, K, *size)``.
+
+    Raises:
+        CoordinatesError: If a coordinate is too large for the dtype that it is convolved in.
     """
     lengths = tuple(size)
     if placed.memo is None or not all(type(length) is int for length in lengths):
-        return _computed(coords, placed, lengths, device, dtype)
+        return _computed(coords, placed, lengths, target)
     return placed.memo.get(
-        (coords, lengths, device, dtype),
-        lambda: _computed(coords, placed, lengths, device, dtype),
+        (coords, lengths, target.device, target.dtype, target.convolved),
+        lambda: _computed(coords, placed, lengths, target),
         wants_gradients=any(each.requires_grad for each in (placed.theta, *placed.maps.values())),
     )
 
@@ -66,9 +84,9 @@ def _computed(
     coords: Coordinates,
     placed: Placed,
     size: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
+    target: GridTarget,
 ) -> Tensor:
+    device, dtype = target.device, target.dtype
     computed = at_least_float32(dtype)
     # The few numbers of a place are worked out in float64; not every device and runtime has it.
     wide = computed if is_capturing() or device.type == "mps" else torch.float64
@@ -88,6 +106,7 @@ def _computed(
             if coords.scrambled is not None:
                 pixels = scrambled_positions(pixels, coords.scrambled)
             channels += block.values(pixels)
+    channels = fitted(channels, target.convolved, target.site)
     shape: Any = (_samples(placed), *size)
     grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
     if placed.picture is None:
@@ -184,10 +203,15 @@ def check_one_place_a_sample(placed: Placed, input: Tensor, ndim: int, site: str
     """Check that places, and maps beside them, fit a layer's input.
 
     Raises:
-        PatchError: If there is not one for each sample, or one for all.
+        PatchError: If there is not one for each sample, or one for all, or they have no values.
     """
     samples = input.shape[0] if input.dim() == ndim + 2 else 1
     for name, tensor in (("places", placed.theta), *placed.maps.items()):
+        if tensor.is_meta and not input.is_meta:
+            raise PatchError(
+                f"{site} has {name} on the meta device, where tensors have no values: give a "
+                "tensor on the CPU or on the model's device"
+            )
         if tensor.shape[0] != 1 and tensor.shape[0] != samples:
             raise PatchError(
                 f"{site} gets {samples} samples, and there are {name} for {tensor.shape[0]}: give "

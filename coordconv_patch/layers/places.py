@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.grid_memo import GridMemo
 from coordconv_patch.layers.recomputation import checkpoints_around, is_in_backward
+from coordconv_patch.running.forks import fork_safe
+from coordconv_patch.running.per_context import PerContext
 
 __all__ = ["Placed", "Places", "entered", "maps_entered", "shared_places"]
 
@@ -45,11 +47,20 @@ class Placed(NamedTuple):
 
 
 class _PerThread(threading.local):
-    """What one thread has entered. A list, for torch.compile guards items and not attributes."""
+    """What was entered for a part of a forward pass, which one thread runs from end to end.
+
+    A list, for torch.compile guards items and not attributes.
+    """
 
     def __init__(self) -> None:
         self.placed: list[Placed | None] = [None]
         self.around: list[tuple[Any, ...]] = [()]  # the checkpoints in which it was entered
+
+
+class _Mark:
+    """Tells places that were entered from others, wherever a context has them."""
+
+    was_left_elsewhere = False
 
 
 class Places:
@@ -63,11 +74,14 @@ class Places:
 
     def __init__(self, lasting: Tensor | None = None) -> None:
         self.lasting = lasting
-        self._entered = _PerThread()
+        self._in_forward = _PerThread()
+        # By code that may be suspended meanwhile, as tasks and generators are: the placed, the
+        # checkpoints around, a mark, and such a list of what holds again when it is left.
+        self._in_context = PerContext()
         self._was_used = False
 
     def now(self) -> Placed | None:
-        """The places that hold in this thread; ``None``: samples are whole pictures.
+        """The places that hold here and now; ``None``: samples are whole pictures.
 
         Gradient checkpointing runs layers again in the backward pass, when other places may
         hold, or none: they then see those of the first run, unless the code that runs again has
@@ -84,7 +98,9 @@ class Places:
         return self._now(is_strict=False)
 
     def _now(self, *, is_strict: bool) -> Placed | None:
-        placed = self._entered.placed[0]
+        placed = self._in_forward.placed[0]
+        if placed is None:
+            placed = self._in_context.held[0]
         if placed is None and self.lasting is not None:
             placed = Placed(self.lasting)
         if torch.compiler.is_compiling():
@@ -106,7 +122,7 @@ class Places:
                 checkpoints = checkpoints[:at]
                 break
         else:
-            if checkpoints and not self._entered.around[0]:
+            if checkpoints and not self._around():
                 return None  # nobody had used places when they ran first
             if is_strict and placed is None and self._was_used:
                 raise PatchError(
@@ -123,27 +139,61 @@ class Places:
 
         Those further out run the entering again, too.
         """
-        around = self._entered.around[0]
+        around = self._around()
         for checkpoint in checkpoints_around():
             if any(checkpoint is each for each in around):
                 return
             yield checkpoint
 
+    def _around(self) -> tuple[Any, ...]:
+        """The checkpoints in which the places were entered that hold now."""
+        if self._in_forward.placed[0] is None and self._in_context.is_set:
+            around: tuple[Any, ...] = self._in_context.held[1]
+            return around
+        return self._in_forward.around[0]
+
     def enter(self, placed: Placed | None) -> tuple[Any, ...]:
-        """Let places hold in this thread; gives the :meth:`state` before."""
+        """Let places hold in this thread, within a forward pass; gives the :meth:`state` before."""
         before = self.state()
-        self._entered.placed[0] = placed
+        self._in_forward.placed[0] = placed
         if not torch.compiler.is_compiling():
-            self._entered.around[0] = tuple(checkpoints_around())
+            self._in_forward.around[0] = tuple(checkpoints_around())
         return before
 
     def state(self) -> tuple[Any, ...]:
-        """What was entered last in this thread, and not left: for :meth:`restore`."""
-        return self._entered.placed[0], self._entered.around[0]
+        """What this thread's forward pass entered last, and did not leave: for :meth:`restore`."""
+        return self._in_forward.placed[0], self._in_forward.around[0]
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Let those places hold again in this thread that did at a :meth:`state`."""
-        self._entered.placed[0], self._entered.around[0] = state
+        self._in_forward.placed[0], self._in_forward.around[0] = state
+
+    @contextmanager
+    def during(self, placed: Placed) -> Iterator[None]:
+        """While entered, places hold in this task, or in this thread outside of tasks.
+
+        May be left in another order than entered, and in another task: generators are.
+        """
+        thread, in_forward = threading.get_ident(), self.state()
+        self.restore((None, ()))  # these are the innermost
+        outer, mark = self._held_in_context(), _Mark()
+        own = [placed, tuple(checkpoints_around()), mark, outer]
+        token = self._in_context.set(own)
+        try:
+            yield
+        finally:
+            others = _without(mark, self._held_in_context())
+            if self._in_context.is_of_this_context(token):
+                self._in_context.set(others)
+            else:  # the one where it was entered, which nobody can change from here
+                mark.was_left_elsewhere = True
+                own[:2] = (None, ()) if outer is None else outer[:2]
+            if threading.get_ident() == thread:
+                self.restore(in_forward)
+
+    def _held_in_context(self) -> list[Any] | None:
+        held: list[Any] = self._in_context.held
+        return held if self._in_context.is_set else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         return Places(copy.deepcopy(self.lasting, memo))
@@ -152,7 +202,7 @@ class Places:
         return Places, (self.lasting,)
 
 
-_sharing = threading.Lock()
+_sharing = fork_safe(threading.Lock())
 
 
 def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
@@ -169,7 +219,7 @@ def shared_places(layers: Iterable[nn.Module]) -> list[Places]:
 
 @contextmanager
 def entered(places: Iterable[Places], theta: Tensor) -> Iterator[None]:
-    """While entered, these places hold in this thread; those from before hold again afterwards."""
+    """While entered, these places hold in this task or thread, and afterwards those from before."""
     with _entered([(each, Placed(theta, maps=_maps_of(each), memo=GridMemo())) for each in places]):
         yield
 
@@ -197,12 +247,30 @@ def maps_entered(
 
 @contextmanager
 def _entered(pairs: Iterable[tuple[Places, Placed]]) -> Iterator[None]:
+    if not torch.compiler.is_compiling():
+        with ExitStack() as stack:
+            for each, placed in pairs:
+                stack.enter_context(each.during(placed))
+            yield
+        return
+    # Code that is compiled or exported cannot set the variables of a context, and is never
+    # suspended in the middle.
     before = [(each, each.enter(placed)) for each, placed in pairs]
     try:
         yield
     finally:
         for each, held in before:
             each.restore(held)
+
+
+def _without(mark: _Mark, held: list[Any] | None) -> list[Any] | None:
+    """What a context keeps when one of the places that it has is left."""
+    if held is None:
+        return None
+    outer = _without(mark, held[3])
+    if held[2] is mark or held[2].was_left_elsewhere:
+        return outer
+    return held if outer is held[3] else [*held[:3], outer]
 
 
 def _maps_of(places: Places) -> Mapping[str, Tensor]:

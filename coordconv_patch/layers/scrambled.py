@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from coordconv_patch.errors import CoordinatesError
 from coordconv_patch.layers.coordinates import Coordinates
 
 __all__ = ["scrambled"]
@@ -35,4 +36,6 @@ def scrambled(coords: Coordinates | str | None = None, seed: int = 0) -> Coordin
         [-1.0, -1.0, 1.0, 1.0]
         >>> model = ccp.patch(model, coords=coords)          # doctest: +SKIP
     """
+    if seed is None:  # which says of a Coordinates that its places are not permuted
+        raise CoordinatesError("seed=None: write the seed of a permutation, such as seed=0")
     return dataclasses.replace(Coordinates.of(coords), scrambled=seed)

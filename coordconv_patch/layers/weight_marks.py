@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Scaling", "WeightMark", "glance_at", "is_plain", "rows_of", "sample_of"]
+from coordconv_patch.running.version_counters import version_of
+
+__all__ = ["Scaling", "WeightMark", "glance_at", "is_plain", "is_same", "rows_of", "sample_of"]
 
 _MAX_ROWS = 32
 """Output channels in a sample; a folding scales all of them."""
@@ -34,19 +36,17 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3}
 
 
 class Scaling(NamedTuple):
-    """A scale of output channels that the coordinate weight does not follow.
+    """A scale of output channels.
 
     Attributes:
         least: The smallest factor.
         largest: The largest factor.
-        silent: Whether autograd was told nothing, as by a write through ``.data``.
-        new_bias: Whether the convolution has got a bias since.
+        is_followed: Whether the coordinate weight has the same factors, or is zero.
     """
 
     least: float
     largest: float
-    silent: bool
-    new_bias: bool
+    is_followed: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class WeightMark:
         version: The weight's version counter, which ``.data`` does not move.
         coord_version: The coordinate weight's.
         has_bias: Whether the convolution had a bias.
+        is_outdated: Whether a training has ended since.
     """
 
     weight: Tensor
@@ -66,6 +67,7 @@ class WeightMark:
     version: int
     coord_version: int
     has_bias: bool
+    is_outdated: bool = False
 
     @classmethod
     def of(
@@ -87,13 +89,48 @@ class WeightMark:
             return cls(
                 sample_of(rows_of(weight, transposed=transposed, groups=groups)),
                 sample_of(rows_of(coord_weight, transposed=transposed, groups=1)),
-                weight._version,
-                coord_weight._version,
+                version_of(weight),
+                version_of(coord_weight),
                 has_bias,
             )
 
+    def after_training(self, now: WeightMark) -> WeightMark:
+        """The mark at the end of a training: renewed as far as autograd was told of the changes.
+
+        Of a weight that was written through ``.data`` this one is still needed, and where a bias
+        is new: with the training not over yet, a batch norm may have been folded in.
+
+        Args:
+            now: The mark of the same layer's weights of today.
+        """
+        if self.shows_new_bias(now):
+            return replace(self, is_outdated=True)
+        if self.version != now.version:
+            return now
+        if self.coord_version == now.coord_version:
+            return self
+        if self.weight.is_cpu and not self.has_same_weight(now):
+            return self
+        return replace(self, coords=now.coords, coord_version=now.coord_version)
+
+    def shows_new_bias(self, now: WeightMark) -> bool:
+        """Whether the convolution has got a bias since."""
+        return now.has_bias and not self.has_bias
+
+    def has_same_weight(self, now: WeightMark) -> bool:
+        """Whether the weight is what it was, as far as the samples tell."""
+        return is_same(self.weight, now.weight)
+
+    def has_same_coords(self, now: WeightMark) -> bool:
+        """Whether the coordinate weight is what it was, as far as the samples tell."""
+        return is_same(self.coords, now.coords)
+
+    def shows_trained_coords(self, now: WeightMark) -> bool:
+        """Whether the coordinate weight has changed, and autograd was told."""
+        return self.coord_version != now.coord_version and not self.has_same_coords(now)
+
     def scaling_until(self, now: WeightMark, rows: Tensor) -> Scaling | None:
-        """How output channels were scaled since, while the coordinate weight was not.
+        """How output channels were scaled since.
 
         Args:
             now: The mark of the same layer's weights of today.
@@ -112,15 +149,14 @@ class WeightMark:
         if not alive.any() or (scaled & alive).sum() < 0.9 * alive.sum():
             return None
         at = scaled & alive & changed
-        if not at.any() or self._coords_follow(now, factors, at, tolerance):
+        if not at.any():
             return None
         if _is_norm_constraint(_values(_some(rows).flatten(1).norm(dim=1)), at):
             return None
         return Scaling(
             least=float(factors[at].min()),
             largest=float(factors[at].max()),
-            silent=self.version == now.version,
-            new_bias=now.has_bias and not self.has_bias,
+            is_followed=self._coords_follow(now, factors, at, tolerance),
         )
 
     def _coords_follow(
@@ -182,6 +218,11 @@ def sample_of(rows: Tensor) -> Tensor:
         rows: A weight by output channel, see :func:`rows_of`.
     """
     return _positions(_some(rows))
+
+
+def is_same(before: Tensor, now: Tensor) -> bool:
+    """Whether two samples are equal, in the dtype and on the device of the later one."""
+    return before.shape == now.shape and torch.equal(before.to(now), now)
 
 
 def _some(rows: Tensor) -> Tensor:

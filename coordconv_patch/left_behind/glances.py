@@ -9,13 +9,16 @@ import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.weight_marks import glance_at, is_plain
+from coordconv_patch.layers.call_hooks import places_of_hook
+from coordconv_patch.layers.coord_layer import CoordLayer
+from coordconv_patch.layers.weight_marks import glance_at
+from coordconv_patch.left_behind.last_weights import Place, place_of, weight_of
+from coordconv_patch.running.version_counters import version_of, versions_of
 
 __all__ = ["Glance"]
 
@@ -24,18 +27,22 @@ class Glance(NamedTuple):
     """What a look at a module compares, prepared: sequences that C code runs through."""
 
     module: weakref.ref[nn.Module]
-    holders: Sequence[dict[str, nn.Module | None]]
-    names: Sequence[str]
-    children: Sequence[nn.Module | None]
-    """``holder[name] is child`` in every module around a convolution or a batch norm."""
+    holders: Sequence[dict[Any, Any]]
+    names: Sequence[Any]
+    children: Sequence[Any]
+    """``holder[name] is child`` in every module around a convolution or a batch norm.
+
+    And in hooks: the one that adds a branch to chosen calls is where it was.
+    """
     ways: Sequence[dict[str, nn.Module | None]]
     lengths: Sequence[int]
     """How many children those modules have: none is new."""
-    convs: Sequence[CoordConvNd]
-    """The coordinate convolutions on the CPU, whose values are looked at."""
+    convs: Sequence[CoordLayer]
+    """The coordinate layers on the CPU, whose convolutions' values are looked at."""
     owners: Sequence[dict[str, nn.Parameter | None]]
+    keys: Sequence[str]
     weights: Sequence[Tensor]
-    """``owner["weight"] is weight`` of each of them."""
+    """``owner[key] is weight`` of each of them."""
     pointers: Sequence[int]
     views: Sequence[Tensor]
     """A few numbers of each weight; the weights of one dtype stand together."""
@@ -48,15 +55,17 @@ class Glance(NamedTuple):
     def at(cls, module: nn.Module, layers: Mapping[str, nn.Module]) -> Glance:
         """A glance at a module as it is now."""
         on_the_way = [around._modules for around in _modules_around(layers.values(), module)]
-        edges = [(holder, name, child) for holder in on_the_way for name, child in holder.items()]
-        on_cpu: list[tuple[CoordConvNd, Tensor]] = []
-        for layer in layers.values():
-            # Not layer.weight, which is a Proxy while somebody traces symbolically.
-            weight = layer._parameters.get("weight")
-            if isinstance(layer, CoordConvNd) and weight is not None and is_plain(weight):
-                on_cpu += [(layer, weight)] if weight.is_cpu else []
-        on_cpu.sort(key=lambda pair: str(pair[1].dtype))
-        convs, weights = [conv for conv, _ in on_cpu], [weight for _, weight in on_cpu]
+        edges: list[tuple[dict[Any, Any], Any, Any]] = [
+            (holder, name, child) for holder in on_the_way for name, child in holder.items()
+        ]
+        edges += itertools.chain.from_iterable(map(places_of_hook, layers.values()))
+        on_cpu: list[tuple[CoordLayer, Place, Tensor]] = []
+        for name, layer in layers.items():
+            place, weight = place_of(module, name, layer), weight_of(module, name, layer)
+            if isinstance(layer, CoordLayer) and place is not None and weight is not None:
+                on_cpu += [(layer, place, weight)] if weight.is_cpu else []
+        on_cpu.sort(key=lambda each: str(each[2].dtype))
+        convs, weights = [conv for conv, _, _ in on_cpu], [weight for _, _, weight in on_cpu]
         glance = cls(
             module=weakref.ref(module),
             holders=[holder for holder, _, _ in edges],
@@ -65,7 +74,8 @@ class Glance(NamedTuple):
             ways=on_the_way,
             lengths=list(map(len, on_the_way)),
             convs=convs,
-            owners=[conv._parameters for conv in convs],
+            owners=[owner for _, (owner, _), _ in on_cpu],
+            keys=[key for _, (_, key), _ in on_cpu],
             weights=weights,
             pointers=[weight.data_ptr() for weight in weights],
             views=[glance_at(weight) for weight in weights],
@@ -82,10 +92,13 @@ class Glance(NamedTuple):
 
     def shows_other_weights(self) -> bool:
         """Whether weights were replaced, or have other memory."""
-        there = [owner.get("weight") for owner in self.owners]
-        if all(map(operator.is_, there, self.weights)):
+        if all(map(operator.is_, self.weights_there(), self.weights)):
             return list(map(Tensor.data_ptr, self.weights)) != self.pointers
         return True
+
+    def weights_there(self) -> Iterator[nn.Parameter | None]:
+        """What is in the places of the weights."""
+        return map(dict.get, self.owners, self.keys)
 
     def shows_other_values(self) -> bool:
         """Whether weights have other values."""
@@ -99,10 +112,18 @@ class Glance(NamedTuple):
         )
         marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
         return any(
-            mark is not None and weight._version == mark.version and not torch.equal(view, kept)
+            mark is not None and version_of(weight) == mark.version and not torch.equal(view, kept)
             for mark, weight, view, kept in zip(
                 marks, self.weights, self.views, before, strict=True
             )
+        )
+
+    def shows_new_bias(self) -> bool:
+        """Whether convolutions have got a bias since their weights were marked."""
+        marks = [conv.__dict__.get("weight_mark") for conv in self.convs]
+        return any(
+            mark is not None and not mark.has_bias and conv._parameters.get("bias") is not None
+            for mark, conv in zip(marks, self.convs, strict=True)
         )
 
     def shows_other_coords(self) -> bool:
@@ -114,8 +135,7 @@ class Glance(NamedTuple):
         return self._replace(values=self._values(), versions=self._versions())
 
     def _versions(self) -> list[int]:
-        coords = [owner.get("coord_weight") for owner in self.owners]
-        return [-1 if weight is None else weight._version for weight in coords]
+        return versions_of([conv._parameters.get("coord_weight") for conv in self.convs])
 
     def _values(self) -> list[Tensor]:
         return [torch.cat(views) for views in self._by_dtype()]

@@ -78,9 +78,12 @@ def inheritance_of(
 ) -> tuple[bool, bool]:
     """Whether an heir has the weight of a layer that is gone, and its coordinates alike."""
     if heir.before is not None:
-        whole, carried = absorption(kernel, heir.before, heir.coords_before, gone[name])
-        if whole:
-            return whole, carried
+        for with_identity in (False, True):
+            whole, carried = absorption(
+                kernel, heir.before, heir.coords_before, gone[name], with_identity=with_identity
+            )
+            if whole:
+                return whole, carried
     whole, carried = inheritance(kernel, [gone[name]], with_identity=False)
     if whole:
         return whole, carried

@@ -115,7 +115,8 @@ def inheritance(heir: Kernel, gone: Sequence[Kernel], *, with_identity: bool) ->
         return False, False
     target = _some(heir.rows)
     parts = [_padded(_some(kernel.rows), target).flatten(1) for kernel in fitting]
-    identity = _identity(heir, target) if with_identity else []
+    step = -(-len(heir.rows) // _MAX_ROWS)
+    identity = [each.flatten(1) for each in _identity(heir, step)] if with_identity else []
     wanted = target.flatten(1)
     if not _is_made_of([*parts, *identity], wanted):
         return False, False
@@ -136,7 +137,12 @@ def inheritance(heir: Kernel, gone: Sequence[Kernel], *, with_identity: bool) ->
 
 
 def absorption(
-    heir: Kernel, before: Tensor, coords_before: Tensor | None, gone: Kernel
+    heir: Kernel,
+    before: Tensor,
+    coords_before: Tensor | None,
+    gone: Kernel,
+    *,
+    with_identity: bool,
 ) -> tuple[bool, bool]:
     """Whether a convolution that stayed has taken up the weight of one that is gone.
 
@@ -145,6 +151,7 @@ def absorption(
         before: A sample of its weight as it was, see :func:`sample_of`.
         coords_before: A sample of its coordinate weight as it was, if it has one.
         gone: The convolution that is gone.
+        with_identity: Whether an identity may be summed with them too.
 
     Returns:
         As :func:`inheritance`.
@@ -153,12 +160,14 @@ def absorption(
         return False, False
     wanted = _in_double(sample_of(heir.rows))
     columns = [_in_double(sample_of(_padded(gone.rows, heir.rows))), _in_double(before)]
+    columns += [_in_double(sample_of(each)) for each in _identity(heir, 1)] if with_identity else []
     if wanted.shape != before.shape or not _is_made_of(columns, wanted):
         return False, False
     if heir.coords is None or coords_before is None or gone.coords is None:
         return True, False
     coords = _in_double(sample_of(heir.coords))
     added = [_in_double(sample_of(_padded(gone.coords, heir.coords))), _in_double(coords_before)]
+    added += [torch.zeros_like(coords) for _ in columns[2:]]
     if any(each.shape != coords.shape for each in added):
         return True, False
     return True, _are_made_alike(columns, wanted, added, coords)
@@ -187,17 +196,29 @@ def _both_orders(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def holds_part_of(candidate: Tensor, rows: Tensor) -> bool:
-    """Whether a tensor with other numbers of channels holds many channels of a weight, scaled.
+    """Whether a tensor holds many channels of a weight, each scaled, in whatever order.
+
+    The output channels, that is. Of the input channels it may hold the first ones, all in
+    reverse order (BGR for RGB), or one that is the sum of all (a stem for grey images).
 
     Args:
         candidate: By output channel, shape ``(C_out', C_in', *kernel_size)``.
         rows: Shape ``(C_out, C_in, *kernel_size)``.
     """
-    inputs = min(candidate.shape[1], rows.shape[1])
-    if candidate.shape[2:] != rows.shape[2:] or candidate.shape[:2] == rows.shape[:2]:
+    if candidate.shape[2:] != rows.shape[2:]:
         return False
-    ours = _some(candidate, 64)[:, :inputs].flatten(1)
-    theirs = _in_double(rows[:, :inputs]).flatten(1)
+    inputs = min(candidate.shape[1], rows.shape[1])
+    forms = [rows[:, :inputs]]
+    if candidate.shape[1] == rows.shape[1]:
+        forms.append(rows.flip(1))
+    elif candidate.shape[1] == 1:
+        forms.append(rows.sum(1, keepdim=True))
+    return any(_hold_alike(candidate[:, :inputs], form) for form in forms)
+
+
+def _hold_alike(candidate: Tensor, rows: Tensor) -> bool:
+    """Whether many channels are multiples of channels of a weight with as many inputs."""
+    ours, theirs = _some(candidate, 64).flatten(1), _in_double(rows).flatten(1)
     if ours.shape[1] < 4 or min(len(ours), len(theirs)) < 2:
         return False
     cosines = F.normalize(ours) @ F.normalize(theirs).T
@@ -232,17 +253,19 @@ def _padded(rows: Tensor, target: Tensor) -> Tensor:
     return F.pad(rows, flat_amounts(margins))
 
 
-def _identity(heir: Kernel, target: Tensor) -> list[Tensor]:
-    """The kernel that passes each channel through, if there are as many inputs as outputs."""
+def _identity(heir: Kernel, step: int) -> list[Tensor]:
+    """Each ``step``-th row of the kernel that passes each channel through.
+
+    Empty unless there are as many inputs as outputs.
+    """
     outputs, inputs = heir.rows.shape[:2]
     if outputs != inputs * heir.groups:
         return []
-    kernel = torch.zeros_like(target)
-    centre = tuple(length // 2 for length in target.shape[2:])
-    step = -(-outputs // _MAX_ROWS)
-    for row in range(len(target)):
-        kernel[(row, row * step % inputs, *centre)] = 1
-    return [kernel.flatten(1)]
+    channels = torch.arange(0, outputs, step)
+    kernel = torch.zeros(len(channels), *heir.rows.shape[1:], dtype=torch.float64)
+    centre = [torch.tensor(length // 2) for length in heir.rows.shape[2:]]
+    kernel[(torch.arange(len(channels)), channels % inputs, *centre)] = 1
+    return [kernel]
 
 
 def _is_made_of(columns: Sequence[Tensor], wanted: Tensor) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,7 +14,7 @@ from coordconv_patch.graphs.norms import is_batch_norm
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.weight_marks import is_plain, rows_of, sample_of
+from coordconv_patch.layers.weight_marks import is_plain, is_same, rows_of, sample_of
 from coordconv_patch.left_behind.heir_modules import Heir, tensors_of, weights_being_exported
 from coordconv_patch.left_behind.last_weights import mark_of, site_of, weight_of
 
@@ -80,6 +79,20 @@ class Inventory:
             rows = rows_of(weight, transposed=layer.transposed, groups=layer.groups)
             self.samples[name] = sample_of(rows)
 
+    def without_gone(self, module: nn.Module) -> Inventory:
+        """The same without layers and weights that are not in the module any more.
+
+        It makes no tensor, and puts no marks.
+        """
+        present, parameters = set(module.modules()), set(module.parameters())
+        layers = {name: layer for name, layer in self.layers.items() if layer in present}
+        weights, coords = (
+            {name: w for name, w in kept.items() if name in layers and w in parameters}
+            for kept in (self.weights, self.coords)
+        )
+        samples = {name: sample for name, sample in self.samples.items() if name in weights}
+        return Inventory(self.prefix, layers, weights, coords, samples)
+
     def last_weights_of(self, layers: Mapping[str, nn.Module]) -> LastWeights:
         """The weight and coordinate weight that layers had last, of those that can be read."""
         last: LastWeights = {}
@@ -114,7 +127,7 @@ class Inventory:
                 weight = inner._parameters["weight"]
                 assert weight is not None
                 rows = rows_of(weight, transposed=inner.transposed, groups=inner.groups)
-                if before is not None and not _is_same(before, sample_of(rows)):
+                if before is not None and not is_same(before, sample_of(rows)):
                     coords = None if mark is None else mark.coords
                     changed.append(Heir(name, inner, weight, before, coords))
         yield from changed
@@ -122,7 +135,3 @@ class Inventory:
     def sites(self, layers: Mapping[str, str]) -> dict[str, str]:
         """What is said of layers, by their sites and not by their own names."""
         return {join_names(self.prefix, site_of(name)): what for name, what in layers.items()}
-
-
-def _is_same(before: Tensor, now: Tensor) -> bool:
-    return before.shape == now.shape and torch.equal(before.to(now), now)

@@ -6,7 +6,7 @@ attribute is a Proxy, and reading it adds a node to the graph.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,14 +17,20 @@ from coordconv_patch.layers.weight_marks import WeightMark, is_plain
 from coordconv_patch.left_behind.heirs import Kernel
 
 __all__ = [
+    "Place",
     "is_coord_layer",
     "is_trained",
     "kernel_of",
     "layout_of",
     "mark_of",
+    "place_of",
     "site_of",
     "weight_of",
 ]
+
+
+Place: TypeAlias = "tuple[dict[str, nn.Parameter | None], str]"
+"""A module's parameters, and the name that a weight has among them."""
 
 
 def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
@@ -32,23 +38,28 @@ def weight_of(module: nn.Module, name: str, layer: nn.Module) -> Tensor | None:
 
     ``None`` if it has none of its own: computed, sharded or fake ones.
     """
-    weight: Tensor | None = None
-    if isinstance(layer, _ConvNd):
-        weight = layer._parameters.get("weight")
-    elif isinstance(layer, CoordBranch):
-        holder, _, own = site_of(name).rpartition(".")
-        try:
-            inner = module.get_submodule(holder)
-        except AttributeError:
-            return None
-        if own in inner._modules:
-            conv = inner._modules[own]
-            weight = None if conv is None else conv._parameters.get("weight")
-        else:
-            weight = inner._parameters.get(own)
+    place = place_of(module, name, layer)
+    weight = None if place is None else place[0].get(place[1])
     if weight is None or not is_plain(weight):
         return None
     return weight if isinstance(layer, _ConvNd) or _has_geometry(weight, layer) else None
+
+
+def place_of(module: nn.Module, name: str, layer: nn.Module) -> Place | None:
+    """Where the :func:`weight_of` a layer stands, if there is one."""
+    if isinstance(layer, _ConvNd):
+        return layer._parameters, "weight"
+    if not isinstance(layer, CoordBranch):
+        return None
+    holder, _, own = site_of(name).rpartition(".")
+    try:
+        inner = module.get_submodule(holder)
+    except AttributeError:
+        return None
+    if own not in inner._modules:
+        return inner._parameters, own
+    conv = inner._modules[own]
+    return None if conv is None else (conv._parameters, "weight")
 
 
 def _has_geometry(weight: Tensor, layer: nn.Module) -> bool:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from coordconv_patch.errors import listing
 
-__all__ = ["on_doubles", "on_heirs", "on_parts", "on_scales", "on_silent_scales"]
+__all__ = [
+    "on_doubles",
+    "on_heirs",
+    "on_lost_hooks",
+    "on_merges",
+    "on_parts",
+    "on_scales",
+    "on_silent_scales",
+    "on_unknown_changes",
+]
 
 
 _ACCEPT = "If they are meant to go: coordconv_patch.forget_left_behind_(model)"
@@ -38,9 +47,9 @@ def on_parts(heirs: Mapping[str, str]) -> str:
     """Of layers that are gone, by site; with what has channels of their weight."""
     return (
         f"a coordinate convolution is gone at {_places(heirs, 'now in')}, and channels of its "
-        "weight are in a convolution with other numbers of channels, without its trained "
-        "coordinates. If that is meant, nothing is wrong; else patch the new convolution and copy "
-        "the rows of coord_weight over"
+        "weight are in a convolution with other channels, or in another order, without its "
+        "trained coordinates. If that is meant, nothing is wrong; else patch the new convolution "
+        "and copy the rows of coord_weight over"
     )
 
 
@@ -50,6 +59,35 @@ def on_scales(factors: Mapping[str, str]) -> str:
         f"trained coordinates were left behind at {_places(factors, 'by')}: the output channels "
         "of the weight were scaled, as by a batch norm that is folded in, and the coordinate "
         f"weight was not. Begin with the model as it was, and {_REPEAT}. {_ACCEPT}"
+    )
+
+
+def on_lost_hooks(sites: Iterable[str]) -> str:
+    """Of branches of chosen calls that nothing adds to them any more, by site."""
+    return (
+        f"trained coordinates do not run any more at {listing(sites)}: the forward hook that adds "
+        "them to the chosen calls was taken away, as by module._forward_hooks.clear(). Begin with "
+        f"the model as it was, and remove hooks by their own handles. {_ACCEPT}"
+    )
+
+
+def on_merges(sites: Mapping[str, str]) -> str:
+    """Of weights that have changed while a norm went and a bias came, by site."""
+    return (
+        f"trained coordinates were left behind at {listing(sites)}: a batch norm is gone, a bias "
+        "is new, and the weight has changed, as where branches are merged into one convolution, "
+        f"and the coordinate weight has not. Begin with the model as it was, and {_REPEAT}. "
+        f"{_ACCEPT}"
+    )
+
+
+def on_unknown_changes(sites: Mapping[str, str]) -> str:
+    """Of the same where it cannot be told whether the coordinate weight was changed alike."""
+    return (
+        f"the weight has changed at {listing(sites)}, and a batch norm is gone or a bias is new, "
+        "as where a batch norm is folded in or branches are merged. Whether the trained coordinate "
+        "weight was changed alike cannot be told. If it was, nothing is wrong; if not, begin with "
+        f"the model as it was, and {_REPEAT}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What has become of coordinates where layers are gone, doubled or scaled."""
+"""What has become of coordinates where layers are gone or doubled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from coordconv_patch.errors import PatchError
-from coordconv_patch.layers.coord_layer import CoordLayer
+from coordconv_patch.graphs.functional import join_names
+from coordconv_patch.layers.call_hooks import branches_without_hook
 from coordconv_patch.layers.coordconv import CoordConvNd
-from coordconv_patch.layers.weight_marks import rows_of
 from coordconv_patch.left_behind.heir_modules import Heir, inheritance_of
 from coordconv_patch.left_behind.heirs import holds_part_of, is_published_form
 from coordconv_patch.left_behind.inventory import Inventory
@@ -18,13 +18,10 @@ from coordconv_patch.left_behind.last_weights import (
     is_coord_layer,
     is_trained,
     kernel_of,
-    layout_of,
-    mark_of,
-    weight_of,
 )
-from coordconv_patch.left_behind.messages import on_heirs, on_parts, on_scales, on_silent_scales
+from coordconv_patch.left_behind.messages import on_heirs, on_lost_hooks, on_parts
 
-__all__ = ["check_gone", "check_scales", "doubles_of"]
+__all__ = ["check_gone", "check_hooks", "doubles_of"]
 
 
 def check_gone(inventory: Inventory, module: nn.Module, gone: Mapping[str, nn.Module]) -> None:
@@ -72,6 +69,26 @@ def check_gone(inventory: Inventory, module: nn.Module, gone: Mapping[str, nn.Mo
         warnings.warn(on_parts(inventory.sites(perhaps)), stacklevel=2)
 
 
+def check_hooks(module: nn.Module, prefix: str = "") -> None:
+    """Check that every branch of chosen calls still has the hook which adds it to them.
+
+    Args:
+        module: The module now.
+        prefix: Its qualified name, for messages.
+
+    Raises:
+        PatchError: If a hook was taken away, and its branch was trained.
+    """
+    lost = [
+        join_names(prefix, name)
+        for name, inner in module.named_modules()
+        for branch in branches_without_hook(inner)
+        if is_coord_layer(branch) and is_trained(branch._parameters.get("coord_weight"))
+    ]
+    if lost:
+        raise PatchError(on_lost_hooks(lost))
+
+
 def doubles_of(inventory: Inventory, module: nn.Module, present: set[nn.Module]) -> dict[str, Heir]:
     """New modules with the weight of layers that are still there, and may not run any more."""
     heirs = [heir for heir in inventory.heirs_in(module) if heir.before is None]
@@ -98,44 +115,3 @@ def doubles_of(inventory: Inventory, module: nn.Module, present: set[nn.Module])
                 doubles[name] = heir
                 break
     return doubles
-
-
-def check_scales(
-    inventory: Inventory, module: nn.Module, *, norm_gone: bool, can_wait: bool
-) -> None:
-    """Check that no weights were scaled without their trained coordinate weights.
-
-    Args:
-        inventory: What the module had.
-        module: The module now.
-        norm_gone: Whether a batch norm is gone, which may have been folded in.
-        can_wait: Whether values on other devices may be waited for.
-
-    Raises:
-        PatchError: If they were, surely; of what may be meant it warns.
-    """
-    surely: dict[str, str] = {}
-    perhaps: dict[str, str] = {}
-    for name, layer in inventory.layers.items():
-        mark = layer.__dict__.get("weight_mark")
-        if mark is None or not isinstance(layer, CoordLayer):
-            continue
-        weight = weight_of(module, name, layer)
-        if weight is None or not (weight.is_cpu or can_wait):
-            continue
-        if not is_trained(layer._parameters.get("coord_weight")):
-            continue
-        now = mark_of(layer, weight)
-        transposed, groups = layout_of(layer)
-        rows = rows_of(weight, transposed=transposed, groups=groups)
-        scaling = None if now is None else mark.scaling_until(now, rows)
-        if scaling is None:
-            continue
-        if norm_gone or scaling.new_bias:
-            surely[name] = f"{scaling.least:.3g} to {scaling.largest:.3g}"
-        elif scaling.silent:
-            perhaps[name] = f"{scaling.least:.3g} to {scaling.largest:.3g}"
-    if surely:
-        raise PatchError(on_scales(inventory.sites(surely)))
-    if perhaps:
-        warnings.warn(on_silent_scales(inventory.sites(perhaps)), stacklevel=2)

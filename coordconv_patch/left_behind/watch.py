@@ -24,23 +24,30 @@ weights themselves are compared. With a trained (non-zero) coordinate weight:
 - It is there, and so is a new module that has its weight, without its coordinates: an *error*
   after the forward if the new one ran, and the layer did not; a *warning* where there is no
   forward that decides (a save, an export, a compilation).
-- It is gone, and channels of its weight are in a new convolution with other numbers of channels:
-  a *warning*, since it may have been made wider or narrower on purpose.
+- It is gone, and channels of its weight are in a new convolution with other channels (wider, for
+  grey images) or in another order: a *warning*, since it may have been changed on purpose.
 - It is gone, and nothing has its weight (a new head, a branch removed), or it is inside a wrapper
   (LoRA, FSDP, checkpointing): nothing.
 - Its output channels were scaled, its coordinate weight was not, and a batch norm is gone or a
   bias is new: an *error*, a batch norm was folded in.
-- The same, but batch norms and bias are as they were: through ``.data`` a *warning*, since it may
-  be the scale of the input; by an operation that autograd knows, nothing.
+- Its weight changed otherwise and its coordinate weight did not, a batch norm is gone and a bias is
+  new: an *error*, branches were merged into it. If it had a bias: through ``.data`` a *warning*.
+- Either of these since the last step of a training, which moved the coordinates: a *warning*, since
+  they may have been scaled and summed alike.
+- Its output channels were scaled, but batch norms and bias are as they were: through ``.data`` a
+  *warning*, since it may be the scale of the input; by an operation that autograd knows, nothing.
+- It is a branch of chosen calls, and the hook that adds it to them is gone: an *error*.
 - Its weight changed in any other way (training, weight decay, pruning, loading): nothing.
 
 An error comes again at each look until the model is mended, unpatched, or the loss is accepted
-with :func:`forget_left_behind_`; a warning comes once.
+with :func:`forget_left_behind_`; a warning comes once, or at each pickle, which changes nothing.
 
 What is not seen: a model built anew from the weights alone (there is nothing of this package in
 it), a GraphModule that somebody's symbolic trace made of the whole model, or one that went
 through pickle, which keeps no hooks; a change of ``.data`` of a model inside another one that is
-compiled.
+compiled; what is outside of the watched parts where a method of the model is called and not the
+model; a fold through ``.data`` between the last step of a training and the first look, into a
+convolution that had a bias or is called by a function.
 """
 
 from __future__ import annotations
@@ -53,7 +60,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from coordconv_patch.graphs.functional import join_names
 from coordconv_patch.layers.branch import CoordBranch
+from coordconv_patch.layers.call_hooks import branches_without_hook
 from coordconv_patch.layers.coord_layer import CoordLayer, coord_layers
+from coordconv_patch.left_behind.verdicts import check_hooks
 from coordconv_patch.left_behind.watch_hook import Watch, watches_on
 from coordconv_patch.running.inputs import check_is_module
 
@@ -118,6 +127,7 @@ def check_left_behind(model: nn.Module) -> None:
     Raises:
         PatchError: If they were, surely; of what may be meant it warns.
     """
+    check_hooks(model)  # whoever took those away may have taken the watches too
     for module in list(model.modules()):
         for watch in watches_on(module):
             watch.look_closely(module)
@@ -139,6 +149,9 @@ def forget_left_behind_(model: nn.Module) -> nn.Module:
         PatchError: If the model is not a module.
     """
     check_is_module(model)
+    for module in model.modules():
+        for branch in branches_without_hook(module):
+            branch.__dict__["is_dismissed"] = True
     for module in reversed(list(model.modules())):
         for watch in watches_on(module):
             watch.take_stock(module)

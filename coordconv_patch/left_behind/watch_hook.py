@@ -18,13 +18,16 @@ from coordconv_patch.graphs.norms import is_batch_norm
 from coordconv_patch.layers.capture import is_transforming
 from coordconv_patch.layers.weight_marks import is_plain
 from coordconv_patch.left_behind.glances import Glance
+from coordconv_patch.left_behind.heir_modules import Heir
 from coordconv_patch.left_behind.inventory import Inventory
 from coordconv_patch.left_behind.last_weights import mark_of
 from coordconv_patch.left_behind.messages import on_doubles
 from coordconv_patch.left_behind.race import Race
-from coordconv_patch.left_behind.verdicts import check_gone, check_scales, doubles_of
+from coordconv_patch.left_behind.verdicts import check_gone, check_hooks, doubles_of
+from coordconv_patch.left_behind.weight_changes import check_changes
 from coordconv_patch.running.torch_versions import set_dynamo_callback, skip_in_dynamo
 from coordconv_patch.running.untraced import untraced
+from coordconv_patch.running.version_counters import version_of
 
 __all__ = ["Watch", "watches_on"]
 
@@ -41,6 +44,8 @@ class Watch:
     """The watches of modules inside, which need not look again when this one has."""
     is_seen: bool = False
     """Whether one further out has looked, before the module's forward that comes next."""
+    is_judged: bool = False
+    """Whether one further out has judged the module, for the pickle that both will be in."""
     _glance: Glance | None
     _module: Callable[[], nn.Module | None]
 
@@ -108,11 +113,11 @@ class Watch:
     def _look_at_values(self, module: nn.Module, glance: Glance) -> None:
         """Look at the weights' values, and keep up with a training."""
         if glance.shows_other_weights():  # first: the memory of those that were may be freed (FSDP)
-            if all(is_plain(owner.get("weight")) for owner in glance.owners):
+            if all(map(is_plain, glance.weights_there())):
                 self.look_closely(module, can_wait=False)
             return  # else a functional call, or a wrapper that brings the weights later
         others = glance.shows_other_values()
-        if others and glance.shows_silent_change():
+        if others and (glance.shows_silent_change() or glance.shows_new_bias()):
             self.look_closely(module, can_wait=False)
         elif others or glance.shows_other_coords():
             for conv, weight in zip(glance.convs, glance.weights, strict=True):
@@ -120,8 +125,8 @@ class Watch:
                 coords = conv._parameters.get("coord_weight")
                 if mark is None or coords is None:
                     continue
-                if (weight._version, coords._version) != (mark.version, mark.coord_version):
-                    conv.weight_mark = mark_of(conv, weight)
+                if (version_of(weight), version_of(coords)) != (mark.version, mark.coord_version):
+                    conv.__dict__["weight_mark"] = mark_of(conv, weight)
             self._glance = glance.renewed()
 
     @torch.no_grad()
@@ -136,24 +141,32 @@ class Watch:
         Raises:
             PatchError: If coordinates were surely left behind.
         """
-        with untraced():
-            present = set(module.modules())
-            layers = self.inventory.layers
-            gone = {name: layer for name, layer in layers.items() if layer not in present}
-            check_gone(self.inventory, module, gone)
-            norm_gone = any(is_batch_norm(layer) for layer in gone.values())
-            can_wait = can_wait or norm_gone
-            check_scales(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
-            doubles = doubles_of(self.inventory, module, present)
+        doubles = self._judge(module, can_wait=can_wait)
         if is_transforming():
             return  # weights may be fake now: so do not remember them
         if doubles and runs:
             Race(self.inventory, module, doubles, self.accept)  # which of them runs decides
             return
+        self._warn_of(doubles)
+        self.accept(module)
+
+    def _judge(self, module: nn.Module, *, can_wait: bool) -> dict[str, Heir]:
+        """Raise or warn of what is lost; returns new modules with weights of layers still there."""
+        with untraced():
+            present = set(module.modules())
+            layers = self.inventory.layers
+            gone = {name: layer for name, layer in layers.items() if layer not in present}
+            check_hooks(module, self.inventory.prefix)
+            check_gone(self.inventory, module, gone)
+            norm_gone = any(is_batch_norm(layer) for layer in gone.values())
+            can_wait = can_wait or norm_gone
+            check_changes(self.inventory, module, norm_gone=norm_gone, can_wait=can_wait)
+            return doubles_of(self.inventory, module, present)
+
+    def _warn_of(self, doubles: dict[str, Heir]) -> None:
         if doubles:
             sites = self.inventory.sites({name: str(heir) for name, heir in doubles.items()})
-            warnings.warn(on_doubles(sites), stacklevel=2)
-        self.accept(module)
+            warnings.warn(on_doubles(sites), stacklevel=3)
 
     def accept(self, module: nn.Module) -> None:
         """Take the module as it is, here and in the watches inside."""
@@ -176,11 +189,21 @@ class Watch:
             self._glance = Glance.at(module, self.inventory.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: a model is being saved, so this is the time to look at it."""
+        """For pickle: a model is being saved, so this is the time to look at it.
+
+        Nothing is renewed: what was pickled a moment ago must live on. A tensor goes to a spawned
+        process as the number of the open file that is its memory, and freeing it closes the file.
+        """
         module = self._module()
-        if module is not None:
-            self.look_closely(module)
-        return {"inventory": self.inventory, "module": module}
+        was_judged, self.is_judged = self.is_judged, False
+        if module is not None and not was_judged:
+            for watch in self.inner:
+                watch.is_judged = True
+            with torch.no_grad():
+                self._warn_of(self._judge(module, can_wait=True))
+        if module is None:
+            return {"inventory": self.inventory, "module": None}
+        return {"inventory": self.inventory.without_gone(module), "module": module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.inventory, module = state["inventory"], state["module"]

@@ -13,7 +13,7 @@ All are the same sum; they differ in what a runtime can fuse.
 
 from __future__ import annotations
 
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.errors import ArgumentError, excerpt
 from coordconv_patch.lowering.branch import Branch
 from coordconv_patch.lowering.channels import Channels
 from coordconv_patch.lowering.lowering import Lowering
@@ -59,11 +59,13 @@ def register_lowering(lowering: Lowering) -> None:
         export_onnx(model, "model.onnx", images, lowering="half_map", tolerance=1e-2)
     """
     if not isinstance(lowering, Lowering):
-        raise ArgumentError(f"lowering={lowering!r}: write an instance of a subclass of Lowering")
+        raise ArgumentError(
+            f"lowering={excerpt(lowering)}: write an instance of a subclass of Lowering"
+        )
     name = getattr(lowering, "name", None)
     if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
         raise ArgumentError(
-            f"the lowering's name={name!r}: write an identifier other than "
+            f"the lowering's name={excerpt(name)}: write an identifier other than "
             f"{', '.join(map(repr, sorted(_TAKEN)))}"
         )
     LOWERINGS[name] = lowering

@@ -27,6 +27,7 @@ from coordconv_patch.patching.patch import patch_
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Where, select
 from coordconv_patch.sites.site import Site
+from coordconv_patch.sites.uncalled import joined_with_uncalled
 
 __all__ = ["CoordConvPass"]
 
@@ -85,7 +86,7 @@ class CoordConvPass(PassBase):
             SelectionError: If a selector matches nothing that can be patched.
             PatchError: If a selected site has coordinates of another convention.
         """
-        site_map = find_sites(graph_module, self.example_inputs)
+        site_map = joined_with_uncalled(find_sites(graph_module, self.example_inputs))
         # Selection refuses patched sites, so it is asked as if there were none.
         unpatched = tuple(dataclasses.replace(site, patched=False) for site in site_map.sites)
         choices = select(dataclasses.replace(site_map, sites=unpatched), self.where)

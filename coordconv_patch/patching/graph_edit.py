@@ -86,19 +86,20 @@ class GraphEdit:
 
 
 def remove_branches_(graph_module: fx.GraphModule) -> None:
-    """Take every branch out of a graph again."""
+    """Take every branch out of a graph again; the graph is replaced, as by :class:`GraphEdit`."""
     branches: set[str] = set()
-    for nodes in function_nodes("", graph_module, graph_module.graph).values():
+    graph = copy.deepcopy(graph_module.graph)
+    for nodes in function_nodes("", graph_module, graph).values():
         for node in nodes:
             pair = branch_of(graph_module, node)
             if pair is None:
                 continue
             total, branch = pair
             total.replace_all_uses_with(node)
-            graph_module.graph.erase_node(total)
-            graph_module.graph.erase_node(branch)
+            graph.erase_node(total)
+            graph.erase_node(branch)
             branches.add(str(branch.target))
     for name in branches:
         graph_module.delete_submodule(name)
     if branches:
-        graph_module.recompile()
+        graph_module.graph = graph

@@ -16,6 +16,7 @@ from typing import Any, overload
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from coordconv_patch.arguments import check_flag
 from coordconv_patch.errors import PatchError, listing
 from coordconv_patch.graphs.programs import from_exported
 from coordconv_patch.layers.coordinates import Coordinates
@@ -105,6 +106,7 @@ def patch(
         PatchError: If the model cannot be copied, or a chosen site cannot be patched, or if
             the copy's outputs differ.
     """
+    check_flag("check", check)
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
     with LOOK:
         decided = plan(module, where, coords=coords, example_inputs=example_inputs)
@@ -136,6 +138,7 @@ def patch_(
     """
     if isinstance(model, ExportedProgram):
         raise PatchError("an ExportedProgram cannot be patched in place: use patch(...)")
+    check_flag("check", check)
     with LOOK:
         decided = plan(model, where, coords=coords, example_inputs=example_inputs)
         warn_of_obstacles(decided)

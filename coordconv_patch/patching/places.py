@@ -31,9 +31,11 @@ def places(model: nn.Module, theta: Tensor | Any | Window | Sequence[Window]) ->
     rotations. Every coordinate layer of the model follows. At coordinate weights of zero outputs
     stay what they are, to the last bit.
 
-    Each thread has its own places. Gradient checkpointing sees those of the first run when it
-    runs layers again, also after the context was left. Under torch.compile, places are inputs of
-    the compiled graph: other numbers do not compile it again.
+    Each thread has its own places, and so has each asyncio task; a task, and a call of
+    ``asyncio.to_thread``, begins with those of the code that began it. Those that a generator
+    enters hold for its caller too until they are left. Gradient checkpointing sees those of the
+    first run when it runs layers again, also after the context was left. Under torch.compile,
+    places are inputs of the compiled graph: other numbers do not compile it again.
 
     Args:
         model: A patched model, also as DistributedDataParallel and torch.compile wrap it.

@@ -24,6 +24,7 @@ from coordconv_patch.patching.plan_view import scaled, view_by_site, view_by_sta
 from coordconv_patch.sites.find import find_sites
 from coordconv_patch.sites.select import Choice, Where, not_chosen, select
 from coordconv_patch.sites.site import Site, SiteMap
+from coordconv_patch.sites.uncalled import joined_with_uncalled
 
 __all__ = ["Plan", "plan", "plan_sites", "survey"]
 
@@ -145,7 +146,8 @@ def plan(
         PatchError: If the forward pass fails on the example inputs.
     """
     module = from_exported(model) if isinstance(model, ExportedProgram) else model
-    site_map, convention = find_sites(module, example_inputs), Coordinates.of(coords)
+    site_map = joined_with_uncalled(find_sites(module, example_inputs))
+    convention = Coordinates.of(coords)
     return _of_model(plan_sites(site_map, where, convention), module)
 
 
@@ -163,7 +165,7 @@ def survey(
     The arguments, and what they raise, are those of :func:`plan`.
     """
     convention = Coordinates.of(coords)
-    site_map = find_sites(model, example_inputs)
+    site_map = joined_with_uncalled(find_sites(model, example_inputs))
     choices = [not_chosen(site) for site in site_map.sites]
     rows = tuple(_row(choice, convention) for choice in choices)
     return _of_model(Plan(convention, rows, site_map), model)

@@ -12,7 +12,11 @@ from coordconv_patch.errors import PatchError
 from coordconv_patch.folding.other_libraries import release_folding_
 from coordconv_patch.followers.follower import release_
 from coordconv_patch.graphs.programs import from_exported, require_coord_layers
-from coordconv_patch.layers.call_hooks import chosen_calls_of, remove_from_calls_
+from coordconv_patch.layers.call_hooks import (
+    branches_without_hook,
+    chosen_calls_of,
+    remove_from_calls_,
+)
 from coordconv_patch.layers.conversion import revert_
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordconv import CoordConvNd
@@ -25,6 +29,7 @@ from coordconv_patch.left_behind.watch import (
 from coordconv_patch.owners.call_owners import CallOwner, remove_from_owner_
 from coordconv_patch.patching.graph_edit import remove_branches_
 from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.rollback import unchanged_on_failure
 from coordconv_patch.running.untouched import LOOK, Model, copied
 from coordconv_patch.running.wrappers import check_not_wrapped
 
@@ -69,16 +74,21 @@ def unpatch_(model: Model, *, discard: bool = False) -> Model:
     """
     with LOOK:
         _check_unpatchable(model, discard)
-        release_folding_(model)
-        release_(model)
-        release_watches_(model)
-        dismiss_(model)
-        for module in list(model.modules()):
-            _revert_(model, module)
-        for module in model.modules():
-            if isinstance(module, fx.GraphModule):
-                remove_branches_(module)
+        with unchanged_on_failure(model):
+            _unpatch_(model)
     return model
+
+
+def _unpatch_(model: nn.Module) -> None:
+    release_folding_(model)
+    release_(model)
+    release_watches_(model)
+    dismiss_(model)
+    for module in list(model.modules()):
+        _revert_(model, module)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            remove_branches_(module)
 
 
 def _check_unpatchable(model: nn.Module, discard: bool) -> None:
@@ -113,7 +123,7 @@ def _check_unpatchable(model: nn.Module, discard: bool) -> None:
 def _revert_(model: nn.Module, module: nn.Module) -> None:
     if isinstance(module, CoordConvNd):
         revert_(module)
-    elif chosen_calls_of(module) is not None:
+    elif chosen_calls_of(module) is not None or branches_without_hook(module):
         remove_from_calls_(model, module)
     elif isinstance(module, CallOwner):
         remove_from_owner_(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def tile_predictor(model: nn.Module, image_size: Sequence[int]) -> Callable[...,
         >>> sliding_window_inference(images, (128, 128), 4, predictor, with_coord=True)  # doctest: +SKIP
     """  # noqa: E501
     require_coord_layers(model)
-    if not isinstance(image_size, Sequence):
+    if not isinstance(image_size, Sequence) or isinstance(image_size, (str, bytes)):
         raise CoordinatesError(
             f"tile_predictor: image_size={excerpt(image_size)}: give images.shape[2:]"
         )
@@ -64,9 +65,13 @@ def _window(slices: Sequence[slice], image_size: tuple[float, ...]) -> Window:
     """A window by its slices of batch, channels, and each spatial dimension.
 
     Raises:
-        CoordinatesError: If it reaches beyond the image where MONAI pads none.
+        CoordinatesError: If these are not slices with two ends, or if it reaches beyond the image
+            where MONAI pads none.
     """
-    spatial = tuple(slices)[2:]
+    spatial = tuple(slices)[2:] if isinstance(slices, Sequence) else ()
+    ends = [getattr(each, end, None) for each in spatial for end in ("start", "stop")]
+    if not ends or not all(isinstance(end, Integral) for end in ends):
+        raise CoordinatesError(f"slices={excerpt(slices)}: {_HINT}")
     if len(spatial) != len(image_size):
         raise CoordinatesError(
             f"tile_predictor: windows of {len(spatial)} dimensions in images of size {image_size}: "

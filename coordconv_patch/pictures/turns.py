@@ -14,6 +14,7 @@ from coordconv_patch.graphs.programs import require_coord_layers
 from coordconv_patch.layers.places import entered, shared_places
 from coordconv_patch.layers.window import Window
 from coordconv_patch.patching.places import check_places
+from coordconv_patch.running.per_context import PerContext
 
 __all__ = ["places_in_turn"]
 
@@ -26,7 +27,7 @@ def places_in_turn(
 
     For tilers that cut a picture themselves and do not say where: diffusers'
     ``vae.enable_tiling()``, slicing libraries for detectors. Outside of that module, places are
-    what they were; calls in other threads are not counted.
+    what they were; calls in other threads and asyncio tasks are not counted.
 
     Args:
         module: A patched model, or the part of one that is called once a tile, such as
@@ -46,7 +47,8 @@ def places_in_turn(
         ...     tiles = [model(tile) for tile in torch.rand(1, 3, 64, 128).split(64, dim=3)]
     """
     layers = require_coord_layers(module)
-    if not isinstance(places, (Sequence, Tensor)):
+    is_number = isinstance(places, Tensor) and places.dim() == 0
+    if is_number or not isinstance(places, (Sequence, Tensor)):
         raise CoordinatesError(
             f"places_in_turn: places={excerpt(places)}: write a list of places, one for each call"
         )
@@ -55,9 +57,11 @@ def places_in_turn(
         module.register_forward_pre_hook(turn.begin),
         module.register_forward_hook(turn.end, always_call=True),
     )
+    token = turn.here.set([True])
     try:
         yield
     finally:
+        turn.here.is_of_this_context(token)
         for handle in handles:
             handle.remove()
     if turn.count != len(turn.thetas):
@@ -68,17 +72,22 @@ def places_in_turn(
 
 
 class _Turn:
-    """Hooks around a module's calls in the thread that made this."""
+    """Hooks around a module's calls in the thread and the task that made this.
+
+    Attributes:
+        here: Set in that task, and in those that it begins meanwhile.
+    """
 
     def __init__(self, thetas: list[Tensor], layers: Any) -> None:
         self.thetas = thetas
         self.count = 0
         self._shared = shared_places(layers)
+        self.here = PerContext()
         self._thread = threading.get_ident()
         self._now = ExitStack()
 
     def begin(self, module: nn.Module, inputs: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self.here.held[0] is None:
             return
         if self.count == len(self.thetas):
             raise PatchError(
@@ -89,5 +98,5 @@ class _Turn:
         self.count += 1
 
     def end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and self.here.held[0] is not None:
             self._now.close()

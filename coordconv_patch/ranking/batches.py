@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from coordconv_patch.arguments import given
 from coordconv_patch.errors import ArgumentError
+from coordconv_patch.running.losses import iterated
 
 __all__ = ["Batches", "split"]
 
@@ -35,14 +35,9 @@ def split(batches: Iterable[Any]) -> Batches:
     """Take the first 64 batches, and hold every fourth out; of more than 32 fewer.
 
     Raises:
-        ArgumentError: If they cannot be iterated over, or are fewer than 8.
+        ArgumentError: If they cannot be iterated over, are one batch, or are fewer than 8.
     """
-    try:
-        taken = list(islice(batches, _MOST))
-    except TypeError as error:
-        raise ArgumentError(
-            f"{given('batches', batches)}: pass a list of batches, or a DataLoader"
-        ) from error
+    taken = list(islice(iterated(batches), _MOST))
     if len(taken) < _FEWEST:
         raise ArgumentError(
             f"batches: {len(taken)} of them are too few, because a quarter is held out: pass "

@@ -9,9 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from coordconv_patch.arguments import given
 from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers.coord_layer import CoordLayer
 from coordconv_patch.ranking.probe import Loss
+from coordconv_patch.running.losses import loss_of
+from coordconv_patch.running.uncompiled import uncompiled
+from coordconv_patch.running.untouched import state_restored
 from coordconv_patch.sites.stages import stages_of
 
 __all__ = ["By", "Part", "parts_of", "reached_sites"]
@@ -48,8 +52,8 @@ def reached_sites(
         By site the spatial size of what it sees first, such as ``(H, W)``.
 
     Raises:
-        PatchError: If none does.
-        ArgumentError: If the loss is not a scalar tensor.
+        PatchError: If none does, or if the loss function fails.
+        ArgumentError: If the loss is not a tensor of one real number.
     """
     reached: dict[str, tuple[int, ...]] = {}
 
@@ -62,13 +66,17 @@ def reached_sites(
         for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad():
-            value = loss(patched, batch)
+        # Batch norms keep their statistics; and the compiler would trace the hooks.
+        with torch.no_grad(), state_restored(patched), uncompiled(patched):
+            value = loss_of(loss, patched, batch)
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ArgumentError("loss_fn(model, batch) must return a tensor of one number, the loss")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ArgumentError(
+            f"{given('the return value of loss_fn', value)}: return the loss, a tensor of one "
+            "number, as it was computed; the model is trained by it"
+        )
     if not reached:
         raise PatchError(
             "loss_fn(model, batch) ran none of the convolutions that are ranked: it must call the "

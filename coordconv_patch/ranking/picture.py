@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from coordconv_patch.errors import ArgumentError
-from coordconv_patch.files.atomic import replacement
-from coordconv_patch.files.picture_file import check_picture
+from coordconv_patch.files.picture_file import check_picture, write_figure
 from coordconv_patch.ranking.gains import Gain
 
 __all__ = ["Bar", "draw_ranking"]
@@ -46,11 +43,9 @@ def draw_ranking(bars: Sequence[Bar], path: str | os.PathLike[str]) -> None:
     """Draw gains, the first stage to run on the left; the file's kind is that of its ending.
 
     Raises:
-        ArgumentError: See :func:`coordconv_patch.bench.picture.check_picture`; also if the file
-            cannot be written.
+        ArgumentError: See :func:`.picture_file.check_picture`; also if the file cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,8 +68,7 @@ def draw_ranking(bars: Sequence[Bar], path: str | os.PathLike[str]) -> None:
         axes.text(1, 1.0, note, transform=axes.transAxes, ha="right", size=9, color=_MUTED)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_MUTED)
-    with replacement(path, ArgumentError) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    write_figure(figure, path)
 
 
 def _headline(bars: Sequence[Bar]) -> str:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from coordconv_patch.errors import PatchError
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.ranking.random_state import seed_all
+from coordconv_patch.running.losses import loss_of, not_finite_in
 from coordconv_patch.training import coord_parameters_of
 
 __all__ = ["Loss", "Probe", "Recipe"]
@@ -73,6 +74,7 @@ class Probe:
         self.model, self.loss, self.on_step = patched, loss, on_step
         self.training, self.held_out, self.recipe = training, held_out, recipe
         layers = coord_layers(patched)
+        self.has_trained = False
         self.coords = {name: coord_parameters_of(layers[name]) for name in sites}
         ids = {id(weight) for weights in self.coords.values() for weight in weights}
         parameters = list(patched.parameters())
@@ -95,12 +97,17 @@ class Probe:
 
         Raises:
             PatchError: If the loss is not a finite number.
+            ArgumentError: If it has no gradient.
         """
         self.train(sites, seed)
         return self.measured(seed)
 
     def train(self, sites: Iterable[str], seed: int) -> None:
-        """Make a run with coordinates at these sites, from the start."""
+        """Make a run with coordinates at these sites, from the start.
+
+        Raises:
+            ArgumentError: If the loss has no gradient.
+        """
         chosen = list(sites)
         self._begin(chosen)
         rates = [(self.own, self.recipe.lr)]
@@ -113,11 +120,13 @@ class Probe:
         schedule = torch.optim.lr_scheduler.LinearLR(
             optimizer, 1.0, 1 / self.recipe.steps, total_iters=max(1, self.recipe.steps - 1)
         )
+        self.has_trained = True
         for step, index in enumerate(self._order(seed)):
             seed_all(1_000_003 * seed + step)
-            loss = self.loss(self.model, self.training[index])
+            loss = loss_of(self.loss, self.model, self.training[index])
+            _check_has_gradient(loss)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             self.on_step()
@@ -146,11 +155,29 @@ class Probe:
         losses = []
         for index, batch in enumerate(self.held_out):
             seed_all(1_000_003 * seed + 500_000 + index)
-            losses.append(float(self.loss(self.model, batch)))
+            losses.append(float(loss_of(self.loss, self.model, batch)))
         measured = torch.tensor(losses, dtype=torch.float64)
         if not measured.isfinite().all():
-            raise PatchError(
-                f"the held-out loss became {float(measured.sum())} after {self.recipe.steps} steps "
-                f"with lr={self.recipe.lr:g}: write a smaller one"
-            )
+            raise PatchError(f"the held-out loss {self._why_not_finite(float(measured.sum()))}")
         return measured
+
+    def _why_not_finite(self, loss: float) -> str:
+        blame_batches = not_finite_in(self.held_out)
+        if self.has_trained:  # which began at a finite loss, whatever is held out: say masks of inf
+            blame_batches = not blame_batches and not_finite_in(self.training)
+        if blame_batches:
+            return f"is {loss}: some of the batches hold NaN or infinity, leave them out"
+        if not self.has_trained:
+            return f"is {loss} before any training: check the model and loss_fn"
+        return (
+            f"became {loss} after {self.recipe.steps} steps with lr={self.recipe.lr:g}: write a "
+            "smaller one"
+        )
+
+
+def _check_has_gradient(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise ArgumentError(
+            "loss_fn returned a loss without a gradient, and the model is trained by it: return it "
+            "as it was computed, without detach(), item() or torch.no_grad()"
+        )

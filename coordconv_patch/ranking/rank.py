@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from coordconv_patch.arguments import check_callable, check_number, given
-from coordconv_patch.errors import ArgumentError
+from coordconv_patch.arguments import check_number, given
+from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.patching.patch import patch
@@ -19,7 +20,8 @@ from coordconv_patch.ranking.random_state import random_states_kept
 from coordconv_patch.ranking.ranking import Ranking
 from coordconv_patch.ranking.rounds import rounds_within
 from coordconv_patch.ranking.trial import Trial
-from coordconv_patch.running.inputs import check_is_module
+from coordconv_patch.running.inputs import check_has_values, check_is_module
+from coordconv_patch.running.losses import check_loss_fn
 from coordconv_patch.sites.select import Where
 
 __all__ = ["rank"]
@@ -81,20 +83,23 @@ def rank(
     Raises:
         ArgumentError: If an argument makes no sense.
         SelectionError: As :func:`coordconv_patch.patch`.
-        PatchError: Likewise; also if the loss does not run the model that it is given, or is not
-            finite after training.
+        PatchError: Likewise; also if the loss fails, does not run the model that it is given, or is
+            not finite; and of weights that cannot be trained, in float16 or on the meta device.
 
     Example:
         >>> ranking = ccp.rank(model, batches, loss_fn)                  # doctest: +SKIP
         >>> model = ccp.patch(model, where=ranking.worthwhile())         # doctest: +SKIP
     """
     check_is_module(model)
-    check_callable("loss_fn", loss_fn)
+    check_has_values(model)
+    _check_trainable(model)
+    check_loss_fn(loss_fn)
     _check(by, lr, steps, seeds)
     if coord_lr is not None:
         check_number("coord_lr", coord_lr)
     taken, convention = split(batches), Coordinates.of(coords)
-    with random_states_kept():
+    # Wherever it is called: the runs need gradients.
+    with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
         patched = patch(model, where, coords=convention, example_inputs=example_inputs, check=False)
         known = set(coord_layers(model))
         layers = {name: one for name, one in coord_layers(patched).items() if name not in known}
@@ -110,8 +115,17 @@ def rank(
         return trial.ranking([name for name in layers if name not in reached])
 
 
+def _check_trainable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is torch.float16 and parameter.requires_grad:
+            raise PatchError(
+                f"{name} is in float16, in which Adam's steps underflow to NaN: rank "
+                "model.float(), or model.bfloat16(), with batches to match"
+            )
+
+
 def _check(by: Any, lr: Any, steps: Any, seeds: Any) -> None:
-    if by not in (None, "site", "stage"):
+    if by is not None and not (isinstance(by, str) and by in ("site", "stage")):
         raise ArgumentError(f"{given('by', by)}: write 'site' or 'stage', or None")
     check_number("lr", lr)
     for name, value, least in (("steps", steps, 1), ("seeds", seeds, 2)):

@@ -7,17 +7,21 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from coordconv_patch.arguments import not_a_module
-from coordconv_patch.errors import ExampleInputsError, PatchError
+from coordconv_patch.errors import CoordConvPatchError, ExampleInputsError, PatchError
 from coordconv_patch.running.held_values import tensors_held_by
+from coordconv_patch.running.uncompiled import uncompiled
 
 __all__ = [
     "as_plain_dict",
+    "check_has_values",
     "check_is_module",
+    "check_not_scripted",
     "describe_inputs",
     "in_signature_order",
     "run_model",
@@ -44,6 +48,36 @@ def check_is_module(model: Any) -> None:
         raise not_a_module("model", model)
 
 
+def check_has_values(model: nn.Module) -> None:
+    """Check that a model's weights and buffers have values.
+
+    Raises:
+        PatchError: If one is on the meta device.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise PatchError(
+                f"{name} is on the meta device, where tensors have no values: load the model's "
+                "weights first (where accelerate has moved them away, "
+                "accelerate.hooks.remove_hook_from_submodules brings them back)"
+            )
+
+
+def check_not_scripted(model: nn.Module, failure: type[CoordConvPatchError], advice: str) -> None:
+    """Check that a model is not TorchScript's, whose code and parameters nobody may change.
+
+    Args:
+        model: The model.
+        failure: The error to raise.
+        advice: What to do instead.
+
+    Raises:
+        CoordConvPatchError: As ``failure`` says.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise failure(f"the model is a TorchScript module ({type(model).__name__}): {advice}")
+
+
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``example_inputs`` as positional and keyword arguments.
 
@@ -65,11 +99,12 @@ def takes_image_list(example_inputs: Any) -> bool:
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
     """The model's output on example inputs, see :func:`split_inputs`; an ExampleInputsError
-    if it fails.
+    if it fails. A compiled model runs uncompiled.
     """
     args, kwargs = split_inputs(example_inputs)
     try:
-        return model(*args, **kwargs)
+        with uncompiled(model):
+            return model(*args, **kwargs)
     except Exception as error:
         raise ExampleInputsError(
             f"the model failed on the example inputs ({describe_inputs(example_inputs)}): "

@@ -19,6 +19,8 @@ class ModuleStates:
         self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
         dicts = [v for *_, own in self._modules for v in own.values() if isinstance(v, dict)]
         self._contents = [(each, dict(each)) for each in dicts]
+        lists = [v for *_, own in self._modules for v in own.values() if type(v) is list]
+        self._items = [(each, list(each)) for each in lists]  # a graph's hooks are in one
 
     def restore(self) -> None:
         """Put back what has changed since."""
@@ -34,6 +36,8 @@ class ModuleStates:
             # The same dict, emptied and filled: the handles of hooks refer to it.
             each.clear()
             each.update(content)
+        for items, before in self._items:
+            items[:] = before
 
 
 @contextmanager

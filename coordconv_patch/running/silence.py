@@ -21,10 +21,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
+from coordconv_patch.running.forks import after_fork, fork_safe
+
 __all__ = ["descriptors_silenced", "output_silenced", "warnings_ignored"]
 
-_lock = threading.Lock()
-_descriptors_lock = threading.RLock()
+_lock = fork_safe(threading.Lock())
+_descriptors_lock = fork_safe(threading.RLock())
 
 
 class _OfThread(threading.local):
@@ -97,9 +99,19 @@ def descriptors_silenced() -> Iterator[None]:
             with contextlib.suppress(OSError):  # it is closed: nothing can be written to it
                 copy = os.dup(descriptor)
                 stack.callback(os.close, copy)
-                stack.callback(os.dup2, copy, descriptor)
+                _silenced[descriptor] = (threading.get_ident(), copy)
+                stack.callback(_restore_descriptor, descriptor, copy)
                 os.dup2(nowhere, descriptor)
         yield
+
+
+_silenced: dict[int, tuple[int, int]] = {}
+"""The descriptors that lead nowhere now: the thread that did so, and a copy of each as it was."""
+
+
+def _restore_descriptor(descriptor: int, copy: int) -> None:
+    os.dup2(copy, descriptor)
+    _silenced.pop(descriptor, None)
 
 
 class _ThisThread:
@@ -193,3 +205,27 @@ def _remove_streams() -> None:
             stream = getattr(sys, name)
             if _threads_inside == 0 and isinstance(stream, _AudibleStream):
                 setattr(sys, name, stream.stream)
+
+
+def _hear_again() -> None:
+    """In a child process: only the thread that forked is here, and silences of others are over."""
+    global _threads_inside
+    this = threading.get_ident()
+    for descriptor, (thread, copy) in list(_silenced.items()):
+        if thread != this:
+            _restore_descriptor(descriptor, copy)
+    for handler in _log_handlers():
+        for quiet in [each for each in handler.filters if isinstance(each, _QuietThread)]:
+            if quiet.thread != this:
+                handler.removeFilter(quiet)
+    filters = cast("list[Any]", warnings.filters)
+    filters[:] = [
+        entry
+        for entry in filters
+        if not isinstance(entry[1], _ThisThread) or entry[1].thread == this
+    ]
+    _threads_inside = _silences.depth + 1
+    _remove_streams()
+
+
+after_fork(_hear_again)

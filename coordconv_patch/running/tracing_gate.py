@@ -22,6 +22,9 @@ raise a KeyError there.
 Before torch 2.14 the flag "is tracing" is one for the whole process: a compiled model that another
 thread calls at that moment raises, and after two traces that overlap it stays set for good. So the
 gate makes torch.fx ask for the thread there too.
+
+An interrupt (Ctrl-C) at a bad moment makes torch.fx leave its replacements, and its note of them;
+see :mod:`coordconv_patch.running.stale_traces`. The gate puts them back when the trace is over.
 """
 
 from __future__ import annotations
@@ -35,10 +38,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx import _symbolic_trace
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.running.forks import after_fork, freed
+from coordconv_patch.running.stale_traces import (
+    Trace,
+    is_tracing_here,
+    mend,
+    undo,
+    was_begun_elsewhere,
+)
 from coordconv_patch.running.untouched import LOOK
 
 __all__ = ["TracingBusyError", "tracing_alone"]
@@ -79,12 +89,12 @@ def _closed_gate() -> Iterator[None]:
     while True:
         # Each time anew: the trace that is waited for may need the compiler's lock to end.
         with _no_compilation(deadline):
-            if _gate.close():
-                try:
+            try:
+                if _gate.close():
                     yield
-                finally:
-                    _gate.open()
-                return
+                    return
+            finally:
+                _gate.open()
         if time.monotonic() > deadline:
             raise _busy()
         time.sleep(0.001)
@@ -93,17 +103,26 @@ def _closed_gate() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_compilation(deadline: float) -> Iterator[None]:
     """Hold the lock under which torch.compile compiles."""
-    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
-    lock = getattr(convert_frame, "compile_lock", None)
+    lock = _compile_lock()
     if lock is None:  # the compiler has not been imported, which is slow: nobody compiles
         yield
         return
-    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise _busy()
+    was_ours = lock._is_owned()
+    has_it = False
     try:
+        has_it = lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        if not has_it:
+            raise _busy()
         yield
     finally:
-        lock.release()
+        # An interrupt may come when the lock is taken, and not yet noted to be.
+        if has_it or (not was_ours and lock._is_owned()):
+            lock.release()
+
+
+def _compile_lock() -> Any:
+    """The lock under which torch.compile compiles; ``None``: it was not imported."""
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
 
 
 def _busy() -> TracingBusyError:
@@ -125,8 +144,8 @@ class _Gate:
         """The thread that the gate is closed for: the one in :func:`tracing_alone`."""
         self._opened = threading.Condition()
         self._new_patcher: Any = None
-        self._tracing: list[int] = []
-        """The threads that trace by other code, or wait at the gate to do so."""
+        self._tracing: list[Trace] = []
+        """Those of other code than ours."""
 
     def install(self) -> None:
         """Put the gate where it belongs, once; the thread that holds LOOK does so."""
@@ -136,7 +155,7 @@ class _Gate:
                 _fx._new_patcher = self._pass
             if hasattr(_fx, "_is_fx_tracing_flag"):  # may go with torch 2.13
                 # In place: what torch.compile has compiled holds the function itself.
-                _fx._is_tracing_here = _is_tracing_here
+                _fx._is_tracing_here = is_tracing_here
                 _fx.is_fx_tracing.__code__ = _is_fx_tracing.__code__
                 if hasattr(_fx, "is_fx_symbolic_tracing"):
                     _fx.is_fx_symbolic_tracing.__code__ = _is_fx_symbolic_tracing.__code__
@@ -145,50 +164,76 @@ class _Gate:
         """Close the gate for the running thread, unless other threads trace or wait to do so."""
         this = threading.get_ident()
         with self._opened:
-            if any(thread != this for thread in self._tracing) or _was_traced_before():
+            if not is_tracing_here():  # what an interrupt has left here of one that is over
+                self._tracing = [each for each in self._tracing if each.thread not in (None, this)]
+            if any(each.thread not in (None, this) for each in self._tracing):
                 return False
+            if was_begun_elsewhere():
+                return False
+            mend()
             self.tracer = this
             return True
 
     def open(self) -> None:
-        """Let the others through."""
+        """Let the others through, if the gate is closed for the running thread."""
+        if self.tracer != threading.get_ident():
+            return
+        self.tracer = None  # first: an interrupt may come
         with self._opened:
-            self.tracer = None
             self._opened.notify_all()
+        mend()
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[Any]:
         """What torch.fx calls instead of ``_new_patcher``."""
-        this = threading.get_ident()
-        if self.tracer == this:
-            with self._new_patcher() as patcher:
-                yield _kept_to_thread(patcher, this)
-            return
-        with self._opened:
-            self._tracing.append(this)
-            self._opened.wait_for(lambda: self.tracer is None)
+        trace = Trace()
+        is_ours = self.tracer == trace.thread
+        try:
+            if not is_ours:
+                with self._opened:
+                    self._tracing.append(trace)
+                    self._opened.wait_for(lambda: self.tracer is None)
+            with self._replacing(trace) as patcher:
+                yield patcher
+        finally:
+            trace.thread = None
+            if not is_ours:
+                with self._opened:
+                    self._tracing = [each for each in self._tracing if each is not trace]
+
+    @contextlib.contextmanager
+    def _replacing(self, trace: Trace) -> Iterator[Any]:
+        """The object that replaces things, and its replacements put back for certain."""
+        mend(traces_here=1)
+        prior, patcher = _fx.CURRENT_PATCHER, None
         try:
             with self._new_patcher() as patcher:
-                yield _kept_to_thread(patcher, this)
+                yield _kept_to(trace, patcher)
         finally:
-            with self._opened:
-                self._tracing.remove(this)
+            trace.thread = None
+            if patcher is not None:
+                undo(patcher)
+                if _fx.CURRENT_PATCHER is patcher:
+                    _fx.CURRENT_PATCHER = prior
+
+    def after_fork(self) -> None:
+        """In a child: the threads that traced or waited in the parent are not here."""
+        this = threading.get_ident()
+        freed(self._opened)
+        if self.tracer != this:
+            self.tracer = None
+        self._tracing = [each for each in self._tracing if each.thread == this]
+        trace = getattr(getattr(_fx, "CURRENT_PATCHER", None), "_trace_behind_gate", None)
+        if trace is not None and trace.thread != this:
+            trace.thread = None
+        mend()
+        lock = _compile_lock()
+        if lock is not None:  # ours may be the thread that held it
+            freed(lock)
 
 
 _gate = _Gate()
-
-
-def _was_traced_before() -> bool:
-    """Whether another thread is in a trace that it began when there was no gate yet."""
-    return getattr(_fx, "CURRENT_PATCHER", None) is not None and not _is_tracing_here()
-
-
-def _is_tracing_here() -> bool:
-    """Whether the running thread is in a trace of torch.fx, begun by whomever."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
-        frame = frame.f_back  # type: ignore[assignment]  # the loop ends at None
-    return frame is not None
+after_fork(_gate.after_fork)
 
 
 def _is_fx_tracing() -> bool:
@@ -199,29 +244,30 @@ def _is_fx_tracing() -> bool:
 def _is_fx_symbolic_tracing() -> bool:
     """The same for the function that newer versions than 2.6 ask before they run compiled code."""
     flag = _is_fx_tracing_flag  # type: ignore[name-defined] # noqa: F821
-    return flag and _is_tracing_here() and not torch.compiler.is_compiling()
+    is_here: bool = flag and _is_tracing_here()  # type: ignore[name-defined] # noqa: F821
+    return is_here and not torch.compiler.is_compiling()
 
 
-def _kept_to_thread(patcher: Any, thread: int) -> Any:
+def _kept_to(trace: Trace, patcher: Any) -> Any:
     """The object that replaces things for torch.fx, made to do so for one thread only."""
-    patch_method = patcher.patch_method
+    patch_method = trace.of(patcher).patch_method
 
     def patch_method_here(cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
-        patch_method(cls, name, _for_thread(thread, new, getattr(cls, name)), deduplicate)
+        patch_method(cls, name, _for_trace(trace, new, getattr(cls, name)), deduplicate)
 
     # Functions that it replaces in modules need none of this: they ask their arguments.
     patcher.patch_method = patch_method_here
     return patcher
 
 
-def _for_thread(
-    thread: int, replacement: Callable[..., Any], original: Callable[..., Any]
+def _for_trace(
+    trace: Trace, replacement: Callable[..., Any], original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A function that is ``replacement`` in one thread, and ``original`` in every other."""
+    """A function that is ``replacement`` in a trace's thread, and ``original`` in every other."""
 
     @functools.wraps(original)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        function = replacement if threading.get_ident() == thread else original
+        function = replacement if threading.get_ident() == trace.thread else original
         return function(*args, **kwargs)
 
     # Another thread may have begun this call, or taken it for the model's, when it may compile

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import CoordConvPatchError, PatchError
+from coordconv_patch.running.forks import fork_safe
 from coordconv_patch.running.kept_tensors import KeptGradients, KeptTensors
 
 __all__ = ["LOOK", "Model", "copied", "evaluation", "in_mode", "state_restored"]
@@ -29,7 +30,7 @@ __all__ = ["LOOK", "Model", "copied", "evaluation", "in_mode", "state_restored"]
 Model = TypeVar("Model", bound=nn.Module)
 """The class of a model, which what is done to it or to its copy keeps."""
 
-LOOK = threading.RLock()
+LOOK = fork_safe(threading.RLock())
 """Held by the thread that looks at a model, copies one or changes one."""
 
 

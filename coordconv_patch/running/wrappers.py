@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from coordconv_patch.errors import PatchError
 
-__all__ = ["check_not_wrapped", "clean_name", "unwrapped"]
+__all__ = ["check_not_wrapped", "clean_name", "is_compiled", "unwrapped"]
 
 _WRAPPER_NAMES = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -26,7 +26,7 @@ _WRAPPERS_ELSEWHERE = frozenset(
 def unwrapped(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel, DataParallel, torch.compile or an EMA."""
     while True:
-        if _is_compiled(model):
+        if is_compiled(model):
             model = model.get_submodule("_orig_mod")
         elif isinstance(model, _WRAPPERS) or _qualified_class(model) in _WRAPPERS_ELSEWHERE:
             model = model.get_submodule("module")
@@ -34,7 +34,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether this is what torch.compile gives for a module."""
     # torch.compile has loaded its compiler then; to import it takes as long as torch itself.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(model, compiler.OptimizedModule)

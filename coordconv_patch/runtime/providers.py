@@ -17,7 +17,7 @@ import onnxruntime as ort
 import torch
 
 from coordconv_patch.arguments import check_names
-from coordconv_patch.errors import ArgumentError, ExportError, listing
+from coordconv_patch.errors import ArgumentError, ExportError, listing, path_text
 from coordconv_patch.running.silence import descriptors_silenced
 
 __all__ = ["CPU", "make_session", "probe_model", "working_providers"]
@@ -96,7 +96,9 @@ def make_session(
         return ort.InferenceSession(source, options, providers=list(providers), **disabled)
     except Exception as error:
         name = "the model" if isinstance(source, bytes) else source
-        raise ExportError(f"ONNX Runtime cannot load {name}: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime cannot load {path_text(name)}: {path_text(error)}"
+        ) from error
 
 
 @functools.cache

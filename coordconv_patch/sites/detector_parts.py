@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from coordconv_patch.layers.geometry import ConvGeometry
+
 __all__ = ["Part", "branches", "mask_features", "necks"]
 
 _CLASSES = {
@@ -166,7 +168,7 @@ def _between_upsample_and_head(name: str, layers: nn.Sequential) -> list[Part]:
 
 def _is_one_pointwise_convolution(module: nn.Module) -> bool:
     convolutions = [each for each in module.modules() if isinstance(each, _ConvNd)]
-    return len(convolutions) == 1 and set(convolutions[0].kernel_size) == {1}
+    return len(convolutions) == 1 and set(ConvGeometry.of(convolutions[0]).kernel_size) == {1}
 
 
 def _are_nested(first: str, second: str) -> bool:

@@ -20,7 +20,7 @@ from coordconv_patch.graphs.functional import (
     weight_site_name,
 )
 from coordconv_patch.graphs.own_padding import NOT_PADDED
-from coordconv_patch.layers.geometry import CONV_FUNCTIONS
+from coordconv_patch.layers.geometry import CONV_FUNCTIONS, ndim_of
 from coordconv_patch.owners.call_owners import geometry_of_calls, owner_obstacle
 from coordconv_patch.owners.function_log import FunctionSite, common_caller
 from coordconv_patch.owners.owned_calls import OwnedCalls
@@ -135,7 +135,7 @@ def _positions(
     holder = region.module.get_submodule(weight.rpartition(".")[0])
     if not isinstance(holder, _ConvNd):
         return None, 0
-    if CONV_FUNCTIONS[len(holder.kernel_size), holder.transposed] is not nodes[0].target:
+    if CONV_FUNCTIONS[ndim_of(holder), holder.transposed] is not nodes[0].target:
         return None, 0
     alike = [
         node

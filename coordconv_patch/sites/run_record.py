@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from coordconv_patch.layers.geometry import Call
+from coordconv_patch.layers.geometry import Call, ndim_of
 from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.owners.function_log import FunctionLog, FunctionSite
 from coordconv_patch.running.inputs import run_model, writable_inputs
@@ -201,7 +201,7 @@ class _CallRecorder(TorchFunctionMode):
         self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> None:
         source = args[0] if args else next(iter(kwargs.values()))
-        self._note(name, source, output, len(cast(_ConvNd, module).kernel_size))
+        self._note(name, source, output, ndim_of(cast(_ConvNd, module)))
 
     def _node_by_node(self, region: Region, names: Mapping[fx.Node, str]) -> Callable[..., Any]:
         """The forward of a GraphModule that notes its functional sites."""

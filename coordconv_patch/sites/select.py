@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from coordconv_patch.arguments import given
-from coordconv_patch.errors import SelectionError, listing
+from coordconv_patch.errors import CoordConvPatchError, SelectionError, excerpt, first_line, listing
 from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.sites.chosen_calls import choose_calls, split_indices
 from coordconv_patch.sites.presets import PRESETS, Placement, first_site, unusable
@@ -179,7 +179,7 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
     exact = [site for site in sites if selector in site.names]
     if exact:
         return exact
-    if selector in PRESETS and (meant := PRESETS[selector](site_map)):
+    if selector in PRESETS and (meant := _meant_by(selector, site_map)):
         return meant
     inside = [site for site in sites if any(n.startswith(f"{selector}.") for n in site.names)]
     if inside and selector:
@@ -188,6 +188,28 @@ def _match(site_map: SiteMap, selector: object) -> list[Site]:
         return _nothing(selector, f"this model's sites are {listing(s.name for s in sites)}")
     globbed = [site for site in sites if any(fnmatch.fnmatchcase(n, selector) for n in site.names)]
     return globbed or _nothing(selector, _several(selector) or _what_it_is(site_map, selector))
+
+
+def _meant_by(name: str, site_map: SiteMap) -> list[Site]:
+    """The sites that a named selector means.
+
+    Raises:
+        SelectionError: If it is a registered one that fails, or gives something else.
+    """
+    try:
+        meant = PRESETS[name](site_map)
+    except CoordConvPatchError:
+        raise
+    except Exception as error:
+        raise SelectionError(f"where={name!r} failed: {first_line(error)}") from error
+    known = {id(site) for site in site_map.sites}
+    meant = list(meant) if isinstance(meant, tuple) else meant
+    if not isinstance(meant, list) or any(id(site) not in known for site in meant):
+        raise SelectionError(
+            f"where={name!r} gave {excerpt(meant)}: a registered selector is to give a list of the "
+            "sites that it gets, none of its own"
+        )
+    return meant
 
 
 def _several(selector: str) -> str:

@@ -22,6 +22,8 @@ class Site:
         kind: ``"module"`` or ``"function"``.
         name: Qualified module name. A functional convolution is named after the module
             that holds its weight, or after its graph node.
+        aliases: Further names that it has: those of a module that has several, or of the
+            convolution module whose weight only a function uses.
         class_name: Class of the module, or name of the function.
         geometry: Channels, kernel, stride and so on; ``None`` where they are unknown.
         padding: How it pads its input.
@@ -42,6 +44,7 @@ class Site:
     kind: ClassVar[Literal["module", "function"]] = "module"
 
     name: str
+    aliases: tuple[str, ...] = ()
     class_name: str
     geometry: ConvGeometry | None
     padding: Padding = DECLARED
@@ -56,7 +59,7 @@ class Site:
     @property
     def names(self) -> tuple[str, ...]:
         """All names that selectors know it by, its own first."""
-        return (self.name,)
+        return (self.name, *self.aliases)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -71,14 +74,9 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleSite(Site):
-    """A convolution module of torch.nn, or of a subclass, and further names that it has."""
+    """A convolution module of torch.nn, or of a subclass."""
 
     module: nn.Module = field(repr=False, compare=False)
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
 
     @property
     def calls_obstacle(self) -> str:

@@ -11,19 +11,21 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from coordconv_patch.arguments import check_path
+from coordconv_patch.arguments import check_flag, check_path, check_text, given
 from coordconv_patch.display.shown import Shown
-from coordconv_patch.errors import ArgumentError, WeightsError, first_line
+from coordconv_patch.errors import ArgumentError, WeightsError, excerpt, first_line
 from coordconv_patch.files.atomic import os_errors_reported, replacement
 from coordconv_patch.running.inputs import check_is_module
 from coordconv_patch.running.untouched import Model
 from coordconv_patch.running.wrappers import unwrapped
-from coordconv_patch.status import layer_status
+from coordconv_patch.status import LayerStatus, layer_status
 from coordconv_patch.version import __version__
 from coordconv_patch.weights.model_card import model_card
 from coordconv_patch.weights.save_load import fingerprint, load_coords, save_coords
@@ -60,6 +62,8 @@ def save_pretrained(
 
     Raises:
         WeightsError: As :func:`coordconv_patch.save_coords`; or if the folder cannot be written.
+            Nothing is written then.
+        ArgumentError: If another argument makes no sense.
 
     Example:
         >>> import tempfile
@@ -73,14 +77,29 @@ def save_pretrained(
     """
     check_is_module(model)
     folder = check_path("folder", folder)
+    check_text("base_model", base_model, "timm/resnet50.a1_in1k")
+    check_text("repository", repository, "OWNER/NAME")
+    check_flag("include_batch_norm", include_batch_norm)
     _check_report(report)
     layers = layer_status(unwrapped(model))
-    if layers:  # if there are none, save_coords says so
-        with os_errors_reported(f"cannot write {folder}", WeightsError):
-            folder.mkdir(parents=True, exist_ok=True)
-    save_coords(model, folder / _WEIGHTS, include_batch_norm=include_batch_norm)
+    if not layers:
+        save_coords(model, folder / _WEIGHTS)  # refuses, and says why
     base = fingerprint(unwrapped(model))
-    config = {
+    card = model_card(layers, base, base_model=base_model, repository=repository, report=report)
+    with _made(folder), ExitStack() as written:
+        # The weights last, as they may be refused; and every file takes its place after they did,
+        # so that no old one is left beside a new one.
+        if not (folder / _CARD).exists():
+            _write(folder / _CARD, card, written)
+        config = _configuration(layers, base, base_model)
+        _write(folder / _CONFIG, json.dumps(config, indent=2) + "\n", written)
+        save_coords(model, folder / _WEIGHTS, include_batch_norm=include_batch_norm)
+    return folder
+
+
+def _configuration(layers: Sequence[LayerStatus], base: str, base_model: str) -> dict[str, Any]:
+    """What programs ask; the weights' own file tells what is needed to load them."""
+    return {
         "library_name": "coordconv-patch",
         "package_version": __version__,
         "base_model": base_model,
@@ -90,11 +109,21 @@ def save_pretrained(
             for layer in layers
         },
     }
-    _write(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
-    if not (folder / _CARD).exists():
-        card = model_card(layers, base, base_model=base_model, repository=repository, report=report)
-        _write(folder / _CARD, card)
-    return folder
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it; they go again if what is done in it fails."""
+    missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    try:
+        with os_errors_reported(f"cannot write {folder}", WeightsError):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # somebody else has written into it meanwhile
+                each.rmdir()
+        raise
 
 
 def from_pretrained(
@@ -121,7 +150,7 @@ def from_pretrained(
         ArgumentError: If the package huggingface_hub is needed and missing.
     """
     folder = check_path("source", source)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # of a path too, names may be too long for the system
         return load_coords(model, folder / _WEIGHTS, check_base=check_base)
     name = str(source)
     if isinstance(source, os.PathLike) or name.startswith((".", "~")) or folder.is_absolute():
@@ -132,7 +161,7 @@ def from_pretrained(
         raise
     except Exception as error:
         raise WeightsError(
-            f"{name!r} is neither a folder nor a repository whose {_WEIGHTS} can be had "
+            f"{excerpt(name)} is neither a folder nor a repository whose {_WEIGHTS} can be had "
             f"({first_line(error)}). Is there a network, and a token for a private one?"
         ) from error
     return load_coords(model, path, check_base=check_base)
@@ -170,6 +199,10 @@ def push_to_hub(
         WeightsError: As :func:`save_pretrained`; or if the Hub refuses the upload, with its reason.
         ArgumentError: If the package huggingface_hub is missing.
     """
+    check_text("repository", repository, "OWNER/NAME")
+    check_text("message", message, "Coordinate weights")
+    if private is not None:
+        check_flag("private", private)
     hub = _huggingface_hub("push_to_hub")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(
@@ -198,15 +231,16 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _write(path: Path, text: str) -> None:
-    with replacement(path, WeightsError) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _write(path: Path, text: str, written: ExitStack) -> None:
+    """Write a file that takes its place when ``written`` is left."""
+    temporary = written.enter_context(replacement(path, WeightsError))
+    temporary.write_text(text, encoding="utf-8")
 
 
 def _check_report(report: object) -> None:
     if report is not None and not isinstance(report, Shown):
         raise ArgumentError(
-            f"report={type(report).__name__}: pass what export_onnx, plan or another function of "
+            f"{given('report', report)}: pass what export_onnx, plan or another function of "
             "this package returned"
         )
 

@@ -65,8 +65,10 @@ def save_coords(
         WeightsError: If the model is not patched, if a wrapper has taken its coordinate
             weights apart, if a weight is not finite, or if the file cannot be written.
         PatchError: If other code has left coordinates behind.
+        ArgumentError: If another argument makes no sense.
     """
     check_is_module(model)
+    check_flag("include_batch_norm", include_batch_norm)
     path = check_path("path", path)
     model = unwrapped(model)
     check_left_behind(model)

@@ -58,6 +58,14 @@ def make():
     return Net(), torch.rand(2, 3, 8, 12)
 
 
+def undefined():
+    net = Net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(float("nan"))
+    return net
+
+
 def number():
     return 3
 
@@ -777,3 +785,56 @@ def test_a_process_whose_outputs_differ_exits_with_1_and_no_traceback(tmp_path: 
 def test_export_s_help_names_every_target() -> None:
     help_of_target = get_args(options.TargetName)[1].help
     assert help_of_target.split(": ")[1].rstrip(".").split(", ") == list(TARGETS)
+
+
+# --- where nothing can be printed ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["plan", NET], ["plan", NET, "--json"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_output_is_an_error(
+    arguments: list[str], unbuffered: str, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    with open("/dev/full", "w") as full:
+        ran = _process(arguments, tmp_path, stdout=full, unbuffered=unbuffered)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: standard output cannot be written: OSError: [Errno 28]")
+    assert "Traceback" not in ran.stderr
+    assert "Exception ignored" not in ran.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors of the POSIX kind")
+def test_a_closed_output_is_an_error(run: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = _process(["plan", NET], tmp_path, before=lambda: os.close(1))
+    assert (ran.returncode, ran.stderr) == (2, "error: standard output is closed\n")
+
+
+def _process(
+    arguments: list[str],
+    folder: Path,
+    *,
+    stdout: Any = None,
+    unbuffered: str = "",
+    before: Callable[[], None] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join((str(Path(ccp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    return subprocess.run(
+        [sys.executable, "-m", "coordconv_patch.cli.main", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": unbuffered, "COLUMNS": "300"},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+        check=False,
+    )
+
+
+def test_outputs_that_are_not_numbers_are_equal_too(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = run("patch", "zoo_of_test.py:undefined", "--out", tmp_path / "a.safetensors")
+    assert ran.code == 0
+    assert "are bit-equal, but" in ran.out
+    assert "not numbers (NaN), before as after" in ran.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import coordconv_patch as ccp
 from coordconv_patch.cli.commands import app
+from coordconv_patch.errors import ModelSourceError
 
 CODE = """
 import torch
@@ -38,6 +40,10 @@ def loss(model, batch):
 
 def two():
     return Net(), []
+
+
+def fails():
+    return Net(), [torch.rand(4, 1, 6, 6) for _ in range(8)], lambda model, batch: 1 / 0
 """
 
 
@@ -75,3 +81,9 @@ def test_it_prints_json(source: str) -> None:
 def test_what_cannot_be_ranked_is_told(source: str, given: str, message: str) -> None:
     with pytest.raises(ccp.ModelSourceError, match=message):
         CliRunner().invoke(app, ["rank", given.format(source)], catch_exceptions=False)
+
+
+def test_a_loss_that_fails_is_told(source: str) -> None:
+    ran = CliRunner().invoke(app, ["rank", f"{source}:fails", "--steps", "2"])
+    assert isinstance(ran.exception, ModelSourceError)
+    assert re.search(r"fails failed: .*ZeroDivisionError|fails failed: .*zero", str(ran.exception))

@@ -56,6 +56,18 @@ def with_keywords():
     return Net(), (torch.ones(2, 3, 5, 7), {"flag": True})
 
 
+def wrong_inputs():
+    return Net(), "x"
+
+
+def asserts():
+    assert 1 == 2
+
+
+def ends():
+    raise SystemExit(3)
+
+
 def with_list():
     return Net(), ([torch.ones(3, 5, 7)],)
 
@@ -338,7 +350,10 @@ def test_what_a_file_defines_can_be_copied_and_pickled(file: Path) -> None:
     ("function", "reason"),
     [
         ("number", "returned a int; it must return a torch.nn.Module"),
-        ("raises", "failed: KeyError: 'missing thing'; it must take no arguments"),
+        ("raises", "failed: KeyError: 'missing thing' (line "),
+        ("asserts", "failed: AssertionError (line "),
+        ("ends", "ends the process (sys.exit(3)) (line "),
+        ("wrong_inputs", "returned a model, and 'x' as its example inputs: return a tensor"),
         ("needs_arguments", "it must take no arguments"),
         ("plane", "has no function 'plane'; close names: plain"),
         ("not_a_function", "has no function 'not_a_function'"),
@@ -365,6 +380,55 @@ def test_a_file_that_does_not_run_is_named_with_the_reason(code: str, tmp_path: 
     path.write_text(code)
     with pytest.raises(ModelSourceError, match=r"broken_zoo\.py failed: (SyntaxError|ModuleNot)"):
         load_model(f"{path}:make")
+
+
+def test_a_file_that_ends_the_process_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nsys.exit('bye')\n")
+    with pytest.raises(
+        ModelSourceError, match=r"script\.py ends the process .*'bye'.*line 2.*__main"
+    ):
+        load_model(f"{path}:make")
+
+
+@pytest.mark.parametrize("size", [(1, 3, 10**5, 10**8), (1, 3, 10**23, 3), (1, 3, 2**62, 2**62)])
+def test_an_input_too_large_to_make_is_refused(size: tuple[int, ...], file: Path) -> None:
+    with pytest.raises(ModelSourceError, match=r"shape \(1, 3, .*an input of that size cannot be"):
+        load_model(f"{file}:plain", input_shape=size)
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".py:make", "n" * 300 + ".pt2", "n" * 5000 + ".pt2"])
+def test_a_name_may_be_of_any_length(name: str) -> None:
+    with pytest.raises(ModelSourceError, match="there is no file nnn") as caught:
+        load_model(name, trusted=True)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_damaged_program_is_told_in_one_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "z.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in (("models/model.json", "{}"), ("archive_format", "pt2")):
+            archive.writestr(f"z/{name}", text)
+        archive.writestr("z/archive_version", "0")
+    with pytest.raises(ModelSourceError, match=r"z\.pt2 is not a torch\.export program"):
+        load_model(str(path), trusted=True)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_checkpoint_of_other_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({1: torch.zeros(1)}, path)
+    with pytest.raises(ModelSourceError, match="holds a dict with 1 among its names, not a state"):
+        load_checkpoint_(nn.Conv2d(1, 1, 1), path)
+
+
+def test_a_text_is_not_called_a_file_of_objects(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_text("hello")
+    with pytest.raises(ModelSourceError, match=r"a\.pth is not a file of torch\.save"):
+        load_checkpoint_(nn.Conv2d(1, 1, 1), path)
 
 
 def test_a_file_named_like_a_package_does_not_take_its_place(tmp_path: Path) -> None:

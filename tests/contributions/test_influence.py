@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,30 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         lambda m, p: ccp.influence(m, batches(), lambda m, b: None),
         ccp.ArgumentError,
         "return one number",
+    ),
+    (
+        lambda m, p: ccp.influence(m, batches(), lambda m, b: loss_fn(m, b) * math.nan),
+        *(ccp.PatchError, "loss_fn returned nan for one of the batches"),
+    ),
+    (
+        lambda m, p: ccp.influence(m, batches(1), lambda m, b: loss_fn(m, b) * math.inf),
+        *(ccp.PatchError, "loss_fn returned inf for one of the batches"),
+    ),
+    (
+        lambda m, p: ccp.influence(m, batches(), lambda m, b: loss_fn(m, b) * 1j),
+        *(ccp.ArgumentError, "loss_fn returned .*complex64: return a real number"),
+    ),
+    (
+        lambda m, p: ccp.influence(m, batches(), nn.MSELoss),
+        *(ccp.ArgumentError, "loss_fn=MSELoss is a class"),
+    ),
+    (
+        lambda m, p: ccp.influence(m, [None], lambda m, b: m(b).mean()),
+        *(ccp.PatchError, "loss_fn failed on one of the batches"),
+    ),
+    (
+        lambda m, p: ccp.influence(m, [batches()[0][0] * math.nan]),
+        *(ccp.PatchError, "stem gives values that are not finite"),
     ),
     (lambda m, p: ccp.influence(m, [torch.rand(1, 5, 8, 8)]), ccp.PatchError, r"\(1, 5, 8, 8\)"),
     (lambda m, p: ccp.plot_coords(m, p / "m.gif", batches()[0][0]), ccp.ArgumentError, r"\.png"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -310,6 +311,50 @@ class TestDirectCalls:
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
+class _Summed(nn.Module):
+    """A step of the forward that has the name of a folding method, and does not get the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sum_of: Any = self.fuse
+        out: Tensor = sum_of(self.a(x), self.b(x))
+        return out
+
+
+class _Static(_Summed):
+    @staticmethod
+    def fuse(x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class _OfTheClass(_Summed):
+    @classmethod
+    def fuse(cls, x: Tensor, y: Tensor) -> Tensor:
+        assert issubclass(cls, _Summed)
+        return x + y
+
+
+class _Builtin(_Summed):
+    fuse = torch.add
+
+
+class _Object(_Summed):
+    fuse = functools.partial(torch.add, alpha=2)
+
+
+@pytest.mark.parametrize("kind", [_Static, _OfTheClass, _Builtin, _Object])
+def test_functions_that_do_not_get_the_module_are_called_as_they_are(
+    kind: type[_Summed],
+) -> None:
+    plain, x = kind().eval(), torch.randn(1, 3, 4, 4)
+    model = ccp.patch(plain, "all")
+    assert torch.equal(model(x), plain(x))
+    assert "fuse" not in vars(model)
+
+
 class TestTheGuard:
     """The object that stands before a module's own method."""
 
@@ -335,6 +380,17 @@ class TestTheGuard:
         assert vars(other[0])["fuse"].module is other[0]  # still there, for a second step
         assert isinstance(model[0].bn, nn.BatchNorm2d)  # type: ignore[index,union-attr]
         assert_same_outputs(model, other, torch.randn(1, 3, 9, 9))
+
+    def test_the_original_of_a_shallow_copy_is_not_folded_in_its_place(self) -> None:
+        model = self.patched()[0]  # type: ignore[index]
+        shallow: Any = copy.copy(model)
+        shallow._modules = dict(shallow._modules)
+        with pytest.raises(PatchError, match=r"shallow copy of this ConvBN.*deepcopy"):
+            shallow.fuse()
+        assert isinstance(model.bn, nn.BatchNorm2d)
+        del shallow
+        model.fuse()
+        assert isinstance(model.bn, nn.Identity)
 
     def test_it_says_what_it_is(self) -> None:
         assert repr(vars(self.patched()[0])["fuse"]) == "ConvBN.fuse, carrying coordinates"  # type: ignore[index]
@@ -593,3 +649,24 @@ class TestRefusals:
             block.fuse()
         assert isinstance(block.conv, CoordConvNd)
         assert isinstance(block.bn, nn.BatchNorm2d)
+
+
+def _fails(plain: Any) -> Any:
+    raise KeyError("stem")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_fails, "function failed on a plain copy of the model: KeyError: 'stem'"),
+        (lambda: None, "function failed on a plain copy of the model: TypeError"),
+        (nn.MSELoss, "function returned a MSELoss in which no weight depends on"),
+        (lambda plain: nn.Identity(), "function returned a Identity in which no weight"),
+    ],
+)
+def test_a_function_that_fails_or_loses_the_coordinates_is_told(
+    function: Any, message: str
+) -> None:
+    model = ccp.patch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "all")
+    with pytest.raises(ccp.PatchError, match=message):
+        ccp.fold_with(model, function)

@@ -520,3 +520,243 @@ def test_a_layer_that_is_skipped_is_no_alarm() -> None:
     model, x = patched(), torch.randn(2, 2, 5, 7)
     model[0].forward = lambda x: x
     assert model(x) is x
+
+
+# --- changes where nothing is assigned on the layer -----------------------------------------------
+
+
+CIRCULAR: Pads = [((1, 1, 1, 1), "circular")]
+
+
+def test_methods_put_on_the_class_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched()
+    with monkeypatch.context() as hijack:
+        hijack.setattr(nn.Conv2d, "_conv_forward", padding_with(*CIRCULAR))
+        assert_follows(model, CIRCULAR)
+        assert_follows(pickle.loads(pickle.dumps(model)), CIRCULAR)
+        meanwhile = patched_in_this_state()
+        assert_follows(meanwhile, CIRCULAR)
+        stored = pickle.dumps(meanwhile)
+    for other in (model, meanwhile, pickle.loads(stored)):
+        assert_follows(other, ZEROS)
+        assert other[0]._watch is None
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), self.weight, self.bias)
+
+    stored = pickle.dumps(model)
+    with monkeypatch.context() as hijack:
+        hijack.setattr(nn.Conv2d, "forward", forward)
+        assert_follows(model, CIRCULAR)
+        assert_follows(pickle.loads(stored), CIRCULAR)
+    assert_follows(model, ZEROS)
+
+
+def patched_in_this_state() -> Any:
+    return fill_(ccp.patch(nn.Sequential(conv2d()), "first"))
+
+
+def test_methods_put_on_the_class_are_told_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = patched().eval(), torch.randn(2, 2, 5, 7)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", padding_with(*CIRCULAR))
+    with pytest.raises(PatchError, match="run the model once before it is compiled"):
+        torch.jit.trace(model, x)
+    assert_follows(model, CIRCULAR)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+class Settings:
+    """Where the forwards below look up how to pad."""
+
+    mode = "constant"
+
+
+class ByGlobal(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(input, (1, 1, 1, 1), mode=Settings.mode), weight, bias)
+
+
+class ByDict(nn.Conv2d):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.settings = {"mode": "constant"}
+
+    def forward(self, input: Tensor) -> Tensor:
+        padded = F.pad(input, (1, 1, 1, 1), mode=self.settings["mode"])
+        return self._conv_forward(padded, self.weight, self.bias)
+
+
+class ByModule(nn.Conv2d):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.pad: nn.Module = nn.ZeroPad2d(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.pad(input), self.weight, self.bias)
+
+
+def switch_global(layer: Any) -> None:
+    Settings.mode = "circular"
+
+
+def switch_dict(layer: Any) -> None:
+    layer.settings["mode"] = "circular"
+
+
+def replace_module(layer: Any) -> None:
+    layer._modules["pad"] = nn.CircularPad2d(1)
+
+
+def set_on_module(layer: Any) -> None:
+    layer.pad.padding = (2, 0, 1, 1)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "switch", "pads"),
+    [
+        (ByGlobal, switch_global, CIRCULAR),
+        (ByDict, switch_dict, CIRCULAR),
+        (ByModule, replace_module, CIRCULAR),
+        (ByModule, set_on_module, [((2, 0, 1, 1), "constant")]),
+    ],
+)
+def test_what_a_forward_reads_elsewhere_is_followed(
+    kind: Any, switch: Any, pads: Pads, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "mode", "constant")
+    torch.manual_seed(0)
+    model: Any = fill_(ccp.patch(nn.Sequential(kind(2, 4, 3)), "first"))
+    assert_follows(model, ZEROS)
+    x = torch.randn(2, 2, 5, 7)
+    with torch.set_grad_enabled(with_gradients):
+        model(x)
+        switch(model[0])
+        want = expected(model[0], x, pads)
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert_follows(model, pads)
+
+
+def test_a_bound_method_of_another_module_is_followed() -> None:
+    other = conv2d(padding_mode="circular")
+    model = patched()
+    model[0]._conv_forward = other._conv_forward
+    assert_follows(model, CIRCULAR)
+    other.padding_mode = "reflect"
+    assert_follows(model, [((1, 1, 1, 1), "reflect")])
+
+
+class ByTraining(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        mode = "circular" if self.training else "constant"
+        return self._conv_forward(F.pad(input, (1, 1, 1, 1), mode=mode), self.weight, self.bias)
+
+
+def test_a_layer_that_pads_otherwise_in_training_is_followed() -> None:
+    torch.manual_seed(0)
+    for model in (nn.Sequential(ByTraining(2, 4, 3)), nn.Sequential(ByTraining(2, 4, 3)).eval()):
+        patched_model = fill_(ccp.patch(model, "first"))
+        for _ in range(2):
+            assert_follows(patched_model.train(), CIRCULAR)
+            assert_follows(patched_model.eval(), ZEROS)
+    patched_model.train()  # the compiler need not see a forward before
+    x = torch.randn(2, 2, 5, 7)
+    compiled = torch.compile(patched_model, backend="eager", fullgraph=True)
+    want = expected(patched_model[0], x, CIRCULAR)  # type: ignore[index]
+    torch.testing.assert_close(compiled(x), want, rtol=1e-5, atol=1e-5)
+
+
+class BySize(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        mode = "reflect" if input.shape[-1] > 12 else "constant"
+        return self._conv_forward(F.pad(input, (1, 1, 1, 1), mode=mode), self.weight, self.bias)
+
+
+def test_another_rule_for_large_inputs_is_refused() -> None:
+    model = fill_(ccp.patch(nn.Sequential(BySize(2, 4, 3)), "first"))
+    assert_follows(model, ZEROS)
+    for _ in range(2):
+        with pytest.raises(PatchError, match=r"size \(5, 13\) by another rule than smaller ones"):
+            model(torch.randn(2, 2, 5, 13))
+    assert_follows(model, ZEROS)
+
+
+def test_zeros_seen_first_do_not_hide_how_images_are_padded() -> None:
+    model = fill_(ccp.patch(nn.Sequential(ByDict(2, 4, 3)), "first"))
+    with torch.no_grad():
+        model(torch.zeros(2, 2, 5, 7))
+        switch_dict(model[0])  # type: ignore[index]
+        model(torch.zeros(2, 2, 5, 7))
+    assert_follows(model, CIRCULAR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_look_works_in_inference_mode_under_autocast_and_at_large_sizes(
+    dtype: torch.dtype,
+) -> None:
+    model: Any = fill_(ccp.patch(nn.Sequential(ByDict(2, 4, 3)).to(dtype), "first")).eval()
+    for size in ((9, 251), (251, 9), (502, 300)):
+        x = torch.randn(1, 2, *size, dtype=dtype)
+        for mode in ("constant", "circular"):
+            model[0].settings["mode"] = mode
+            with torch.no_grad():
+                want = expected(model[0], x, [((1, 1, 1, 1), mode)])
+            with torch.inference_mode():
+                torch.testing.assert_close(model(x), want, rtol=2e-2, atol=2e-1)
+            model[0].settings["mode"] = "reflect"
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                model(x)
+            assert model[0].coord_padding.modes == ("reflect", "reflect")
+
+
+def test_a_look_leaves_random_numbers_and_statistics_alone() -> None:
+    class Counting(nn.Conv2d):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.get_buffer("seen").add_(1)
+            torch.rand(1)
+            return self._conv_forward(F.pad(input, (1, 1, 1, 1)), self.weight, self.bias)
+
+    plain = nn.Sequential(Counting(2, 4, 3)).train()
+    model: Any = ccp.patch(plain, "first")
+    x = torch.randn(2, 2, 5, 7)
+    states = []
+    for each in (plain, model):
+        torch.manual_seed(3)
+        each(x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert model[0].seen == plain[0].get_buffer("seen") == 1
+
+
+def test_chosen_calls_follow_methods_of_the_class_and_the_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(2, 2, 5, 7)
+
+    def check(model: Any, pads: Pads) -> None:
+        layer = copy.copy(model.conv)
+        layer.coord_weight = model.conv.coord_branch.coord_weight
+        inner = x
+        for amounts, mode in pads:
+            inner = F.pad(inner, amounts, mode=mode)
+        inner = F.conv2d(inner, layer.weight, layer.bias)
+        torch.testing.assert_close(model(x), expected(layer, inner, pads), rtol=1e-5, atol=1e-5)
+
+    model: Any = fill_(ccp.patch(Twice(), "conv@1", example_inputs=x))
+    check(model, ZEROS)
+    with monkeypatch.context() as hijack:
+        hijack.setattr(nn.Conv2d, "_conv_forward", padding_with(*CIRCULAR))
+        check(model, CIRCULAR)
+    check(model, ZEROS)
+
+    by_training = Twice()
+    by_training.conv = ByTraining(2, 2, 3)
+    model = fill_(ccp.patch(by_training.eval(), "conv@1", example_inputs=x))
+    check(model.eval(), ZEROS)
+    check(model.train(), CIRCULAR)
+    check(model.eval(), ZEROS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import gc
 import io
 import math
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -325,6 +328,129 @@ def test_each_thread_has_its_own_places(compiled: bool) -> None:
             near(outputs(places[at], run), expected[at], 1e-6)
 
     in_threads(work)
+
+
+def _outputs(model: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Of whole pictures, and of each window."""
+    with torch.no_grad():
+        outputs = [run(X)]
+        for window in WINDOWS:
+            with ccp.places(model, window):
+                outputs.append(run(X))
+    return outputs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_task_has_its_own_places(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model = patched()
+    counter = CompileCounter()
+    run: Any = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+    expected = _outputs(model, model)
+
+    async def task(at: int) -> None:
+        for step in range(3):
+            with ccp.places(model, WINDOWS[(at + step) % len(WINDOWS)]):
+                await asyncio.sleep(0)  # others enter theirs meanwhile
+                with torch.no_grad():  # a thread's, so never around an await
+                    near(run(X), expected[1 + (at + step) % len(WINDOWS)], 1e-6)
+            await asyncio.sleep(0)
+            with torch.no_grad():
+                near(run(X), expected[0], 1e-6)
+
+    async def tasks() -> None:
+        await asyncio.gather(*map(task, range(len(WINDOWS))))
+
+    asyncio.run(tasks())
+    with torch.no_grad():
+        near(run(X), expected[0], 1e-6)
+    assert counter.frame_count == (2 if compiled else 0)  # without places, and with them
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_task_begins_has_its_places(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model = patched()
+    run: Any = torch.compile(model, backend="eager") if compiled else model
+    expected = _outputs(model, model)
+    _outputs(model, run)
+
+    async def work() -> None:
+        with ccp.places(model, WINDOWS[0]):
+            begun = asyncio.create_task(asyncio.to_thread(torch.no_grad()(run), X))
+        with ccp.places(model, WINDOWS[1]):
+            near(await asyncio.to_thread(torch.no_grad()(run), X), expected[2], 1e-6)
+        near(await begun, expected[1], 1e-6)
+
+    asyncio.run(work())
+
+
+def test_places_may_be_left_in_another_order() -> None:
+    model = patched()
+    whole, first, second, third = _outputs(model, model)[:4]
+
+    def now() -> Tensor:
+        with torch.no_grad():
+            output: Tensor = model(X)
+        return output
+
+    def within(at: int) -> Iterator[None]:
+        with ccp.places(model, WINDOWS[at]):
+            yield
+
+    generators = [within(at) for at in range(3)]
+    for generator in generators:
+        next(generator)
+    near(now(), third, 0)
+    generators[1].close()
+    near(now(), third, 0)
+    generators[2].close()
+    near(now(), first, 0)
+    with ccp.places(model, WINDOWS[1]):
+        generators[0].close()
+        near(now(), second, 0)
+    near(now(), whole, 0)
+
+
+def test_places_may_be_left_in_another_task() -> None:
+    model = patched()
+    whole, first, second = _outputs(model, model)[:3]
+
+    async def outputs() -> Any:
+        with ccp.places(model, WINDOWS[0]):
+            yield
+        yield
+
+    async def enter_and_leave() -> None:
+        generator = outputs()
+        await anext(generator)
+        near(model(X), first, 0)
+        await asyncio.create_task(anext(generator))
+        near(model(X), whole, 0)
+        generator = outputs()
+        await anext(generator)
+        with ccp.places(model, WINDOWS[1]):
+            await asyncio.create_task(anext(generator))
+            near(model(X), second, 0)
+        near(model(X), whole, 0)
+
+    with torch.no_grad():
+        asyncio.run(enter_and_leave())
+        near(model(X), whole, 0)
+
+
+def test_places_that_were_left_are_not_kept_alive() -> None:
+    model = patched()
+    theta = torch.eye(2, 3).repeat(len(X), 1, 1)
+    with ccp.places(model, theta):
+        model(X)
+    is_alive = weakref.ref(theta)
+    gc.disable()
+    try:
+        del theta
+        assert is_alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("trains", [False, True])

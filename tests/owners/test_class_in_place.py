@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,24 @@ def test_taking_the_calls_away_leaves_the_other(order: str, head: nn.Module) -> 
         F.conv2d(X, plain.conv.weight, plain.conv.bias, padding=1).relu(), head.weight
     )
     torch.testing.assert_close(plain(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_owner_that_lets_nobody_set_attributes_is_patched_and_unpatched() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3, 3, 3))
+            self.__dict__["is_frozen"] = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.__dict__.get("is_frozen") and name != "training":
+                raise RuntimeError(f"frozen: {name}")
+            super().__setattr__(name, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.w, padding=1)
+
+    plain, x = Frozen().eval(), torch.randn(1, 3, 6, 6)
+    model = ccp.patch(plain, "all", example_inputs=x)
+    assert torch.equal(model(x), plain(x))
+    assert type(ccp.unpatch_(model)) is Frozen

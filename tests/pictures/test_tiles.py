@@ -107,3 +107,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ccp.tile_predictor(model, 64)  # type: ignore[arg-type]
     with pytest.raises(ccp.PatchError, match="is not patched"):
         ccp.tile_predictor(Net(), (64, 64))
+
+
+@pytest.mark.parametrize("slices", [1, [0, 0, 0, 0], [slice(None)] * 4, "abcd"])
+def test_what_is_not_slices_is_refused(slices: Any) -> None:
+    predictor = ccp.tile_predictor(patched(), (16, 16))
+    with pytest.raises(ccp.CoordinatesError, match=r"slices=.*with_coord=True"):
+        predictor(torch.zeros(1, 1, 8, 8), [slices])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +119,31 @@ def test_calls_in_other_threads_are_not_counted() -> None:
             thread.join()
             torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-6)
     assert torch.equal(outputs[0], other)
+
+
+def test_calls_in_other_tasks_are_not_counted() -> None:
+    model = patched()
+    expected, other = whole(model), model.body(X)
+
+    async def tile() -> None:
+        halves = X.split(12, dim=3)
+        with ccp.places_in_turn(model.body, [LEFT, RIGHT]):
+            left = model.body(halves[0])
+            await asyncio.sleep(0)
+            right = await asyncio.create_task(call(halves[1]))  # a part of this one
+        torch.testing.assert_close(
+            model.last(torch.cat([left, right], dim=3)), expected, rtol=0, atol=1e-6
+        )
+
+    async def call(x: Tensor) -> Any:
+        return model.body(x)
+
+    async def both() -> None:
+        tiled = asyncio.create_task(tile())
+        assert torch.equal((await asyncio.gather(tiled, call(X)))[1], other)
+
+    with torch.no_grad():
+        asyncio.run(both())
 
 
 @pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import coordconv_patch as ccp
 from coordconv_patch.errors import SelectionError
 from coordconv_patch.sites.find import find_sites
+from coordconv_patch.sites.presets import PRESETS
 from coordconv_patch.sites.select import select
 from coordconv_patch.sites.site import Site
 
@@ -288,3 +289,26 @@ def test_no_warning_without_obstacles() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ccp.patch(Net(), "all")
+
+
+def _fails(site_map: Any) -> Any:
+    raise KeyError("head")
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (_fails, "where='odd' failed: KeyError: 'head'"),
+        (lambda: [], "where='odd' failed: TypeError"),
+        (lambda sites: "layer1", "where='odd' gave 'layer1': .* a list of the sites"),
+        (lambda sites: ("conv1",), r"where='odd' gave \['conv1'\]"),
+        (lambda sites: torch.zeros(3), "where='odd' gave tensor"),
+        (lambda sites: sites, "where='odd' gave SiteMap"),
+    ],
+)
+def test_a_registered_selector_that_fails_is_told(
+    choose: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "odd", choose)
+    with pytest.raises(SelectionError, match=message):
+        ccp.plan(Net(), "odd")

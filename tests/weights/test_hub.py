@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -200,11 +201,82 @@ def test_a_plain_model_and_a_wrong_report_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is nothing to save"):
         ccp.save_pretrained(base(), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ArgumentError, match="report=dict: pass what export_onnx, plan or another"):
+    with pytest.raises(ArgumentError, match=r"report=\{\} is a dict: pass what export"):
         ccp.save_pretrained(trained(), tmp_path / "b", report={})  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match=r"cannot write .*file"):
         ccp.save_pretrained(trained(), tmp_path / "file")
+
+
+HALF_A_CHARACTER = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("base_model", Path("timm/resnet18")),
+        ("base_model", None),
+        ("base_model", HALF_A_CHARACTER),
+        ("repository", 5),
+        ("repository", HALF_A_CHARACTER),
+        ("include_batch_norm", "no"),
+    ],
+)
+def test_wrong_arguments_leave_the_folder_as_it_was(
+    tmp_path: Path, argument: str, value: Any
+) -> None:
+    folder = tmp_path / "weights"
+    with pytest.raises(ArgumentError, match=f"{argument}="):
+        ccp.save_pretrained(trained(), folder, **{argument: value})
+    assert not folder.exists()
+    ccp.save_pretrained(ccp.patch(base()), folder)
+    (folder / "README.md").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ArgumentError, match=f"{argument}="):
+        ccp.save_pretrained(trained(), folder, **{argument: value})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_weights_that_cannot_be_saved_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "weights"
+    model = trained()
+    with torch.no_grad():
+        ccp.coord_parameters(model)[0].fill_(float("nan"))
+    with pytest.raises(WeightsError, match="not finite"):
+        ccp.save_pretrained(model, folder)
+    assert list(tmp_path.iterdir()) == []
+    ccp.save_pretrained(ccp.patch(base()), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(WeightsError, match="not finite"):
+        ccp.save_pretrained(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(WeightsError, match=r"cannot write .*ENOSPC"):
+        ccp.save_pretrained(trained(), tmp_path / "deep" / "weights")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_may_be_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(name: str, *_: Any, **__: Any) -> None:
+        raise ValueError(f"{name} is too long")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuses)
+    with pytest.raises(WeightsError, match="is neither a folder nor a repository") as caught:
+        ccp.from_pretrained(base(), "n" * 300)
+    assert len(str(caught.value)) < 700
+
+
+def test_an_upload_checks_its_arguments_first(hub: Hub) -> None:
+    for wrong in ({"repository": None}, {"message": 5}, {"private": "no"}, {"base_model": 5}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}="):
+            ccp.push_to_hub(trained(), **{"repository": "me/x", **wrong})  # type: ignore[arg-type]
+    assert not hub.root.exists()
 
 
 def test_without_the_hubs_package_folders_work(
