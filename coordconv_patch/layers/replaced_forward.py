@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 
-__all__ = ["ReplacedForward", "look_at_forward"]
+__all__ = ["ReplacedForward", "look_at_forward", "put_forward"]
 
 
 class ReplacedForward:
@@ -53,8 +53,13 @@ class ReplacedForward:
                 "forward that was there before (old = layer.forward), or unpatch the model first"
             )
         if vars(layer).get("forward") is self:
-            vars(layer)["forward"] = vars(layer)["_accepted_forward"] = self.function
+            put_forward(layer, self.function)
         return output
+
+
+def put_forward(layer: Any, forward: Callable[..., Any]) -> None:
+    """Put a forward on a layer that is known to see its coordinates, and so is not looked at."""
+    vars(layer)["forward"] = vars(layer)["_accepted_forward"] = forward
 
 
 def look_at_forward(layer: Any) -> None:
