@@ -18,7 +18,10 @@ def version_of(tensor: Tensor) -> int:
     Tensors made in ``torch.inference_mode()`` have none: they answer the same number always, as
     if every change were one that autograd is not told of.
     """
-    return _NONE if tensor.is_inference() else tensor._version
+    try:  # to ask whether it is one would be a function that modes see
+        return tensor._version
+    except RuntimeError:
+        return _NONE
 
 
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -316,7 +316,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ),
     (
         lambda m, p: ccp.plot_coords(m, p / "m.png", batches()[0][0], channels=0),
-        *(ccp.ArgumentError, "1 or more"),
+        *(ccp.ArgumentError, "1 to 256"),
     ),
 ]
 

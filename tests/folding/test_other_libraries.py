@@ -660,7 +660,7 @@ def _fails(plain: Any) -> Any:
     [
         (_fails, "function failed on a plain copy of the model: KeyError: 'stem'"),
         (lambda: None, "function failed on a plain copy of the model: TypeError"),
-        (nn.MSELoss, "function returned a MSELoss in which no weight depends on"),
+        (lambda plain: nn.MSELoss(), "function returned a MSELoss in which no weight depends on"),
         (lambda plain: nn.Identity(), "function returned a Identity in which no weight"),
     ],
 )
