@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 "runs": runs,
             }
             temporary = given.out.with_suffix(".part")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.write_text(json.dumps(content) + "\n")
             temporary.replace(given.out)
             print(f"{task.name}, {seed}: {spent:.1f} CPU s", flush=True)
     return given.out
