@@ -134,7 +134,7 @@ class BranchMode(TorchFunctionMode):
             is_known = True
             position = self.seen[index]
             self.seen[index] += 1
-            if indices is None or position in indices:
+            if self.method or indices is None or position in indices:
                 # Of equal lengths: torch.compile of torch 2.6 refuses others in spite of strict.
                 arguments = dict(zip(names[: len(args)], args, strict=True))
                 for argument in kwargs:  # code that torch.compile made checks more for a union

@@ -293,6 +293,16 @@ def test_another_method_cannot_place_what_is_counted(x: Tensor) -> None:
     assert torch.equal(computes(x), computes(x))  # nothing stays behind
 
 
+def test_another_method_cannot_place_the_second_of_two(x: Tensor) -> None:
+    class Two(Computed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(F.conv2d(x, self.w * 2, padding=1))
+
+    computes = fill_(ccp.patch(Two(), "conv2d_1", example_inputs=x))
+    with pytest.raises(PatchError, match=r"inner\(\) was called without one: call the module"):
+        computes.inner(x)
+
+
 class Twice(nn.Module):
     """One head with a computed weight at two levels, as equalised learning rates have it."""
 
