@@ -172,11 +172,13 @@ class CoordLayer(nn.Module):
         """
         weight = self.coord_weight if weight is None else weight
         convolved = convolved_dtype(weight)
+        # For messages, of which there are none while TorchDynamo looks on; old ones cannot format.
+        site = "" if torch.compiler.is_dynamo_compiling() else self._site_name
         if placed is None:
-            check_fits(self.coords, input_size, convolved, self._site_name)
+            check_fits(self.coords, input_size, convolved, site)
             grid = limited(grid_for(weight, self.coords, input_size), convolved)
         else:
-            target = GridTarget(weight.device, weight.dtype, convolved, self._site_name)
+            target = GridTarget(weight.device, weight.dtype, convolved, site)
             grid = placed_grid(self.coords, placed, input_size, target)
         return coordinate_map(grid, weight, self._convolution, self.coord_padding, output_padding)
 

@@ -122,7 +122,7 @@ class PaddingFollower(CoordLayer, _ConvNd):
 
         A change that it would miss is marked.
         """
-        plain, forward, conv_forward = self._torchs
+        plain, forward, conv_forward = type(self)._torchs  # old compilers ask classes alone
         return not self._must_follow and (
             (plain.forward is forward and type(self)._conv_forward is conv_forward)
             or self._watch is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -100,9 +99,8 @@ class BranchMode(TorchFunctionMode):
         self.strays: list[tuple[Any, Any]] = []
         self.stored_strays: list[tuple[Any, Any]] = []
         self.trains = torch.is_grad_enabled()
-        self.padded: deque[tuple[Any, dict[str, Any]]] | None = None
-        if any(key[3] for _, key in self.owned):
-            self.padded = deque(maxlen=_MOST_PADS)
+        self.pads = any(key[3] for _, key in self.owned)
+        self.padded: list[tuple[Any, dict[str, Any]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -116,8 +114,9 @@ class BranchMode(TorchFunctionMode):
                 return output  # the graph has the branch, traced under this mode
             return self._with_branches(_NAMES[func], args, kwargs, output)
         # Dynamo does not show F.pad to modes.
-        if self.padded is not None and not in_dynamo and func is F.pad:
+        if self.pads and not in_dynamo and func is F.pad:
             self.padded.append((output, pad_arguments(func, args, kwargs)))
+            del self.padded[:-_MOST_PADS]
         return output
 
     def _with_branches(self, name: str, args: Any, kwargs: Any, output: Any) -> Any:
@@ -222,7 +221,7 @@ class BranchMode(TorchFunctionMode):
         )
 
     def _pad_behind(self, value: Any) -> dict[str, Any] | None:
-        return next((pad for output, pad in self.padded or () if output is value), None)
+        return next((pad for output, pad in self.padded if output is value), None)
 
     def check(self) -> None:
         """Check, after a method of the owner, that no call of a site can have been missed.
