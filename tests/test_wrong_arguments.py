@@ -263,14 +263,14 @@ WRONG: list[tuple[Callable[[Given], Any], str]] = [
     (lambda given: ccp.tile_predictor(given.patched, b"xy"), "image_size=b'xy': give images"),
     (lambda given: ccp.tile_predictor(given.patched, "88"), "image_size='88': give images"),
     *(
-        (lambda given, call=call: call(given, np.zeros(2)), message)  # type: ignore[misc]
+        (lambda given, call=call: call(given, torch.zeros(2)), message)  # type: ignore[misc]
         for call, message in (
             (
                 lambda given, side: ccp.load_concatenated(given.patched, {}, coordinates=side),
-                "coordinates=... is a ndarray: write 'last' or 'first'",
+                "coordinates=... is a Tensor: write 'last' or 'first'",
             ),
-            (lambda given, name: export(given, exporter=name), "exporter=array([0., 0.]): write"),
-            (lambda given, name: export(given, lowering=name), "lowering=array([0., 0.]): write"),
+            (lambda given, name: export(given, exporter=name), "exporter=tensor([0., 0.]): write"),
+            (lambda given, name: export(given, lowering=name), "lowering=tensor([0., 0.]): write"),
         )
     ),
     # the rest
