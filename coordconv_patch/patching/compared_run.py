@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +15,7 @@ from coordconv_patch.layers.coord_layer import coord_layers
 from coordconv_patch.layers.given_maps import blank_maps
 from coordconv_patch.patching.output_values import values_in
 from coordconv_patch.running.inputs import run_model, writable_inputs
+from coordconv_patch.running.random_states import seed_all
 from coordconv_patch.running.untouched import in_mode, state_restored
 
 __all__ = ["ComparedRun", "seeded"]
@@ -58,9 +57,7 @@ class ComparedRun:
 def seeded(model: nn.Module, training: bool) -> Iterator[None]:
     """Every run draws the same random numbers, and leaves no trace."""
     with state_restored(model, runs=True), in_mode(model, training=training):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        seed_all(0)
         yield
 
 

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from coordconv_patch.errors import ArgumentError, PatchError
 from coordconv_patch.layers.coord_layer import coord_layers
-from coordconv_patch.ranking.random_state import seed_all
 from coordconv_patch.running.losses import loss_of, not_finite_in
+from coordconv_patch.running.random_states import seed_all
 from coordconv_patch.training import coord_parameters_of
 
 __all__ = ["Loss", "Probe", "Recipe"]

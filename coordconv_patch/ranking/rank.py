@@ -16,12 +16,12 @@ from coordconv_patch.patching.patch import patch
 from coordconv_patch.ranking.batches import split
 from coordconv_patch.ranking.parts import By, parts_of, reached_sites
 from coordconv_patch.ranking.probe import Loss, Recipe
-from coordconv_patch.ranking.random_state import random_states_kept
 from coordconv_patch.ranking.ranking import Ranking
 from coordconv_patch.ranking.rounds import rounds_within
 from coordconv_patch.ranking.trial import Trial
 from coordconv_patch.running.inputs import check_has_values, check_is_module
 from coordconv_patch.running.losses import check_loss_fn
+from coordconv_patch.running.random_states import random_states_kept
 from coordconv_patch.sites.select import Where
 
 __all__ = ["rank"]

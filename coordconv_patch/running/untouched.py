@@ -10,20 +10,19 @@ because the flags that are right already are not touched.
 from __future__ import annotations
 
 import copy
-import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coordconv_patch.errors import CoordConvPatchError, PatchError
 from coordconv_patch.running.forks import fork_safe
 from coordconv_patch.running.kept_tensors import KeptGradients, KeptTensors
+from coordconv_patch.running.random_states import random_states_kept
 
 __all__ = ["LOOK", "Model", "copied", "evaluation", "in_mode", "state_restored"]
 
@@ -57,20 +56,8 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random states are put back."""
-    with in_mode(model, training=False), torch.no_grad(), _random_states_restored(model):
+    with in_mode(model, training=False), torch.no_grad(), random_states_kept(_cuda_devices(model)):
         yield
-
-
-@contextmanager
-def _random_states_restored(model: nn.Module) -> Iterator[None]:
-    """Put back the random states of Python, NumPy and torch, there on the model's devices too."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(_cuda_devices(model)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager
@@ -89,7 +76,7 @@ def state_restored(model: nn.Module, *, runs: bool = False) -> Iterator[None]:
     with LOOK:
         state = _State(model, runs)
         try:
-            with _random_states_restored(model):
+            with random_states_kept(_cuda_devices(model)):
                 yield
         finally:
             state.restore()
