@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from coordconv_patch.owners.call_owners import own_methods
 from coordconv_patch.owners.class_in_place import InPlaceMixin, class_in_place
+from coordconv_patch.running.class_change import set_class
 
 __all__ = ["CATS", "Join", "JoinOwner", "cat_arguments", "leave_out_", "owner_obstacle"]
 
@@ -101,7 +102,7 @@ def owner_obstacle(owner: nn.Module) -> str:
 def leave_out_(owner: nn.Module, joins: Sequence[Join]) -> None:
     """Leave coordinates out of a module's concatenations from now on, in place."""
     if not isinstance(owner, JoinOwner):
-        owner.__class__ = class_in_place(JoinOwner, type(owner))
+        set_class(owner, class_in_place(JoinOwner, type(owner)))
     owner.__dict__["_joins"] = (*owner.__dict__.get("_joins", ()), *joins)
 
 

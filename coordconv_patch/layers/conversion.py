@@ -15,6 +15,7 @@ from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.geometry import TORCH_CONVS, ConvGeometry, Padding
 from coordconv_patch.layers.padding_probe import padding_of
 from coordconv_patch.layers.patched_classes import patched_class
+from coordconv_patch.running.class_change import set_class
 from coordconv_patch.running.untouched import in_mode
 
 __all__ = [
@@ -99,14 +100,13 @@ def convert_(module: _ConvNd, coords: Coordinates, padding: Padding) -> None:
         # torch takes a parametrized module back to its first base class when the last
         # parametrization is removed, so the coordinate class goes beneath.
         plain = cast("type[_ConvNd]", before.__bases__[0])
-        module.__class__ = on_other_base(before, patched_class(plain))
+        set_class(module, on_other_base(before, patched_class(plain)))
     else:
-        module.__class__ = patched_class(before)
+        set_class(module, patched_class(before))
     try:
         cast(CoordConvNd, module)._attach(coords, padding, coord_weight)
     except BaseException:
-        # A coordinate layer refuses to be given such a class.
-        object.__setattr__(module, "__class__", before)
+        set_class(module, before)
         raise
 
 
@@ -124,5 +124,4 @@ def revert_(module: CoordConvNd) -> None:
     before, plain = type(module), module._plain_class
     if parametrize.is_parametrized(module):
         plain = on_other_base(before, plain)
-    # It is a CoordConvNd no longer, which it would refuse to anybody else.
-    object.__setattr__(module, "__class__", plain)
+    set_class(module, plain)

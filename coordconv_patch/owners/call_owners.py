@@ -39,6 +39,7 @@ from coordconv_patch.layers.unsupported import refuse_script
 from coordconv_patch.owners.branch_mode import ENTERED_CODE, BranchMode, OwnedSite
 from coordconv_patch.owners.class_in_place import InPlaceMixin, class_in_place, class_without
 from coordconv_patch.owners.owned_calls import OwnedCalls
+from coordconv_patch.running.class_change import set_class
 
 __all__ = [
     "CallOwner",
@@ -271,9 +272,9 @@ def add_to_owner_(
             # torch takes a parametrized module back to its first base class when the last
             # parametrization is removed, so the owner's class goes beneath.
             base = class_in_place(CallOwner, cast("type[nn.Module]", before.__bases__[0]))
-            _set_class(owner, on_other_base(before, base))
+            set_class(owner, on_other_base(before, base))
         else:
-            _set_class(owner, class_in_place(CallOwner, before))
+            set_class(owner, class_in_place(CallOwner, before))
     holder, _, last = name.rpartition(".")
     owner.get_submodule(holder).add_module(last, branch)
     before_it = cast(CallOwner, owner)._coord_sites
@@ -318,11 +319,6 @@ def remove_from_owner_(owner: CallOwner) -> None:
     is_parametrized = parametrize.is_parametrized(owner)
     plain: Any = class_without(CallOwner, before.__bases__[0] if is_parametrized else before)
     # It is a CallOwner no longer.
-    _set_class(owner, on_other_base(before, plain) if is_parametrized else plain)
+    set_class(owner, on_other_base(before, plain) if is_parametrized else plain)
     if isinstance(own := vars(owner).get("forward"), ForwardUnderMode):
         vars(owner)["forward"] = own.forward
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Whatever the class itself does when an attribute is set."""
-    object.__setattr__(module, "__class__", kind)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from coordconv_patch.errors import PatchError
+from coordconv_patch.running.class_change import set_class
 
 __all__ = ["InPlaceMixin", "class_in_place", "class_without"]
 
@@ -107,5 +108,5 @@ def _rebuilt(
     module = make(*arguments)
     if type(module) is below:
         for mixin in mixins:
-            module.__class__ = class_in_place(mixin, type(module))
+            set_class(module, class_in_place(mixin, type(module)))
     return module

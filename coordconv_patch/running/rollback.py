@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from coordconv_patch.running.class_change import set_class
+
 __all__ = ["ModuleStates", "unchanged_on_failure", "values_restored_on_failure"]
 
 
@@ -29,7 +31,7 @@ class ModuleStates:
             graph = attributes.get("_graph")
             if isinstance(module, fx.GraphModule) and own.get("_graph") is not graph:
                 module.graph = cast(fx.Graph, graph)  # its forward is compiled from the graph
-            object.__setattr__(module, "__class__", kind)  # no layer is to follow this change
+            set_class(module, kind)
             own.clear()
             own.update(attributes)
         for each, content in self._contents:
