@@ -7,7 +7,7 @@ inputs, where given, tells order and sizes for any model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,6 +94,7 @@ def _as_recorded(
     """The sites with the calls of a forward pass, and those that only it has shown."""
     # What ran is the truth: a trace may take another way through the code.
     ran = {site.name: site for site in recorded_function_sites(model, regions, record.functions)}
+    kept = [site for site in sites if site.name not in ran and not _has_run_otherwise(site, ran)]
     return [
         # The calls of foreign convolutions cannot be watched.
         site
@@ -104,8 +105,23 @@ def _as_recorded(
             caller=record.callers.get(site.name),
             roi_operator=record.roi_operators.get(site.name, ""),
         )
-        for site in (*(site for site in sites if site.name not in ran), *ran.values())
+        for site in (*kept, *ran.values())
     ]
+
+
+def _has_run_otherwise(site: Site, ran: Mapping[str, Site]) -> bool:
+    """Whether a run has shown the calls by computed weights that a trace only guesses at.
+
+    A trace of a module that is called twice has two such calls, which are one site.
+    """
+    if not isinstance(site, OwnedFunctionSite) or site.patched or site.owned.weight is not None:
+        return False
+    calls = site.owned.owner, site.owned.function, None
+    return any(
+        isinstance(other, OwnedFunctionSite)
+        and (other.owned.owner, other.owned.function, other.owned.weight) == calls
+        for other in ran.values()
+    )
 
 
 def _in_order(sites: Sequence[Site], order: Sequence[str]) -> list[Site]:

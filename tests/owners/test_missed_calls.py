@@ -314,6 +314,7 @@ class Twice(nn.Module):
         return self.head(x), self.head(x[..., ::2, ::2])
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_shared_module_with_a_computed_weight_is_one_site(x: Tensor) -> None:
     model = Twice()
     computes = patched(model, x)
