@@ -37,10 +37,7 @@ class Trace:
 
 def is_tracing_here() -> bool:
     """Whether the running thread is in a trace of torch.fx, begun by whomever."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return _traces_in(sys._getframe()) > 0
 
 
 def was_begun_elsewhere() -> bool:
@@ -86,6 +83,7 @@ def undo(patcher: Any) -> None:
 
 
 def _traces_in(frame: FrameType | None) -> int:
+    """How many traces of torch.fx a frame is part of."""
     count = 0
     while frame is not None:
         count += frame.f_code is fx.Tracer.trace.__code__

@@ -26,12 +26,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     what was compiled with ``fullgraph=True`` fails of it.
     """
     with LOOK:
-        kept = [(vars(module), name) for module in model.modules() for name in _plain(module)]
-        before = [(own, name, own.get(name, _ABSENT)) for own, name in kept]
+        plain = [(vars(module), _plain(module)) for module in model.modules()]
+        before = [(own, name, own.get(name, _ABSENT)) for own, new in plain for name in new]
         compiling = set_dynamo_callback(None)  # where compiled code looks at a model
         try:
-            for module in model.modules():
-                vars(module).update(_plain(module))
+            for own, new in plain:
+                own.update(new)
             yield
         finally:
             set_dynamo_callback(compiling)
