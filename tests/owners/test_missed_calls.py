@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from function_owners import Owner, concatenated, fill_
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -34,34 +35,6 @@ def _seed() -> None:
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(2, 3, 9, 12)
-
-
-def fill_(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for weight in ccp.coord_parameters(model):
-            weight.normal_()
-    return model
-
-
-def concatenated(x: Tensor, weight: Tensor, coord_weight: Tensor) -> Tensor:
-    """A 3x3 CoordConv as the paper writes it, with one pixel of zeros around."""
-    height, width = x.shape[2:]
-    rows = torch.linspace(-1, 1, height).view(-1, 1).expand(height, width)
-    columns = torch.linspace(-1, 1, width).expand(height, width)
-    coords = torch.stack((columns, rows)).expand(len(x), 2, height, width)
-    return F.conv2d(torch.cat((x, coords), 1), torch.cat((weight, coord_weight), 1), padding=1)
-
-
-class Owner(nn.Module):
-    """Calls F.conv2d by a weight of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(3, 3, 3, 3) / 3)
-        self.scale = 0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.w, padding=1)
 
 
 class Computed(Owner):

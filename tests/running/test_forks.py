@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
+from other_threads import Halting, another_thread
 from thread_trials import pictures, plain_net, trained
 from torch import fx, nn
 from torch.fx import _symbolic_trace
@@ -53,43 +54,16 @@ def in_child(work: Callable[[], object], seconds: float = 30.0) -> int | None:
 
 
 @contextmanager
-def another_thread(enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-    """A context that another thread is in."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def stay() -> None:
-        with enter():
-            entered.set()
-            assert leave.wait(60)
-
-    thread = threading.Thread(target=stay)
-    thread.start()
-    assert entered.wait(60)
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
-
-
-@contextmanager
 def tracing() -> Iterator[None]:
     """A trace of torch.fx is in the middle of a forward."""
-    inside, leave = threading.Event(), threading.Event()
-
-    class Slow(nn.Module):
-        def forward(self, x: object) -> object:
-            inside.set()
-            assert leave.wait(60)
-            return x
-
-    thread = threading.Thread(target=fx.symbolic_trace, args=(Slow(),))
+    halting = Halting()
+    thread = threading.Thread(target=fx.symbolic_trace, args=(halting,))
     thread.start()
-    assert inside.wait(60)
+    assert halting.begun.wait(60)
     try:
         yield
     finally:
-        leave.set()
+        halting.leave.set()
         thread.join()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from other_threads import Halting
 from thread_trials import pictures, plain_net
 from torch import fx, nn
 from torch.fx import _symbolic_trace
@@ -144,17 +145,10 @@ def test_while_a_trace_waits_at_the_gate() -> None:
 
 
 def test_a_trace_that_runs_is_not_taken_for_one_that_is_over() -> None:
-    started, leave = threading.Event(), threading.Event()
-
-    class Slow(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            started.set()
-            assert leave.wait(60)
-            return x + 1
-
+    halting = Halting()
     with ThreadPoolExecutor(1) as pool:
-        traced = pool.submit(fx.symbolic_trace, Slow())
-        assert started.wait(60)
+        traced = pool.submit(fx.symbolic_trace, halting)
+        assert halting.begun.wait(60)
         patcher = _fx.CURRENT_PATCHER
         stale_traces.mend()
         assert _fx.CURRENT_PATCHER is patcher
@@ -163,5 +157,5 @@ def test_a_trace_that_runs_is_not_taken_for_one_that_is_over() -> None:
         assert stale_traces.was_begun_elsewhere()
         stale_traces.mend()
         assert _fx.CURRENT_PATCHER is patcher
-        leave.set()
+        halting.leave.set()
         assert len(traced.result().graph.nodes) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from old_torch import BEFORE_2_9, IS_2_6
+from other_threads import Halting, another_thread
 from thread_trials import TRIALS, Outcome, Twice, pictures, plain_net, run, serving, trained
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -218,21 +218,14 @@ def test_tracing_waits_for_a_trace_that_runs_already_and_gives_up_clearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tracing_gate, "PATIENCE", 0.05)
-    started, ended = threading.Event(), threading.Event()
-
-    class Slow(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            started.set()
-            assert ended.wait(60)
-            return x + 1
-
+    halting = Halting()
     with ThreadPoolExecutor(1) as pool:
-        traced = pool.submit(fx.symbolic_trace, Slow())
-        assert started.wait(60)
+        traced = pool.submit(fx.symbolic_trace, halting)
+        assert halting.begun.wait(60)
         with pytest.raises(PatchError, match="another thread has been tracing or compiling"):
             ccp.patch(plain_net(), "all")
         monkeypatch.setattr(tracing_gate, "PATIENCE", 60)
-        waiting = threading.Timer(0.2, ended.set)
+        waiting = threading.Timer(0.2, halting.leave.set)
         waiting.start()
         assert len(ccp.plan(plain_net(), "all").rows) == 3
         assert len(traced.result().graph.nodes) == 3
@@ -540,26 +533,6 @@ def test_a_folding_that_makes_tensors_in_the_old_way_keeps_its_digits() -> None:
 
 
 # What is printed, logged and warned of
-
-
-@contextlib.contextmanager
-def another_thread(enter: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """A context that another thread is in."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def stay() -> None:
-        with enter():
-            entered.set()
-            assert leave.wait(60)
-
-    thread = threading.Thread(target=stay)
-    thread.start()
-    assert entered.wait(60)
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
 
 
 def test_what_other_threads_print_and_log_meanwhile_is_not_lost(
