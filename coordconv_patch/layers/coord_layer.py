@@ -24,7 +24,7 @@ from coordconv_patch.layers.chosen_calls import ChosenCalls
 from coordconv_patch.layers.compiled_map import map_by_lines, suits_lines
 from coordconv_patch.layers.coordinate_map import coordinate_map, grid_for
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.dtype_limits import check_fits, convolved_dtype, limited
+from coordconv_patch.layers.dtype_limits import check_fits, convolved_dtype, is_checked, limited
 from coordconv_patch.layers.geometry import ConvGeometry, Convolution, Padding
 from coordconv_patch.layers.load_in_progress import load_in_progress
 from coordconv_patch.layers.map_cache import MapCache
@@ -172,8 +172,8 @@ class CoordLayer(nn.Module):
         """
         weight = self.coord_weight if weight is None else weight
         convolved = convolved_dtype(weight)
-        # For messages, of which there are none while TorchDynamo looks on; old ones cannot format.
-        site = "" if torch.compiler.is_dynamo_compiling() else self._site_name
+        # For messages alone: to format it takes longer than the checks, and old dynamos cannot.
+        site = self._site_name if is_checked(convolved) else ""
         if placed is None:
             check_fits(self.coords, input_size, convolved, site)
             grid = limited(grid_for(weight, self.coords, input_size), convolved)

@@ -28,7 +28,7 @@ from coordconv_patch.layers.pixel_positions import pixel_positions
 from coordconv_patch.layers.window import Window
 from coordconv_patch.running.torch_versions import is_exporting
 
-__all__ = ["Convention", "check_fits", "convolved_dtype", "fitted", "limited"]
+__all__ = ["Convention", "check_fits", "convolved_dtype", "fitted", "is_checked", "limited"]
 
 
 class Convention(Protocol):
@@ -51,6 +51,11 @@ def convolved_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def is_checked(dtype: torch.dtype) -> bool:
+    """Whether coordinates may not fit a dtype, and somebody looks: not under TorchDynamo."""
+    return _is_narrow(dtype) and not torch.compiler.is_dynamo_compiling()
+
+
 def check_fits(coords: Convention, size: Sequence[object], dtype: torch.dtype, site: str) -> None:
     """Check that the coordinates of an input fit a dtype.
 
@@ -65,7 +70,7 @@ def check_fits(coords: Convention, size: Sequence[object], dtype: torch.dtype, s
     Raises:
         CoordinatesError: If one of them is beyond the dtype's largest number.
     """
-    if not _is_narrow(dtype) or torch.compiler.is_dynamo_compiling():
+    if not is_checked(dtype):
         return
     if any(type(length) is not int or length < 0 for length in size):
         return
