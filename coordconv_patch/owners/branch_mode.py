@@ -144,14 +144,13 @@ class BranchMode(TorchFunctionMode):
         return output
 
     def _is_computed(self, weight: Any) -> bool:
-        """Whether a weight is computed, and not a parameter."""
-        if isinstance(weight, fx.Proxy):
-            return weight.node.op != "get_attr"
-        if isinstance(weight, nn.Parameter):
+        """Whether a weight is computed: not a Parameter, nor what a module keeps as its own."""
+        if _is_stored(weight):
             return False
+        if isinstance(weight, fx.Proxy) or torch.compiler.is_dynamo_compiling():
+            return True
         # Called through __torch_function__ and _with_branches.
-        in_dynamo = torch.compiler.is_dynamo_compiling()
-        return in_dynamo or not is_for_its_own_weight(sys._getframe(3), weight)
+        return not is_for_its_own_weight(sys._getframe(3), weight)
 
     def _note_stray(self, name: str, weight: Any) -> None:
         """Remember a call that may be one of a site's, by a weight of another kind than then."""

@@ -86,6 +86,9 @@ OF_A_NUMBER: dict[str, Callable[[float], Any]] = {
     "enumeration": lambda v: Colour(int(v)),
     "range": lambda v: range(int(v)),
 }
+OF_INTEGERS = {
+    *("integers", "array of integers", "bytes", "bytearray", "date", "enumeration", "range"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*(beta|prototype):UserWarning")
@@ -97,14 +100,11 @@ def test_a_difference_is_seen_in_values_of_every_kind(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*(beta|prototype):UserWarning")
-@pytest.mark.parametrize("kind", OF_A_NUMBER)
+@pytest.mark.parametrize("kind", sorted(OF_A_NUMBER.keys() - OF_INTEGERS))
 @pytest.mark.parametrize("other", [0.0, float("inf"), 448.0])
 def test_what_is_not_a_number_is_the_same_as_itself_alone(kind: str, other: float) -> None:
     make = OF_A_NUMBER[kind]
-    try:
-        broken, whole = make(float("nan")), make(other)
-    except (ValueError, OverflowError):
-        pytest.skip("it is of integers")
+    broken, whole = make(float("nan")), make(other)
     assert differences(broken, make(float("nan"))) == []
     if not (kind == "float8" and other == float("inf")):  # which has no infinity
         assert differences(broken, whole) != []
