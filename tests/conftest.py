@@ -37,10 +37,14 @@ def _gradients_stay_on() -> Iterator[None]:
 
 @pytest.fixture(autouse=BEFORE_2_9)
 def _compiled_anew() -> Iterator[None]:
-    """Old versions count the compilations of all tests together, and give up at the ninth."""
+    """Old versions count the compilations of all tests together, and give up at the ninth.
+
+    And a failed export leaves a hook behind on which later compilations stumble.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    torch.nn.modules.module._global_buffer_registration_hooks.clear()
 
 
 @pytest.fixture(scope="module")
