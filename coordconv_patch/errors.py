@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = [
     "ArgumentError",
@@ -29,12 +29,17 @@ __all__ = [
     "path_text",
 ]
 
-_LONGEST = 1000
-"""Characters of a message that quotes a file: what a file holds may be of any length."""
-
 
 class CoordConvPatchError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Its message is cut at 2,000 characters: what it quotes may be of any length.
+    """
+
+    _longest: ClassVar[int] = 2000
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_cut(message, self._longest))
 
 
 class ArgumentError(CoordConvPatchError, ValueError):
@@ -60,11 +65,10 @@ class ExampleInputsError(PatchError):
 class WeightsError(CoordConvPatchError, ValueError):
     """A coordinate-weights file does not fit the model, or is not such a file.
 
-    The message may quote names from a file, so it is cut at 1,000 characters.
+    Its message is cut at 1,000 characters.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(_cut(message, _LONGEST))
+    _longest = 1000
 
 
 class ExportError(CoordConvPatchError, RuntimeError):

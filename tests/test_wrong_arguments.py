@@ -393,12 +393,27 @@ class UnreadableList(list[Any]):
         lambda given, value: ccp.plot_coords(
             given.patched, given.folder / "a.png", X, sites=[value]
         ),
+        lambda given, value: ccp.patch(given.plain, [value]),
     ],
-    ids=["order", "normalized", "flag", "path", "lowering", "target", "exporter", "form", "sites"],
+    ids=[
+        *("order", "normalized", "flag", "path", "lowering", "target", "exporter", "form"),
+        *("sites", "where"),
+    ],
 )
 def test_values_of_any_kind_have_short_messages(
     call: Callable[[Given, Any], Any], value: Any, given: Given
 ) -> None:
     with pytest.raises(CoordConvPatchError) as caught:
         call(given, value)
-    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value)) <= 1000
+
+
+@pytest.mark.parametrize("start", ["", "re:", "layer1.", "[", "first,"])
+def test_long_selectors_have_short_messages(start: str, given: Given) -> None:
+    for call in (ccp.patch, ccp.plan):
+        with pytest.raises(CoordConvPatchError) as caught:
+            call(given.plain, start + "x" * 10**5)
+        message = str(caught.value)
+        assert len(message) <= 1000
+        assert "where=" in message[:10]
+        assert "matches no convolution" in message

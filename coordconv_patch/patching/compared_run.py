@@ -50,7 +50,9 @@ class ComparedRun:
                 output = run_model(model, writable_inputs(example_inputs))
                 return cls(dict(values_in(output)), frozenset(reached))
         except PatchError as error:
-            return cls(None, frozenset(reached), str(error))
+            # Where this package refused in the middle of the run, that says more.
+            own = isinstance(error.__cause__, PatchError)
+            return cls(None, frozenset(reached), str(error.__cause__ if own else error))
 
 
 @contextlib.contextmanager

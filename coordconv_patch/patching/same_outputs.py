@@ -33,11 +33,13 @@ class Difference:
         mode: In which mode.
         place: Which output, such as ``"[0]['boxes']"``; ``""`` for a single tensor.
         what: In which way, in words.
+        fails: Why the patched model fails, where the plain one runs; ``""`` if it runs too.
     """
 
     mode: Mode
-    place: str
-    what: str
+    place: str = ""
+    what: str = ""
+    fails: str = ""
 
 
 class Promise:
@@ -119,6 +121,12 @@ class Promise:
                 "the model gives other outputs each time that it is run on the example inputs, so "
                 "they could not be compared before and after patching"
             )
+        if broken.fails:
+            raise PatchError(
+                f"patching would make the model fail in {broken.mode} mode on the example inputs: "
+                f"{broken.fails}. Nothing was changed. Leave out the convolution concerned "
+                "(where=...), or pass check=False if the model never runs this way"
+            )
         copy = ComparedRun.of(self._target, self._example_inputs, training=False)
         if _first_difference(self._before | {"evaluation": copy}, self._after) is None:
             return ""
@@ -156,10 +164,10 @@ def _first_difference(
         if before.outputs is None:
             continue
         if after.outputs is None:
-            return Difference(mode, "", f"it fails: {after.error}")
+            return Difference(mode, fails=after.error)
         for place in dict.fromkeys((*before.outputs, *after.outputs)):
             pair = (run.get(place, MISSING) for run in (before.outputs, after.outputs))
             what = difference_of(*pair)
             if what:
-                return Difference(mode, place, what)
+                return Difference(mode, place=place, what=what)
     return None

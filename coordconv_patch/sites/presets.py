@@ -36,6 +36,10 @@ def first_site(site_map: SiteMap) -> list[Site]:
     return [first]
 
 
+_MOST_LINES = 5
+"""Sites that one message explains."""
+
+
 def unusable(selector: str, matched: Sequence[Site]) -> str:
     """Why none, or not all, of the sites that a selector describes can be patched.
 
@@ -52,7 +56,8 @@ def unusable(selector: str, matched: Sequence[Site]) -> str:
         for site in matched
         if site.patched or site.obstacle
     ]
-    return f"where={selector} cannot be patched:\n" + "\n".join(lines)
+    more = f"\n  ... ({len(lines)} in all)" if len(lines) > _MOST_LINES else ""
+    return f"where={selector} cannot be patched:\n" + "\n".join(lines[:_MOST_LINES]) + more
 
 
 class Placement(list[Site]):

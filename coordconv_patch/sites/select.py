@@ -215,7 +215,7 @@ def _meant_by(name: str, site_map: SiteMap) -> list[Site]:
 def _several(selector: str) -> str:
     """A hint where a string holds several selectors; empty if it holds one."""
     parts = [part.strip() for part in selector.split(",") if part.strip()]
-    return f"for several selectors write where={parts}" if len(parts) > 1 else ""
+    return f"for several selectors write where={excerpt(parts)}" if len(parts) > 1 else ""
 
 
 def _accepts(selector: Callable[[Site], Any], site: Site) -> bool:
@@ -232,7 +232,9 @@ def _match_regex(sites: Sequence[Site], selector: str) -> list[Site]:
     try:
         pattern = re.compile(selector.removeprefix("re:"))
     except re.error as error:
-        raise SelectionError(f"where={selector!r} is not a regular expression: {error}") from error
+        raise SelectionError(
+            f"where={_show(selector)} is not a regular expression: {error}"
+        ) from error
     matched = [site for site in sites if any(map(pattern.fullmatch, site.names))]
     return matched or _nothing(
         selector,
@@ -265,6 +267,6 @@ def _close_names(sites: Sequence[Site], text: str) -> str:
 
 
 def _show(selector: object) -> str:
-    if isinstance(selector, str):
-        return repr(selector)
-    return getattr(selector, "__name__", repr(selector))
+    """A selector for a message."""
+    name = None if isinstance(selector, str) else getattr(selector, "__name__", None)
+    return name if isinstance(name, str) else excerpt(selector)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import PatchError
@@ -136,6 +137,28 @@ def test_a_mode_in_which_the_model_itself_fails_is_left_out() -> None:
     image = torch.randn(1, 3, 8, 8)  # batch norm wants more values than one in training
     patched = ccp.patch(model, "all", example_inputs=image)
     assert torch.equal(patched.eval()(image), model.eval()(image))
+
+
+def test_a_mode_in_which_the_patched_model_alone_fails_is_told(x: Tensor) -> None:
+    class Another(nn.Module):
+        """Computes a convolution more in training, which cannot be told from the other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv2d(x, self.w * 2, padding=1)
+            return y + F.conv2d(x, self.w * 3, padding=1) if self.training else y
+
+    model = Another()
+    with pytest.raises(ccp.PatchError) as refused:
+        ccp.patch_(model, "all", example_inputs=x)
+    message = str(refused.value)
+    assert "would make the model fail in training mode" in message
+    assert "by its position among 1 calls" in message
+    assert "the model failed" not in message
+    assert coord_layers(model) == {}
 
 
 def test_a_model_that_never_gives_the_same_is_patched_all_the_same(x: Tensor) -> None:
