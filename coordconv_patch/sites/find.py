@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -94,7 +94,11 @@ def _as_recorded(
     """The sites with the calls of a forward pass, and those that only it has shown."""
     # What ran is the truth: a trace may take another way through the code.
     ran = {site.name: site for site in recorded_function_sites(model, regions, record.functions)}
-    kept = [site for site in sites if site.name not in ran and not _has_run_otherwise(site, ran)]
+    kept = [
+        _not_run(site) if _has_computed_weight(site) else site
+        for site in sites
+        if site.name not in ran and not _has_run_otherwise(site, ran)
+    ]
     return [
         # The calls of foreign convolutions cannot be watched.
         site
@@ -109,12 +113,26 @@ def _as_recorded(
     ]
 
 
+def _has_computed_weight(site: Site) -> TypeGuard[OwnedFunctionSite]:
+    """Whether a site has no coordinates yet, and a weight that is computed in the forward pass."""
+    return isinstance(site, OwnedFunctionSite) and not site.patched and site.owned.weight is None
+
+
+def _not_run(site: OwnedFunctionSite) -> OwnedFunctionSite:
+    """The same site, of which a run on the example inputs has shown nothing."""
+    obstacle = (
+        "its weight is computed when the model runs, and in evaluation mode, on the example "
+        "inputs, it does not run, so its shape is not known"
+    )
+    return replace(site, obstacle=obstacle)
+
+
 def _has_run_otherwise(site: Site, ran: Mapping[str, Site]) -> bool:
     """Whether a run has shown the calls by computed weights that a trace only guesses at.
 
     A trace of a module that is called twice has two such calls, which are one site.
     """
-    if not isinstance(site, OwnedFunctionSite) or site.patched or site.owned.weight is not None:
+    if not _has_computed_weight(site):
         return False
     calls = site.owned.owner, site.owned.function, None
     return any(

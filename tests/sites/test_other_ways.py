@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import coordconv_patch as ccp
 from coordconv_patch.errors import SelectionError
+from coordconv_patch.sites.find import find_sites
 
 
 class Two(nn.Module):
@@ -139,3 +140,25 @@ def test_weights_that_a_trace_never_reads_are_refused_or_warned_of() -> None:
         ccp.patch(Functional(spare=False), "all")
         ccp.patch(Functional(), "v", example_inputs=torch.randn(2, 3, 4, 4))
         ccp.patch(nn.Sequential(Functional(spare=False), nn.Conv2d(3, 3, 1)), "first")
+
+
+class TrainedOtherwise(nn.Module):
+    """Computes a convolution in training alone, in an owner that has none else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.stored = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stored(x)
+        return y + F.conv2d(x, self.w * 2) if self.training else y
+
+
+@pytest.mark.parametrize("example_inputs", [None, torch.ones(1, 3, 8, 8)], ids=["trace", "run"])
+def test_what_is_asked_for_is_not_what_was_given(example_inputs: Any) -> None:
+    sites = find_sites(TrainedOtherwise(), example_inputs).sites
+    (obstacle,) = (site.obstacle for site in sites if site.name == "conv2d")
+    given = example_inputs is not None
+    assert ("pass example_inputs" in obstacle) is not given
+    assert ("on the example inputs, it does not run" in obstacle) is given
