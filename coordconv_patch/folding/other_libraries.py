@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,7 +78,9 @@ class FoldingMethod:
         method = getattr(type(self.module), self.name)
         if any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in pytree.tree_leaves((args, kwargs))):
             return method(self.module, *args, **kwargs)
-        self._check_not_shared()
+        # The check looks through all objects, and a model may have hundreds of these methods.
+        if sys.getrefcount(self) > _REFERENCES_OF_ONE_HOLDER:
+            self._check_not_shared()
         return _fold(self.module, lambda plain: method(plain, *args, **kwargs))
 
     def _running_module(self) -> nn.Module | None:
@@ -103,6 +107,19 @@ class FoldingMethod:
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__}.{self.name}, carrying coordinates"
+
+
+class _Probe:
+    def __call__(self) -> int:
+        return sys.getrefcount(self)
+
+
+_HOLDER = SimpleNamespace(method=_Probe())
+_REFERENCES_OF_ONE_HOLDER: int = _HOLDER.method()
+"""Python's count of references to a callable object, in its call as an attribute of one object.
+
+A second holder adds one. So does a local name for the method, which is no harm.
+"""
 
 
 def guard_folding_(model: nn.Module) -> None:
