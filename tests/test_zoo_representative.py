@@ -32,17 +32,11 @@ REPRESENTATIVE = [
     "timm/sebotnet33ts_256",  # bottleneck attention
     "timm/coat_tiny",  # one convolution under several names
     "timm/densenetblur121d",  # a functional convolution in a layer that has no nn.Conv2d
-    "timm/fastvit_t8",
-    "timm/repvgg_a0+reparametrised",
     "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",  # called at several sizes
     "torchvision/raft_small",  # two images, one encoder for both, a loop
-    "torchvision/mc3_18",  # Conv3d
     "ultralytics/yolo11n-seg",  # ConvTranspose2d
-    "ultralytics/yolo26n-obb",
     "transformers/BitForImageClassification-same",  # padding in a class of its own
-    "transformers/RTDetrForObjectDetection",
     "transformers/Wav2Vec2ForSequenceClassification",  # Conv1d under weight norm
-    "transformers/DPTForDepthEstimation",
 ]
 
 
@@ -52,9 +46,8 @@ def test_representative_model(name: str) -> None:
     assert verdict == "passes", problems
 
 
-@pytest.mark.parametrize("name", ["timm/test_nfnet", "transformers/ViTForImageClassification"])
-def test_representative_export(name: str) -> None:
-    row = check_in_onnx(CATALOGUE[name])
+def test_representative_export() -> None:
+    row = check_in_onnx(CATALOGUE["transformers/ViTForImageClassification"])
     assert judge("onnx", row) == ("passes", [])
     assert 0 < row["difference"] < 1e-4
 

@@ -791,8 +791,11 @@ def test_export_s_help_names_every_target() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-@pytest.mark.parametrize("arguments", [["--version"], ["plan", NET], ["plan", NET, "--json"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--version"], ""), (["plan", NET], "1"), (["plan", NET, "--json"], "")],
+    ids=["version", "plan", "json"],
+)
 def test_a_full_output_is_an_error(
     arguments: list[str], unbuffered: str, run: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -79,9 +79,8 @@ def run(path: Path, *inputs: Tensor) -> np.ndarray:
     return session.run(None, feeds)[0]
 
 
-@pytest.mark.parametrize("std", [0.0, 0.3])
+@pytest.mark.parametrize(("form", "std"), [("auto", 0.0), *((form, 0.3) for form in FORMS)])
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 def test_it_computes_to_the_last_bit_what_that_of_any_batch_does(
     exporter: str, form: str, batch: int, std: float, tmp_path: Path

@@ -64,19 +64,22 @@ def expected(layer: Any, x: Tensor, **coords: Any) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", CONVS)
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "edges": {"align_corners": False, "order": "yx", "value_range": (0.0, 3.0)},
+    "fourier": {"fourier": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "coords",
-    [
-        {},
-        {"align_corners": False, "order": "yx", "value_range": (0.0, 3.0)},
-        {"fourier": 2},
-    ],
-    ids=["paper", "edges", "fourier"],
+    ("name", "convention"),
+    # Compilation takes seconds: every convolution, and every convention, not every pair.
+    [*((name, "paper") for name in CONVS), ("dilation", "edges"), ("groups", "fourier")],
 )
 def test_lines_give_the_map_of_the_convolution(
-    name: str, coords: dict[str, Any], calls: list[int]
+    name: str, convention: str, calls: list[int]
 ) -> None:
+    coords = CONVENTIONS[convention]
     layer = CoordConv2d(3, 6, **CONVS[name], coords=Coordinates(**coords))
     quick = compiled(layer, dynamic=False)
     for is_trained in (False, True):

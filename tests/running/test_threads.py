@@ -123,8 +123,14 @@ def _as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("prepare", [_as_it_is, _compiled, _scripted, _patched])
-@pytest.mark.parametrize("kind", ["patches", "foreign_folds"])
+@pytest.mark.parametrize(
+    ("kind", "prepare"),
+    [
+        *(("patches", prepare) for prepare in (_as_it_is, _compiled, _scripted, _patched)),
+        ("foreign_folds", _scripted),  # seconds each
+        ("foreign_folds", _patched),
+    ],
+)
 def test_forwards_of_other_models_go_on(
     kind: str, prepare: Callable[[nn.Module, Tensor], nn.Module]
 ) -> None:

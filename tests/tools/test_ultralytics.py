@@ -134,6 +134,7 @@ def test_fuse_keeps_the_outputs(checkpoint: Path) -> None:
     assert_close(before, boxes(fused, images))
 
 
+@pytest.mark.parametrize("checkpoint", ["yolo26n"], indirect=True)
 def test_export_by_ultralytics_equals_torch(checkpoint: Path) -> None:
     model = reloaded(checkpoint)
     images = torch.rand(1, 3, SIZE, SIZE)
@@ -167,6 +168,7 @@ def test_predict_and_val_see_the_coordinates(checkpoint: Path, data: Path) -> No
     assert len(ccp.coord_parameters(model.model)) > 80
 
 
+@pytest.mark.parametrize("checkpoint", ["yolo26n"], indirect=True)
 def test_a_checkpoint_can_be_trained_on(checkpoint: Path, data: Path) -> None:
     """Its coordinate weights are where training goes on from, not zero."""
     seen: list[dict[str, Tensor]] = []

@@ -28,9 +28,7 @@ COSTLY = ("BatchNormalization", "ReorderInput", "ReorderOutput", "Add", "Relu", 
 
 PAIRS = (
     *(("resnet10t", "first"), ("resnet10t", "k>1"), ("resnet10t", "all")),
-    *(("mobilenetv3_small_050", "first"), ("mobilenetv3_small_050", "all")),
-    *(("efficientnet_lite0", "k>1"), ("efficientnet_lite0", "all")),
-    ("convnext_atto", "all"),
+    *((name, "all") for name in ("mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto")),
 )
 """Models and which of their convolutions are patched: each kind of both, not every pair."""
 SIZE = 64
