@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from coordconv_patch.layers.capture import is_capturing
@@ -20,7 +21,11 @@ from coordconv_patch.layers.geometry import (
     pad_by_axis,
     pad_modes,
 )
-from coordconv_patch.running.torch_versions import annotate_nodes, annotations_are_kept
+from coordconv_patch.running.torch_versions import (
+    annotate_nodes,
+    annotations_are_kept,
+    is_exporting,
+)
 
 __all__ = ["CONVENTION_KEY", "coordinate_map", "grid_for", "pad_grid"]
 
@@ -37,7 +42,12 @@ def grid_for(coord_weight: Tensor, coords: Coordinates, input_size: Sequence[int
     device, dtype = coord_weight.device, coord_weight.dtype
     # The flag is one for the whole process, and the annotations are too.
     if not (annotations_are_kept() and is_capturing()):
-        return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
+        grid = coords.shared_grid(input_size, device=device, dtype=dtype)
+        if torch.compiler.is_dynamo_compiling() and not is_exporting():
+            # Inductor cannot order the strides of a view that a backward pass keeps, where sizes
+            # are symbolic, so this is none.
+            return torch.cat([channel[None, None] for channel in grid], dim=1)
+        return grid.unsqueeze(0)
     with annotate_nodes({CONVENTION_KEY: coords.to_dict()}):
         return coords.shared_grid(input_size, device=device, dtype=dtype).unsqueeze(0)
 

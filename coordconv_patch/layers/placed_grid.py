@@ -108,7 +108,8 @@ def _computed(
             channels += block.values(pixels)
     channels = fitted(channels, target.convolved, target.site)
     shape: Any = (_samples(placed), *size)
-    grid = torch.stack([channel.to(dtype).expand(shape) for channel in channels], dim=1)
+    # Not stacked, which is a view in the end; see grid_for.
+    grid = torch.cat([channel.to(dtype).expand(shape).unsqueeze(1) for channel in channels], dim=1)
     if placed.picture is None:
         return grid
     inside = _inside(*_by_dimension(placed.picture, device, wide), lines)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +77,36 @@ def test_inductor_trains_as_eager_does() -> None:
     train(torch.compile(model, backend="inductor", fullgraph=True), optimizer=sgd(model))
     assert_same_state(reference, model)
     assert_coordinates_trained(model, before)
+
+
+@pytest.mark.parametrize("is_placed", [False, True], ids=["whole", "placed"])
+def test_inductor_trains_at_other_sizes(is_placed: bool) -> None:
+    """The second size makes all of them symbolic, on which views kept for backward passes fail."""
+    torch.manual_seed(0)
+    theta = torch.tensor([[[0.5, 0.0, 0.1], [0.0, 0.4, -0.2]], [[0.9, 0.1, 0.0], [0.0, 0.8, 0.1]]])
+    layer: Any = ccp.patch(nn.Conv2d(3, 2, 3, stride=2, padding=1), "all")
+    fill_coords_(layer, 0.2)
+    weights = (layer.weight, layer.coord_weight, layer.bias)
+    geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    compiled = torch.compile(layer, fullgraph=True)
+    for size in ((8, 10), (12, 6), (10, 14)):
+        images = torch.randn(2, 3, *size)
+        grids = [reference.paper_grid(size)] * 2
+        if is_placed:
+            grids = [reference.placed_grid(place, size) for place in theta]
+        expected = torch.cat(
+            [
+                reference.concatenating_conv(image[None], grid, *weights, **geometry)
+                for image, grid in zip(images, grids, strict=True)
+            ]
+        )
+        with ccp.places(layer, theta) if is_placed else contextlib.nullcontext():
+            outputs = compiled(images)
+        torch.testing.assert_close(outputs, expected)
+        actual, wanted = (
+            torch.autograd.grad(each.square().sum(), weights) for each in (outputs, expected)
+        )
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_model_follows_weights_and_modes_that_change_afterwards() -> None:
