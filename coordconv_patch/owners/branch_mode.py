@@ -145,7 +145,7 @@ class BranchMode(TorchFunctionMode):
 
     def _is_computed(self, weight: Any) -> bool:
         """Whether a weight is computed: not a Parameter, nor what a module keeps as its own."""
-        if _is_stored(weight):
+        if _is_stored(weight) or any(weight is stored for stored in self.stored):
             return False
         if isinstance(weight, fx.Proxy) or torch.compiler.is_dynamo_compiling():
             return True

@@ -70,6 +70,8 @@ class _Event:
     running: tuple[tuple[str, int], ...]
     is_own: bool
     """Whether the innermost running module is not a convolution, so that its own code calls."""
+    is_stored: bool
+    """Whether the weight is a Parameter, or what a convolution module calls with as its own."""
     weight_is_constant: bool
     """Whether the weight does not depend on the model's input."""
     input_is_constant: bool
@@ -152,6 +154,7 @@ class FunctionLog:
                 weight,
                 tuple(running),
                 is_own,
+                isinstance(weight, nn.Parameter) or _is_its_own(caller, weight),
                 weight in self._constants,
                 arguments["input"] in self._constants,
                 geometry,
@@ -270,7 +273,7 @@ class FunctionLog:
             if all(event.is_own for event in alike):
                 return None
         else:
-            alike = [event for event in alike if not isinstance(event.weight, nn.Parameter)]
+            alike = [event for event in alike if not event.is_stored]
         own = {id(event) for event in events}
         runs: dict[int, list[bool]] = {}
         for event in alike:
@@ -285,6 +288,13 @@ class FunctionLog:
             )
         (pattern,) = patterns
         return tuple(i for i, is_own in enumerate(pattern) if is_own), len(pattern)
+
+
+def _is_its_own(caller: nn.Module, weight: Tensor) -> bool:
+    """Whether a convolution module stores a weight itself, if only as an attribute, as pruned."""
+    if not isinstance(caller, _ConvNd):
+        return False
+    return weight is caller._parameters.get("weight") or weight is vars(caller).get("weight")
 
 
 def common_caller(stacks: Sequence[Sequence[str]], holder: str | None = None) -> str:

@@ -7,6 +7,7 @@ inputs, where given, tells order and sizes for any model.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
@@ -93,11 +94,17 @@ def _as_recorded(
 ) -> list[Site]:
     """The sites with the calls of a forward pass, and those that only it has shown."""
     # What ran is the truth: a trace may take another way through the code.
-    ran = {site.name: site for site in recorded_function_sites(model, regions, record.functions)}
+    taken = _attributes_with_coordinates(model, sites)
+    ran = {
+        site.name: site
+        for site in recorded_function_sites(model, regions, record.functions)
+        if site.owned.weight is not None or id(site.weight) not in taken
+    }
+    guessed = _guessed(model, sites, ran)
     kept = [
         _not_run(site) if _has_computed_weight(site) else site
         for site in sites
-        if site.name not in ran and not _has_run_otherwise(site, ran)
+        if site.name not in ran and site.name not in guessed
     ]
     return [
         # The calls of foreign convolutions cannot be watched.
@@ -127,19 +134,36 @@ def _not_run(site: OwnedFunctionSite) -> OwnedFunctionSite:
     return replace(site, obstacle=obstacle)
 
 
-def _has_run_otherwise(site: Site, ran: Mapping[str, Site]) -> bool:
-    """Whether a run has shown the calls by computed weights that a trace only guesses at.
+def _attributes_with_coordinates(model: nn.Module, sites: Iterable[Site]) -> set[int]:
+    """The identities of stored weights that have coordinates, as mere attributes too."""
+    return {
+        id(operator.attrgetter(site.owned.weight)(model.get_submodule(site.owned.owner)))
+        for site in sites
+        if isinstance(site, OwnedFunctionSite) and site.patched and site.owned.weight is not None
+    }
 
-    A trace of a module that is called twice has two such calls, which are one site.
+
+def _guessed(model: nn.Module, sites: Iterable[Site], ran: Mapping[str, Site]) -> set[str]:
+    """Names of the sites that a trace guesses at and a run has shown by another name.
+
+    A trace of a module that is called twice has two calls by a computed weight, which are one
+    site. And it takes a tensor that a module keeps as a mere attribute for a stored weight, where
+    other code may compute it anew before each forward (``torch.nn.utils.prune``).
     """
-    if not _has_computed_weight(site):
-        return False
-    calls = site.owned.owner, site.owned.function, None
-    return any(
-        isinstance(other, OwnedFunctionSite)
-        and (other.owned.owner, other.owned.function, other.owned.weight) == calls
-        for other in ran.values()
-    )
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    computed = {
+        (site.owned.owner, site.owned.function)
+        for site in ran.values()
+        if isinstance(site, OwnedFunctionSite) and site.owned.weight is None
+    }
+    return {
+        site.name
+        for site in sites
+        if isinstance(site, OwnedFunctionSite)
+        and not site.patched
+        and (site.owned.weight is None or id(site.weight) not in registered)
+        and (site.owned.owner, site.owned.function) in computed
+    }
 
 
 def _in_order(sites: Sequence[Site], order: Sequence[str]) -> list[Site]:
