@@ -15,6 +15,7 @@ __all__ = [
     "on_scales",
     "on_silent_scales",
     "on_unknown_changes",
+    "on_unknown_scales",
 ]
 
 
@@ -98,6 +99,17 @@ def on_silent_scales(factors: Mapping[str, str]) -> str:
         f"{_places(factors, 'by')}, and the trained coordinate weight was not. If that is the "
         "scale of the input, nothing is wrong; if something that comes after the convolution was "
         f"folded in, begin with the model as it was, and {_REPEAT}"
+    )
+
+
+def on_unknown_scales(factors: Mapping[str, str]) -> str:
+    """Of the same where it cannot be told whether the coordinate weight was scaled alike."""
+    return (
+        "the output channels of a weight were scaled through .data at "
+        f"{_places(factors, 'by')}. Whether the trained coordinate weight was scaled alike cannot "
+        "be told. If it was, or if that is the scale of the input, nothing is wrong; if something "
+        "that comes after the convolution was folded in, begin with the model as it was, and "
+        f"{_REPEAT}"
     )
 
 

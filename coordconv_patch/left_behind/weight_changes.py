@@ -20,6 +20,7 @@ from coordconv_patch.left_behind.messages import (
     on_scales,
     on_silent_scales,
     on_unknown_changes,
+    on_unknown_scales,
 )
 
 __all__ = ["check_changes"]
@@ -97,7 +98,10 @@ def _on_scaling(
     """What is to be said of a scale of output channels that the coordinates do not follow."""
     if norm_gone or mark.shows_new_bias(now):
         return on_scales if is_known else on_unknown_changes
-    return on_silent_scales if mark.version == now.version else None
+    if mark.version != now.version:
+        return None
+    # Coordinates that were set since may have been scaled alike (vector_to_parameters).
+    return on_silent_scales if mark.has_same_coords(now) else on_unknown_scales
 
 
 def _on_other_change(mark: WeightMark, now: WeightMark, *, is_known: bool) -> _Message | None:

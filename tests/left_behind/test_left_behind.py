@@ -327,12 +327,23 @@ class TestWarnings:
     @pytest.mark.parametrize("factor", [torch.rand(8, 1, 1, 1) + 0.5, torch.tensor(0.5)])
     def test_a_weight_scaled_through_data(self, factor: Tensor) -> None:
         model = trained(Net())
+        model(IMAGES)
         model.stem.conv.weight.data.mul_(factor)
         error, said = told(lambda: model(IMAGES))
         assert error == ""
         assert len(said) == 1
         assert "through .data at stem.conv (by " in said[0]
+        assert "and the trained coordinate weight was not" in said[0]
         assert told(lambda: model(IMAGES)) == ("", [])
+
+    def test_what_nobody_can_know_is_not_said(self) -> None:
+        """All weights scaled alike, of coordinates that no forward pass has seen."""
+        model = trained(Net())
+        scaled = nn.utils.parameters_to_vector(model.parameters()) * 1.5
+        nn.utils.vector_to_parameters(scaled, model.parameters())
+        error, said = told(lambda: model(IMAGES))
+        assert (error, len(said)) == ("", 1)
+        assert "Whether the trained coordinate weight was scaled alike cannot be told" in said[0]
 
     @pytest.mark.parametrize(
         ("inputs", "values"),
