@@ -29,7 +29,6 @@ REPRESENTATIVE = [
     "timm/tf_mixnet_s",  # MixedConv2d, Conv2dSame
     "timm/tf_efficientnet_cc_b0_4e",  # CondConv2d, refused
     "timm/lambda_resnet26t",  # Conv3d in an attention layer
-    "timm/sebotnet33ts_256",  # bottleneck attention
     "timm/coat_tiny",  # one convolution under several names
     "timm/densenetblur121d",  # a functional convolution in a layer that has no nn.Conv2d
     "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",  # called at several sizes
