@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-__all__ = ["is_for_its_own_weight", "is_in_another_graph", "runs_again"]
+__all__ = ["is_for_its_own_weight", "is_in_another_graph", "runs_again", "stores_weight"]
 
 _CONV_CODES = frozenset(
     {
@@ -58,7 +58,12 @@ def is_for_its_own_weight(frame: FrameType, weight: Any) -> bool:
         return True
     if frame.f_code not in _CONV_CODES:
         return False
-    attributes = vars(frame.f_locals["self"])
+    return stores_weight(frame.f_locals["self"], weight)
+
+
+def stores_weight(module: nn.Module, weight: Any) -> bool:
+    """Whether a weight is a module's own ``weight``, if only as an attribute, as where pruned."""
+    attributes = vars(module)
     stored = attributes["_parameters"].get("weight"), attributes.get("weight")
     return any(weight is each for each in stored)
 

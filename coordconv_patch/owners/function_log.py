@@ -30,6 +30,7 @@ from coordconv_patch.graphs.functional import (
 from coordconv_patch.graphs.own_padding import NOT_PADDED, OwnPadding, pad_arguments, unpadded
 from coordconv_patch.layers.branch import CoordBranch
 from coordconv_patch.layers.geometry import ConvGeometry
+from coordconv_patch.owners.callers import stores_weight
 from coordconv_patch.owners.owned_calls import OwnedCalls
 
 __all__ = ["FunctionLog", "FunctionSite", "common_caller"]
@@ -154,7 +155,8 @@ class FunctionLog:
                 weight,
                 tuple(running),
                 is_own,
-                isinstance(weight, nn.Parameter) or _is_its_own(caller, weight),
+                isinstance(weight, nn.Parameter)
+                or (isinstance(caller, _ConvNd) and stores_weight(caller, weight)),
                 weight in self._constants,
                 arguments["input"] in self._constants,
                 geometry,
@@ -288,13 +290,6 @@ class FunctionLog:
             )
         (pattern,) = patterns
         return tuple(i for i, is_own in enumerate(pattern) if is_own), len(pattern)
-
-
-def _is_its_own(caller: nn.Module, weight: Tensor) -> bool:
-    """Whether a convolution module stores a weight itself, if only as an attribute, as pruned."""
-    if not isinstance(caller, _ConvNd):
-        return False
-    return weight is caller._parameters.get("weight") or weight is vars(caller).get("weight")
 
 
 def common_caller(stacks: Sequence[Sequence[str]], holder: str | None = None) -> str:

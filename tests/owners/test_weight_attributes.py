@@ -38,11 +38,8 @@ def normed() -> nn.Module:
     return nn.utils.weight_norm(Owner(), "w")
 
 
-KINDS = [attribute, pruned, normed]
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:a trace never reads")
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", [attribute, pruned, normed])
 @pytest.mark.parametrize("example_inputs", [False, True], ids=["trace", "run"])
 def test_one_convolution_is_one_site(
     make: Callable[[], nn.Module], example_inputs: bool, x: Tensor
