@@ -14,7 +14,7 @@ from coordconv_patch.channels.given import Given
 from coordconv_patch.channels.radius import Radius
 from coordconv_patch.errors import ArgumentError, CoordinatesError, excerpt
 
-__all__ = ["BLOCKS", "blocks_from_fields", "blocks_of", "register_channel_block"]
+__all__ = ["BLOCKS", "OWN_KINDS", "blocks_from_fields", "blocks_of", "register_channel_block"]
 
 _MOST_BLOCKS = 32
 
@@ -22,7 +22,7 @@ BLOCKS: dict[str, type[ChannelBlock]] = {
     block.kind: block for block in (Axes, Radius, Fourier, Given)
 }
 
-_OWN = frozenset(BLOCKS)
+OWN_KINDS = frozenset(BLOCKS)
 """Kinds of the package itself."""
 
 
@@ -69,7 +69,7 @@ def register_channel_block(block: type[ChannelBlock]) -> None:
         raise ArgumentError(
             f"{block.__name__}.kind is a field: write kind = {kind!r} without an annotation"
         )
-    if kind in _OWN:
+    if kind in OWN_KINDS:
         raise ArgumentError(f"{block.__name__}.kind={kind!r}: that is a kind of the package's own")
     BLOCKS[str(kind)] = block
 

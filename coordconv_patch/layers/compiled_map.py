@@ -1,9 +1,7 @@
 """Coordinate maps as torch.compile computes them quickest, for inference of an image on the CPU.
 
 A compiled graph computes a coordinate map at every call: it cannot tell whether one that was
-kept is still that of the weight. As a convolution of the coordinate channels the map costs some
-15 to 20 % of a 3x3 convolution with 64 channels on 64 x 64 pixels, and 4 to 7 % as it is computed
-here.
+kept is still that of the weight.
 
 A channel that depends on one axis alone is constant along the other. With X[v, j] the value of x
 that tap v sees at output column j (0 beyond the picture), and M[u, i] = 1 where tap u sees a row
@@ -14,27 +12,76 @@ of the picture at output row i, 0 where it sees padding, the part of x in the ma
     P[c, u, j]     = sum over v of W_x[c, u, v] X[v, j]
 
 P is a line for each channel and tap, and M is 1 where a tap never sees padding. So it is for y.
+
+Before it runs, compiled code checks every object that it was made from, and a convolution has just
+emptied the processor's caches: where torch.compile traced these functions, the checks took longer
+than the map. So it is one operator to torch.compile, which traces what is in it later, and all that
+the map is made from is one string.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coordconv_patch.channels.registry import OWN_KINDS
 from coordconv_patch.layers.coordinates import Coordinates
-from coordconv_patch.layers.geometry import Convolution, Padding, pad_amounts, pad_modes
+from coordconv_patch.layers.geometry import ConvGeometry, Padding, pad_amounts, pad_modes
+from coordconv_patch.running.composite_operator import composite_operator
 from coordconv_patch.running.torch_versions import is_exporting
+from coordconv_patch.version import __version__
 
-__all__ = ["map_by_lines", "suits_lines"]
+__all__ = ["compiled_map", "made_from", "map_by_lines", "suits_lines"]
 
 
-def suits_lines(
-    input: Tensor, weight: Tensor, coords: Coordinates, convolution: Convolution, rule: Padding
-) -> bool:
-    """Whether :func:`map_by_lines` gives the coordinate map, and quicker than a convolution.
+@functools.lru_cache(maxsize=1024)
+def made_from(coords: Coordinates, geometry: ConvGeometry, rule: Padding) -> str:
+    """What a coordinate map is made from besides its weight, where lines can give it.
+
+    Args:
+        coords: The convention.
+        geometry: The convolution's.
+        rule: How it pads.
+
+    Returns:
+        JSON; empty if the map has to be convolved.
+    """
+    blocks = coords.blocks(geometry.ndim)
+    if (
+        geometry.ndim != 2
+        or geometry.transposed
+        or geometry.kernel_size == (1, 1)
+        or pad_modes(rule, geometry) != ("zeros", "zeros")
+        or not coords.is_separable(2)
+        or any(block.kind not in OWN_KINDS for block in blocks)
+    ):
+        return ""
+    made = json.dumps([_FORMULA, coords.to_dict(), geometry.to_dict(), asdict(rule)])
+    return made if _read(made) == (coords, geometry, rule) else ""
+
+
+_FORMULA = f"{__version__}, 1"
+"""Torch keeps compiled code on the disk, by what dynamo wrote down: the operator and its arguments.
+
+So what else decides what the operator computes has to be in them: this package's version, and a
+number that goes up with the formula (a block of somebody's own may change at any time).
+"""
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(made: str) -> tuple[Coordinates, ConvGeometry, Padding]:
+    _, coords, geometry, rule = json.loads(made)
+    return Coordinates.from_dict(coords), ConvGeometry.from_dict(geometry), Padding.from_dict(rule)
+
+
+def suits_lines(input: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`map_by_lines` is quicker than a convolution.
 
     Measured for single images on CPUs, in inference. Training needs a backward pass, which is
     quick for convolutions; and what a map costs is shared by the images of a batch, which
@@ -44,30 +91,37 @@ def suits_lines(
     Args:
         input: The convolution's input, ``(N, C, H, W)`` or ``(C, H, W)``.
         weight: The coordinate weight.
-        coords: The convention.
-        convolution: The convolution, or its geometry.
-        rule: How it pads.
     """
     return (
         torch.compiler.is_dynamo_compiling()
         and not is_exporting()
         and not torch.is_grad_enabled()
-        and weight.dim() == 4
-        and weight.shape[2] * weight.shape[3] > 1
         and (input.dim() == 3 or input.shape[0] == 1)
         and weight.device.type == "cpu"
         and weight.dtype is torch.float32
-        and coords.is_separable(2)
-        and not convolution.transposed
-        and pad_modes(rule, convolution) == ("zeros", "zeros")
     )
+
+
+@composite_operator("compiled_map(Tensor weight, SymInt[] size, str made) -> Tensor")
+def compiled_map(weight: Tensor, size: Sequence[int], made: str) -> Tensor:
+    """The coordinate map as compiled inference computes it, see :func:`suits_lines`.
+
+    Args:
+        weight: The coordinate weight, shape ``(C_out, K, kH, kW)``.
+        size: ``(H, W)`` of the convolution's input, in pixels.
+        made: What it is made from, see :func:`made_from`.
+
+    Returns:
+        Shape ``(1, C_out, *output_size)``.
+    """
+    return map_by_lines(size, weight, *_read(made))
 
 
 def map_by_lines(
     input_size: Sequence[int],
     weight: Tensor,
     coords: Coordinates,
-    convolution: Convolution,
+    geometry: ConvGeometry,
     rule: Padding,
 ) -> Tensor:
     """The coordinate map of a 2-d convolution that pads with zeros, without convolving.
@@ -76,17 +130,16 @@ def map_by_lines(
         input_size: ``(H, W)`` of the input, in pixels.
         weight: The coordinate weight, shape ``(C_out, K, kH, kW)``.
         coords: A convention whose channels each depend on one axis.
-        convolution: The convolution, or its geometry.
+        geometry: The convolution's.
         rule: How it pads.
 
     Returns:
         Shape ``(1, C_out, *output_size)``.
     """
     size = tuple(input_size)
-    stride, dilation = convolution.stride, convolution.dilation
-    amounts = pad_amounts(rule, size, convolution)
-    # Few objects and functions: at every call the compiled code checks each that it was made from.
-    steps = list(zip(convolution.kernel_size, stride, dilation, amounts, strict=True))
+    amounts = pad_amounts(rule, size, geometry)
+    taps_of_axes = (geometry.kernel_size, geometry.stride, geometry.dilation, amounts)
+    steps = list(zip(*taps_of_axes, strict=True))
     indices = [
         _seen_by_taps(length, *step, weight.device)
         for length, step in zip(size, steps, strict=True)
@@ -113,10 +166,17 @@ def map_by_lines(
                 factor = factor.unsqueeze(-1) if other == 0 else factor
                 total = total + part[:, tap].unsqueeze(other + 1) * factor
         if isinstance(clear, Tensor):
-            total = total + (clear).unsqueeze(other + 1)
-    # Flat, the loop that adds it to the convolution's output can turn one memory order into
-    # the other by blocks.
-    return _stored(total.flatten(1)).view(total.shape).unsqueeze(0)
+            total = total + clear.unsqueeze(other + 1)
+    columns = total.shape[-1]
+    if type(columns) is int and columns % _LANES == 0:
+        # Flat, it is summed in the loop that adds it to the convolution's output, which can turn
+        # one memory order into the other by blocks; but a vector may not reach into the next row.
+        return _stored(total.flatten(1)).view(total.shape).unsqueeze(0)
+    return _stored(total).unsqueeze(0)
+
+
+_LANES = 16
+"""Most numbers in a vector of a CPU."""
 
 
 def _seen_by_taps(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from coordconv_patch.errors import PatchError
 from coordconv_patch.layers.capture import is_capturing, is_transforming
 from coordconv_patch.layers.chosen_calls import ChosenCalls
-from coordconv_patch.layers.compiled_map import map_by_lines, suits_lines
+from coordconv_patch.layers.compiled_map import compiled_map, made_from, suits_lines
 from coordconv_patch.layers.coordinate_map import coordinate_map, grid_for
 from coordconv_patch.layers.coordinates import Coordinates
 from coordconv_patch.layers.dtype_limits import check_fits, convolved_dtype, is_checked, limited
@@ -61,6 +61,8 @@ class CoordLayer(nn.Module):
     coord_geometry: ConvGeometry
     chosen_calls: ChosenCalls | None = None
     _map_cache: MapCache
+    _made_from: str = ""
+    """What compiled code makes a map from besides the weight; empty: it convolves."""
     _places: Places | None = None
     """Which parts of their pictures samples are, once that was told; shared by a model's layers."""
     _followed: Any = None
@@ -85,6 +87,14 @@ class CoordLayer(nn.Module):
         # convolutions are leaves there, and must stay leaves for everyone's tracer.
         self.__dict__["__module__"] = "torch.nn.modules.conv"
         self.coord_weight = coord_weight
+        self._note_what_maps_are_made_from()
+
+    def _note_what_maps_are_made_from(self) -> None:
+        try:
+            made = made_from(self.coords, self.coord_geometry, self.coord_padding)
+        except (TypeError, ValueError):  # on the way to other attributes: those do not fit
+            made = ""
+        self.__dict__["_made_from"] = made
 
     def map_for(self, input: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         """The coordinate map for a call of the convolution; a kept one where that is safe.
@@ -115,16 +125,15 @@ class CoordLayer(nn.Module):
         Shape ``(1, C_out, *output_size)``, of samples with places ``(N, C_out, *output_size)``;
         without the first dimension if the input is not batched.
         """
-        convolution = self._convolution
-        ndim = len(convolution.kernel_size)
+        ndim = weight.dim() - 2
         input_size = input.shape[-ndim:]
         placed = None if self._places is None else self._places.now()
         if placed is not None:
             check_one_place_a_sample(placed, input, ndim, self._site_name)
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
             branch = self.compute_branch(input_size, output_padding, weight, placed)
-        elif suits_lines(input, weight, self.coords, convolution, self.coord_padding):
-            branch = map_by_lines(input_size, weight, self.coords, convolution, self.coord_padding)
+        elif self._made_from and suits_lines(input, weight):
+            branch = compiled_map(weight, input_size, self._made_from)
         else:
             output_padding = self.output_padding_of(input_size, output.shape[-ndim:])
             branch = self.compute_branch(input_size, output_padding, weight)
@@ -210,6 +219,10 @@ class CoordLayer(nn.Module):
         super().__setattr__(name, value)
         if name in _MAP_ATTRIBUTES and "_map_cache" in self.__dict__:
             self._map_cache.clear()
+            if torch.compiler.is_compiling():
+                self.__dict__["_made_from"] = ""
+            else:
+                self._note_what_maps_are_made_from()
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         refuse_mkldnn(self)

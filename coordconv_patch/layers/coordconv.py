@@ -273,7 +273,7 @@ class CoordConvNd(PaddingFollower):
             del self.__dict__[name]
         for name in (
             *("_followed", "_must_follow", "_written_in_forward", "_watch"),
-            *("site_name", "weight_mark", "_places", "_accepted_forward"),
+            *("site_name", "weight_mark", "_places", "_accepted_forward", "_made_from"),
         ):
             self.__dict__.pop(name, None)
 

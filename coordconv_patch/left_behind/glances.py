@@ -132,13 +132,15 @@ class Glance(NamedTuple):
 
     def renewed(self) -> Glance:
         """The same with the values of now."""
-        return self._replace(values=self._values(), versions=self._versions())
+        values = [value.clone() for value in self._values()]
+        return self._replace(values=values, versions=self._versions())
 
     def _versions(self) -> list[int]:
         return versions_of([conv._parameters.get("coord_weight") for conv in self.convs])
 
     def _values(self) -> list[Tensor]:
-        return [torch.cat(views) for views in self._by_dtype()]
+        views_of_dtypes = self._by_dtype()
+        return [torch.cat(views) if len(views) > 1 else views[0] for views in views_of_dtypes]
 
     def _by_dtype(self) -> Iterator[list[Tensor]]:
         for _, views in itertools.groupby(self.views, operator.attrgetter("dtype")):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OLDEST",
+    "TELLS_EXPORTS",
     "annotate_nodes",
     "annotations_are_kept",
     "as_captured_for_onnx",
@@ -40,13 +41,14 @@ __all__ = [
 OLDEST = "2.6"
 
 # Decided here and not in the functions, since torch.compile traces those.
-_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+"""Whether torch.export's strict way, which is dynamo's, is told from torch.compile."""
 _HAS_ANNOTATE = hasattr(traceback, "annotate")
 _BEFORE_2_9 = torch.__version__ < "2.9"
 
 if torch.__version__ >= "2.14":
     is_exporting = torch.compiler.is_exporting
-elif _TELLS_EXPORTS:  # may go with torch 2.13
+elif TELLS_EXPORTS:  # may go with torch 2.13
 
     def is_exporting() -> bool:
         """Whether torch.export is tracing. While it compiles, torch's own is always true."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +17,17 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 
-from coordconv_patch import CoordConv2d, Coordinates, Window, patch
+from coordconv_patch import (
+    Axes,
+    ChannelBlock,
+    CoordConv2d,
+    Coordinates,
+    Window,
+    __version__,
+    patch,
+    register_channel_block,
+)
+from coordconv_patch.channels import registry
 from coordconv_patch.layers import compiled_map
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -26,7 +41,8 @@ CONVS: dict[str, dict[str, Any]] = {
     "same, even": {"kernel_size": (4, 2), "padding": "same"},
     "groups": {"kernel_size": 5, "padding": 2, "groups": 3},
 }
-SIZES = [(11, 14), (5, 8), (6, 5)]
+SIZES = [(11, 14), (5, 8), (6, 5), (7, 16)]
+"""One of whole vectors of 16 columns, which is summed otherwise."""
 
 
 @pytest.fixture
@@ -41,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.append(1)
         return original(*args)
 
-    monkeypatch.setattr("coordconv_patch.layers.coord_layer.map_by_lines", counted)
+    monkeypatch.setattr("coordconv_patch.layers.compiled_map.map_by_lines", counted)
     yield seen
     torch._dynamo.reset()
 
@@ -183,6 +199,86 @@ def test_one_compilation_serves_many_sizes() -> None:
             torch.testing.assert_close(quick(x), expected(layer, x), rtol=1e-5, atol=2e-5)
     assert len(graphs) == 1
     assert sum(node.target is torch.conv2d for node in graphs[0].graph.nodes) == 1
+
+
+def test_attributes_that_change_after_compilation_are_followed(calls: list[int]) -> None:
+    layer = CoordConv2d(3, 4, 3, padding=1)
+    nn.init.normal_(layer.coord_weight)
+    x = torch.randn(1, 3, 9, 7)
+    quick = compiled(layer)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"stride": (2, 1)},
+        {"padding": 2, "dilation": (2, 2)},
+        {"coords": Coordinates(align_corners=False)},
+        {"padding_mode": "reflect"},
+        {"padding_mode": "zeros"},
+    ]
+    for change in changes:
+        for name, value in change.items():
+            setattr(layer, name, value)
+        before = len(calls)
+        with torch.no_grad():
+            torch.testing.assert_close(quick(x), layer(x), rtol=1e-5, atol=2e-5)
+        assert (len(calls) > before) == (layer.padding_mode == "zeros")
+    bare = copy.deepcopy(layer)
+    del bare.__dict__["_made_from"]  # pickled by an older version
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(bare)(x), layer(x), rtol=1e-5, atol=2e-5)
+
+
+def test_what_inductor_keeps_on_the_disk_is_of_this_version_and_formula() -> None:
+    # The cache's key is the operator and its arguments, not the Python behind it.
+    layer = CoordConv2d(3, 4, 3)
+    assert json.loads(layer._made_from)[0].startswith(f"{__version__}, ")
+
+
+@dataclass(frozen=True)
+class Stripes(ChannelBlock):
+    """Separable, and somebody's own code."""
+
+    kind = "stripes"
+
+    def names(self, ndim: int) -> tuple[str, ...]:
+        return ("stripes",)
+
+    def dims(self, ndim: int) -> list[int | None]:
+        return [ndim - 1]
+
+    def values(self, positions: Any) -> list[Tensor]:
+        return [positions[-1][0] % 2]
+
+
+def test_blocks_of_others_are_convolved_for_their_code_may_change(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "BLOCKS", dict(registry.BLOCKS))
+    register_channel_block(Stripes)
+    layer = CoordConv2d(3, 4, 3, coords=Coordinates(channels=(Axes("x"), Stripes())))
+    assert layer.coords.is_separable(2)
+    nn.init.normal_(layer.coord_weight)
+    x = torch.randn(1, 3, 9, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer)(x), layer(x))
+    assert not calls
+
+
+def test_the_package_can_be_imported_a_second_time() -> None:
+    code = (
+        "import sys, torch, coordconv_patch\n"
+        "first = coordconv_patch.CoordConv2d(3, 4, 3)\n"
+        "for name in [name for name in sys.modules if name.startswith('coordconv_patch')]:\n"
+        "    del sys.modules[name]\n"
+        "import coordconv_patch\n"
+        "x = torch.ones(1, 3, 5, 5)\n"
+        "for layer in (first, coordconv_patch.CoordConv2d(3, 4, 3)):\n"
+        "    with torch.no_grad():\n"
+        "        torch.nn.init.ones_(layer.coord_weight)\n"
+        "        torch._dynamo.reset()\n"
+        "        quick = torch.compile(layer, backend='eager', fullgraph=True)\n"
+        "        torch.testing.assert_close(quick(x), layer(x))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.parametrize(
