@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from coordconv_patch.running.torch_versions import TELLS_EXPORTS
-
 __all__ = ["composite_operator"]
 
 _NAMESPACE = "coordconv_patch"
@@ -25,8 +23,8 @@ _NAMESPACE = "coordconv_patch"
 def composite_operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Make an operator of a function; a decorator.
 
-    On a torch whose strict exports cannot be told from its compilations the function stays as it
-    is: an exported program could be loaded only where this package is installed.
+    Not to be called while torch.export is tracing: it keeps the operator, and the program could be
+    loaded only where this package is installed.
 
     Args:
         schema: Name, arguments and result, in the words of :meth:`torch.library.Library.define`.
@@ -34,8 +32,6 @@ def composite_operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     name = schema.partition("(")[0]
 
     def operator_of(function: Callable[..., Any]) -> Any:
-        if not TELLS_EXPORTS:  # may go with torch 2.6
-            return function
         namespace = getattr(torch.ops, _NAMESPACE)
         if not hasattr(namespace, name):  # it is, where the package is imported a second time
             library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]

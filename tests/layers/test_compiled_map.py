@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from old_torch import IS_2_6
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 
@@ -107,7 +108,7 @@ def test_lines_give_the_map_of_the_convolution(
                 torch.testing.assert_close(
                     quick(x), expected(layer, x, **coords), rtol=1e-5, atol=2e-5
                 )
-    assert calls
+    assert bool(calls) != IS_2_6  # which convolves
 
 
 def test_zero_weights_leave_every_bit(calls: list[int]) -> None:
@@ -117,7 +118,7 @@ def test_zero_weights_leave_every_bit(calls: list[int]) -> None:
     x = torch.randn(1, 3, 9, 7)
     with torch.no_grad():
         assert torch.equal(compiled(layer)(x), plain(x))
-    assert calls
+    assert bool(calls) != IS_2_6  # which convolves
 
 
 def test_lines_follow_windows_paddings_and_unbatched_inputs(calls: list[int]) -> None:
@@ -135,7 +136,7 @@ def test_lines_follow_windows_paddings_and_unbatched_inputs(calls: list[int]) ->
                     continue  # TensorFlow's padding is for batches
                 with torch.no_grad():
                     torch.testing.assert_close(compiled(module)(x), module(x), rtol=1e-5, atol=2e-5)
-    assert len(calls) >= 4
+    assert len(calls) >= 4 or IS_2_6
 
 
 class Functional(nn.Module):
@@ -156,7 +157,7 @@ def test_lines_lie_where_the_weight_does_whatever_the_default_device(calls: list
         with torch.device("meta"):
             found = compiled(layer)(x)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
-    assert calls
+    assert bool(calls) != IS_2_6  # which convolves
 
 
 def test_functional_convolutions_too(calls: list[int]) -> None:
@@ -178,7 +179,7 @@ def test_functional_convolutions_too(calls: list[int]) -> None:
         dilation=(1, 1),
     )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
-    assert calls
+    assert bool(calls) != IS_2_6  # which convolves
 
 
 def test_one_compilation_serves_many_sizes() -> None:
@@ -198,7 +199,8 @@ def test_one_compilation_serves_many_sizes() -> None:
         with torch.no_grad():
             torch.testing.assert_close(quick(x), expected(layer, x), rtol=1e-5, atol=2e-5)
     assert len(graphs) == 1
-    assert sum(node.target is torch.conv2d for node in graphs[0].graph.nodes) == 1
+    convolutions = sum(node.target is torch.conv2d for node in graphs[0].graph.nodes)
+    assert convolutions == 1 + IS_2_6
 
 
 def test_attributes_that_change_after_compilation_are_followed(calls: list[int]) -> None:
@@ -220,7 +222,7 @@ def test_attributes_that_change_after_compilation_are_followed(calls: list[int])
         before = len(calls)
         with torch.no_grad():
             torch.testing.assert_close(quick(x), layer(x), rtol=1e-5, atol=2e-5)
-        assert (len(calls) > before) == (layer.padding_mode == "zeros")
+        assert (len(calls) > before) == (layer.padding_mode == "zeros" and not IS_2_6)
     bare = copy.deepcopy(layer)
     del bare.__dict__["_made_from"]  # pickled by an older version
     with torch.no_grad():
@@ -230,6 +232,9 @@ def test_attributes_that_change_after_compilation_are_followed(calls: list[int])
 def test_what_inductor_keeps_on_the_disk_is_of_this_version_and_formula() -> None:
     # The cache's key is the operator and its arguments, not the Python behind it.
     layer = CoordConv2d(3, 4, 3)
+    if IS_2_6:
+        assert not layer._made_from
+        return
     assert json.loads(layer._made_from)[0].startswith(f"{__version__}, ")
 
 
