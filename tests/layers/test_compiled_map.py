@@ -14,9 +14,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from old_torch import IS_2_6
+from old_torch import IS_2_6, STRICT
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
+from torch.func import functional_call, stack_module_state, vmap
 
 from coordconv_patch import (
     Axes,
@@ -227,6 +228,31 @@ def test_attributes_that_change_after_compilation_are_followed(calls: list[int])
     del bare.__dict__["_made_from"]  # pickled by an older version
     with torch.no_grad():
         torch.testing.assert_close(compiled(bare)(x), layer(x), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("strict", STRICT)
+def test_exported_programs_need_no_operator_of_this_package(strict: bool) -> None:
+    layer = CoordConv2d(3, 4, 3)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(1, 3, 9, 7),), strict=strict)
+    assert "coordconv_patch" not in str(program.graph)
+
+
+def test_vmapped_models_compute_each_its_own_map(calls: list[int]) -> None:
+    layers = [CoordConv2d(3, 4, 3, padding=1) for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.coord_weight)
+    parameters, buffers = stack_module_state(layers)
+
+    def run(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        return functional_call(layers[0], (parameters, buffers), (x,))
+
+    x = torch.randn(1, 3, 9, 7)
+    every = torch.compile(vmap(run, in_dims=(0, 0, None)), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        wanted = torch.stack([layer(x) for layer in layers])
+        torch.testing.assert_close(every(parameters, buffers, x), wanted, rtol=1e-5, atol=2e-5)
+    assert bool(calls) != IS_2_6
 
 
 def test_what_inductor_keeps_on_the_disk_is_of_this_version_and_formula() -> None:
